@@ -1,0 +1,35 @@
+# Every target installs first; that is instant when nothing has changed.
+PY := .venv/bin/python
+# Options for pytest: make test ARGS='tests/methods -k tat'
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help: ## Show the targets.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+install: ## Make .venv and install mmkd and all it needs into it.
+	@bash tools/install.sh
+
+demo: install ## Distil a small detector on real photos.
+	@$(PY) tools/demo.py
+
+# One OpenMP thread: with a second busy process on a small machine, more
+# threads wait for each other and are far slower.
+test: install ## Run the tests (ARGS='…' goes to pytest).
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+
+lint: install ## Check style, types and spelling.
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m codespell_lib
+
+format: install ## Mend what ruff can mend.
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## Remove .venv, build outputs and caches (data and runs stay).
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find mmkd tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,15 @@
+"""Hooks around distillation."""
+
+from .loss_check import LossCheckHook
+from .safe_checkpoint import SafeCheckpointHook
+from .teacher_check import TeacherCheckHook
+from .telemetry import TelemetryHook
+from .weight_schedule import WeightScheduleHook
+
+__all__ = [
+    'LossCheckHook',
+    'SafeCheckpointHook',
+    'TeacherCheckHook',
+    'TelemetryHook',
+    'WeightScheduleHook',
+]

@@ -1,0 +1,100 @@
+"""Distillation losses that are not finite, or always 0."""
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import Tensor
+
+from mmkd.distiller import Losses
+from mmkd.registry import HOOKS
+from mmkd.utils import distiller_of
+
+
+class NonFiniteLossError(RuntimeError):
+    """A distillation loss is NaN or infinite."""
+
+
+@HOOKS.register_module()
+class LossCheckHook(Hook):
+    """Stops at a non-finite distillation loss, warns of one that stays 0.
+
+    The stop comes before the optimiser's step, so the weights and the last
+    checkpoint are intact. On a GPU the flags travel to the host while the
+    backward pass is queued: the check waits for no kernel of its own.
+
+    Args:
+        patience: Iterations after which a loss that was exactly 0 every time
+            is reported, once.
+    """
+
+    def __init__(self, *, patience: int = 50) -> None:
+        self.patience = patience
+        self._names: list[str] = []
+        self._finite: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+        self._largest: dict[str, Tensor] = {}
+        self._seen = 0
+
+    def before_train(self, runner: Runner) -> None:
+        distiller_of(runner).observers.append(self.observe)
+        wrapper = runner.optim_wrapper
+        wrappers = [w for _, w in wrapper.items()] if hasattr(
+            wrapper, 'items'
+        ) else [wrapper]
+        for each in wrappers:
+            each.optimizer.register_step_pre_hook(lambda *_: self.check())
+
+    def observe(
+        self, _: Losses, distilled: dict[str, dict[str, Tensor]]
+    ) -> None:
+        """Note this step's losses without waiting for them."""
+        losses = {k: v for part in distilled.values() for k, v in part.items()}
+        if not losses:
+            return
+        values = torch.stack([v.detach() for v in losses.values()])
+        self._names = list(losses)
+        self._finite = values.isfinite().to('cpu', non_blocking=True)
+        if values.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        if self._seen < self.patience:
+            for name, value in zip(losses, values.abs(), strict=True):
+                largest = self._largest.get(name, value)
+                self._largest[name] = torch.maximum(largest, value)
+
+    def check(self) -> None:
+        """Raise if a loss of the last step is not finite.
+
+        Raises:
+            NonFiniteLossError: Names the losses.
+        """
+        if self._finite is None:
+            return
+        if self._copied is not None:
+            self._copied.synchronize()
+        finite, self._finite = self._finite.tolist(), None
+        broken = [n for n, ok in zip(self._names, finite, strict=True) if not ok]
+        if broken:
+            raise NonFiniteLossError(
+                f'{", ".join(broken)} is NaN or infinite; training stopped '
+                'before the optimiser used it, and the last checkpoint is '
+                'intact. Lower the learning rate or the loss_weight of '
+                f'"{broken[0].partition(".")[0]}", warm it up '
+                '(mmkd.WeightScheduleHook), or clip gradients.'
+            )
+
+    def after_train_iter(self, runner: Runner, *_: object, **__: object) -> None:
+        # A gradient scaler skips the optimiser's step, and the check with it.
+        self.check()
+        self._seen += 1
+        if self._seen == self.patience:
+            for name, largest in self._largest.items():
+                if largest.item() == 0:
+                    runner.logger.warning(
+                        f'{name} was exactly 0 in each of the first '
+                        f'{self.patience} iterations: it teaches nothing. Is '
+                        'the teacher the student itself, worse than it, or '
+                        'is its loss_weight 0?'
+                    )
+            self._largest.clear()
+

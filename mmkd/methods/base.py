@@ -1,0 +1,79 @@
+"""What every distillation method is to the Distiller."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
+
+from mmkd.outputs import Outputs
+
+if TYPE_CHECKING:
+    from mmkd.teacher import TeacherOutputs
+
+
+class Method(nn.Module):
+    """A distillation method: losses from a student's and a teacher's outputs.
+
+    A subclass implements :meth:`forward`, and :meth:`prepare` where it has
+    adapters or fits only certain detectors.
+
+    Args:
+        loss_weight: Weight of all its losses, at least 0. At 0 the method is
+            switched off and its part of the step costs nothing.
+    """
+
+    def __init__(self, *, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        if loss_weight < 0:
+            raise ValueError(
+                f'loss_weight must be at least 0, got {loss_weight}'
+            )
+        self.loss_weight = loss_weight
+
+    @property
+    def student_paths(self) -> Sequence[str]:
+        """Module paths that the method reads from the student."""
+        return ()
+
+    @property
+    def teacher_paths(self) -> Sequence[str]:
+        """Module paths that the method reads from the teacher."""
+        return ()
+
+    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+        """Check that the pair fits and build the adapters.
+
+        Called once, before the optimiser is built.
+
+        Args:
+            student: The student's outputs for one blank image.
+            teacher: The teacher's outputs for the same image.
+        """
+
+    def task_factors(self) -> Mapping[str, float]:
+        """Factors of the student's own losses at full weight.
+
+        Returns:
+            Regular expression of a stock loss' whole name to its factor.
+        """
+        return {}
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: 'TeacherOutputs',
+        data_samples: Sequence[DetDataSample],
+    ) -> dict[str, Tensor]:
+        """The method's losses for one batch.
+
+        Args:
+            student: What the student's own loss has produced.
+            teacher: The teacher's outputs for the same batch, computed when
+                they are read.
+            data_samples: The batch's ground truth and meta data.
+
+        Returns:
+            Name to scalar; it is logged as ``<method>.loss_<name>``.
+        """
+        raise NotImplementedError

@@ -1,0 +1,376 @@
+"""Faster R-CNN distillation (Chen et al., NeurIPS 2017)."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
+
+from mmkd.outputs import BoxSample, Outputs, box_heads
+from mmkd.registry import METHODS, MODELS
+from mmkd.utils import ConfigError, build_checked
+
+from .base import Method
+from .feature_hint import FeatureHint
+
+if TYPE_CHECKING:
+    from mmkd.teacher import ClassMap, TeacherOutputs
+
+SOFT = {'type': 'mmkd.WeightedSoftCrossEntropyLoss', 'background_weight': 1.5}
+BOUNDED = {
+    'type': 'mmkd.TeacherBoundedRegressionLoss',
+    'margin': 0.0,
+    'loss_weight': 0.5,
+}
+HINT = {'type': 'mmkd.FeatureHint', 'loss_weight': 0.5}
+
+
+@METHODS.register_module()
+class FasterRCNNDistillation(Method):
+    r"""Distils RPN, RoI head and features of a two-stage detector.
+
+    .. math::
+        L &= L_{RPN} + L_{RCN} + \gamma L_{hint} \\
+        L_{cls} &= \mu L_{hard} + (1 - \mu) L_{soft} \\
+        L_{reg} &= \lambda (L_{stock} + \nu L_b)
+
+    for RPN and RCN (the RoI head) alike, averaged over the sampled boxes;
+    :math:`L_{hard}` and :math:`L_{stock}` are the student's own losses,
+    which the method scales, :math:`L_{soft}` is
+    :class:`~mmkd.losses.WeightedSoftCrossEntropyLoss`, :math:`L_b` is
+    :class:`~mmkd.losses.TeacherBoundedRegressionLoss` on the positives and
+    :math:`L_{hint}` is :class:`FeatureHint`.
+
+    Which boxes: the RPN's on the student's sampled anchors; the RoI head's
+    on the student's sampled RoIs, which the teacher scores on its own
+    features (the paper does not say; only so do both see the same box). Each
+    stage of a cascade is distilled from the same stage of the teacher (its
+    last, where it has fewer), with the student's own stage weight.
+
+    Fits Faster, Mask (its box part), Cascade and Double-Head R-CNN with FPN
+    or C4, softmax or sigmoid heads, class-agnostic or class-specific
+    regression, and box coders that differ: the teacher's deltas are decoded
+    and encoded again. Where class sets differ, RoI probabilities are
+    renormalised over the shared classes and the background.
+
+    Source: Chen, Choi, Yu, Han, Chandraker, "Learning Efficient Object
+    Detection Models with Knowledge Distillation", NeurIPS 2017, with
+    :math:`\lambda = 1, \gamma = \nu = 0.5`. The paper gives no :math:`\mu`
+    (here 0.5) and no margin (here 0). No official code.
+
+    Args:
+        mu: Share of the hard labels in the classification loss, 0 to 1.
+        lambda_reg: Factor of the regression loss, at least 0.
+        soft: Config of the soft classification loss; None keeps the hard
+            loss alone.
+        bounded: Config of the bounded regression loss, or None.
+        hint: Config of the :class:`FeatureHint`, or None.
+        rpn: Distil the RPN.
+        rcn: Distil the RoI head.
+        loss_weight: Scales the whole method: at 0 the student's losses are
+            stock, at 1 they are the formula above, linear in between.
+
+    Raises:
+        ConfigError: If an option is outside its range or the pair of
+            detectors does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        mu: float = 0.5,
+        lambda_reg: float = 1.0,
+        soft: Mapping[str, Any] | None = SOFT,
+        bounded: Mapping[str, Any] | None = BOUNDED,
+        hint: Mapping[str, Any] | None = HINT,
+        rpn: bool = True,
+        rcn: bool = True,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(loss_weight=loss_weight)
+        if not 0 <= mu <= 1:
+            raise ConfigError(f'mu must be between 0 and 1, got {mu}')
+        if lambda_reg < 0:
+            raise ConfigError(
+                f'lambda_reg must be at least 0, got {lambda_reg}'
+            )
+        if not (rpn or rcn) and (soft or bounded):
+            raise ConfigError(
+                'FasterRCNNDistillation with rpn=False and rcn=False has no '
+                'use for soft and bounded: set them to None, or use '
+                'mmkd.FeatureHint alone.'
+            )
+        if soft is None and bounded is None and hint is None:
+            raise ConfigError(
+                'FasterRCNNDistillation has nothing to do: soft, bounded and '
+                'hint are all None.'
+            )
+        self.mu, self.lambda_reg = mu, lambda_reg
+        self.rpn, self.rcn = rpn, rcn
+        where = 'FasterRCNNDistillation'
+        self.soft = soft and build_checked(MODELS, soft, f'{where}.soft')
+        self.bounded = bounded and build_checked(
+            MODELS, bounded, f'{where}.bounded'
+        )
+        self.hint: FeatureHint | None = hint and build_checked(
+            METHODS, hint, f'{where}.hint'
+        )
+
+    @property
+    def student_paths(self) -> Sequence[str]:
+        return self.hint.student_paths if self.hint else ()
+
+    @property
+    def teacher_paths(self) -> Sequence[str]:
+        return self.hint.teacher_paths if self.hint else ()
+
+    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+        for role, outputs in (('student', student), ('teacher', teacher)):
+            _check_two_stage(outputs.model, role)
+        if self.rpn:
+            _check_same_anchors(student.model, teacher.model)
+        if self.rcn:
+            _check_roi_heads(student.model, teacher.model)
+        if self.hint:
+            self.hint.prepare(student, teacher)
+
+    def task_factors(self) -> Mapping[str, float]:
+        names = [r'loss_rpn_'] * self.rpn + [r'(s\d+\.)?loss_'] * self.rcn
+        factors = {}
+        for name in names:
+            if self.soft:
+                factors[f'{name}cls'] = self.mu
+            if self.bounded:
+                factors[f'{name}bbox'] = self.lambda_reg
+        return factors
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: 'TeacherOutputs',
+        data_samples: Sequence[DetDataSample],
+    ) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        if self.rpn and (self.soft or self.bounded):
+            sample = student.anchors
+            losses |= self._rpn_losses(sample, teacher)
+        if self.rcn and (self.soft or self.bounded):
+            for stage, sample in enumerate(student.rois):
+                losses |= self._rcn_losses(sample, teacher, student, stage)
+        if self.hint:
+            for name, loss in self.hint(student, teacher, data_samples).items():
+                losses[name] = self.hint.loss_weight * loss
+        return losses
+
+    def _rpn_losses(
+        self, sample: BoxSample, teacher: 'TeacherOutputs'
+    ) -> dict[str, Tensor]:
+        logits, deltas = teacher.score_anchors(sample)
+        losses = {}
+        if self.soft:
+            losses['rpn_soft'] = (1 - self.mu) * self.soft(
+                _object_or_not(sample.logits),
+                _object_or_not(logits),
+                sample.label_weights,
+                sample.avg_factor,
+            )
+        if self.bounded:
+            losses['rpn_bounded'] = self._bounded_loss(
+                sample,
+                sample.deltas,
+                deltas,
+                teacher.model.rpn_head,
+                sample.target_weights,
+            )
+        return losses
+
+    def _rcn_losses(
+        self,
+        sample: BoxSample,
+        teacher: 'TeacherOutputs',
+        student: Outputs,
+        stage: int,
+    ) -> dict[str, Tensor]:
+        logits, deltas = teacher.score_rois(sample, stage)
+        heads = box_heads(teacher.model)
+        teacher_head = heads[min(stage, len(heads) - 1)]
+        classes = teacher.class_map
+        cascade = len(box_heads(student.model)) > 1
+        name = f's{stage}_rcn' if cascade else 'rcn'
+        scale = (
+            student.model.roi_head.stage_loss_weights[stage] if cascade else 1
+        )
+        losses = {}
+        if self.soft and sample.logits is not None:
+            losses[f'{name}_soft'] = (scale * (1 - self.mu)) * self._rcn_soft(
+                sample, logits, classes
+            )
+        if self.bounded and sample.deltas is not None and deltas is not None:
+            labels, known = _teacher_labels(sample.labels, classes)
+            losses[f'{name}_bounded'] = scale * self._bounded_loss(
+                sample,
+                _of_label(sample.deltas, sample.labels, sample.head),
+                _of_label(deltas, labels, teacher_head),
+                teacher_head,
+                sample.target_weights * known[:, None],
+            )
+        return losses
+
+    def _rcn_soft(
+        self, sample: BoxSample, logits: Tensor, classes: 'ClassMap'
+    ) -> Tensor:
+        ours, theirs = sample.logits, logits
+        if not classes.identical:
+            ours = _with_background(ours, classes.student_index)
+            theirs = _with_background(theirs, classes.teacher_index)
+        if not _is_sigmoid(sample.head):
+            return self.soft(
+                ours, theirs, sample.label_weights, sample.avg_factor
+            )
+        # Each column a two-class problem, summed; the last column's "class"
+        # is the background itself, so its two outcomes change places.
+        columns = ours.shape[1]
+        ours, theirs = (
+            torch.cat([z[:, :-1], -z[:, -1:]], 1).reshape(-1, 1)
+            for z in (ours, theirs)
+        )
+        zeros = torch.zeros_like(ours)
+        weights = sample.label_weights.repeat_interleave(columns)
+        return self.soft(
+            torch.cat([ours, zeros], 1),
+            torch.cat([theirs, zeros], 1),
+            weights,
+            sample.avg_factor,
+        )
+
+    def _bounded_loss(
+        self,
+        sample: BoxSample,
+        deltas: Tensor,
+        teacher_deltas: Tensor,
+        teacher_head: nn.Module,
+        weights: Tensor,
+    ) -> Tensor:
+        boxes = sample.boxes[:, -4:]
+        deltas, teacher_deltas = deltas.float(), teacher_deltas.float()
+        coder = sample.head.bbox_coder
+        if not _same_coder(coder, teacher_head.bbox_coder):
+            decoded = teacher_head.bbox_coder.decode(boxes, teacher_deltas)
+            teacher_deltas = coder.encode(boxes, decoded)
+        targets = sample.targets
+        positive = weights > 0
+        if sample.head.reg_decoded_bbox:
+            # Background has no target box; encoding its zeros gives log(0).
+            targets = coder.encode(boxes, torch.where(positive, targets, boxes))
+        return self.bounded(
+            deltas,
+            targets,
+            torch.where(positive, teacher_deltas, deltas.detach()),
+            weights,
+            sample.avg_factor,
+        )
+
+
+def _object_or_not(logits: Tensor) -> Tensor:
+    """RPN logits as those of (object, background).
+
+    A sigmoid's single logit z becomes (z, 0), whose softmax is the same.
+    """
+    if logits.shape[1] > 1:
+        return logits
+    return torch.cat([logits, torch.zeros_like(logits)], dim=1)
+
+
+def _with_background(logits: Tensor, index: Tensor) -> Tensor:
+    return torch.cat([logits[:, index], logits[:, -1:]], dim=1)
+
+
+def _teacher_labels(
+    labels: Tensor, classes: 'ClassMap'
+) -> tuple[Tensor, Tensor]:
+    """The teacher's labels (N,) and whether it knows them (N,)."""
+    if classes.identical:
+        return labels, torch.ones_like(labels)
+    mapped = classes.to_teacher[labels]
+    return mapped.clamp(min=0), (mapped >= 0).to(labels)
+
+
+def _of_label(deltas: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    """The 4 deltas of each box' label: (N, 4K) to (N, 4).
+
+    Background has no deltas of its own; it gets the last class', unused.
+    """
+    if head.reg_class_agnostic:
+        return deltas
+    per_class = deltas.view(len(deltas), -1, 4)
+    index = labels.clamp(max=per_class.shape[1] - 1)
+    return per_class.gather(1, index[:, None, None].expand(-1, 1, 4))[:, 0]
+
+
+def _is_sigmoid(head: nn.Module) -> bool:
+    return bool(getattr(head.loss_cls, 'use_sigmoid', False))
+
+
+def _same_coder(ours: Any, theirs: Any) -> bool:
+    return type(ours) is type(theirs) and vars(ours) == vars(theirs)
+
+
+def _check_two_stage(model: nn.Module, role: str) -> None:
+    heads = box_heads(model)
+    fits = (
+        hasattr(getattr(model, 'rpn_head', None), 'prior_generator')
+        and heads
+        and all(hasattr(h, 'loss_and_target') for h in heads)
+        and all(hasattr(h, 'bbox_coder') for h in heads)
+    )
+    if not fits:
+        parts = [
+            f'{name}={type(getattr(model, name)).__name__}'
+            for name in ('rpn_head', 'roi_head', 'bbox_head')
+            if getattr(model, name, None) is not None
+        ]
+        raise ConfigError(
+            'FasterRCNNDistillation fits Faster, Mask, Cascade and '
+            'Double-Head R-CNN (an anchor-based rpn_head and a roi_head with '
+            f'BBoxHeads); the {role} is {type(model).__name__} '
+            f'({", ".join(parts) or "no heads"}). For any other detector use '
+            'mmkd.FeatureHint, which distils features.'
+        )
+
+
+def _check_same_anchors(student: nn.Module, teacher: nn.Module) -> None:
+    ours = student.rpn_head.prior_generator
+    theirs = teacher.rpn_head.prior_generator
+    same = list(ours.strides) == list(theirs.strides) and all(
+        a.shape == b.shape and torch.allclose(a.cpu(), b.cpu())
+        for a, b in zip(ours.base_anchors, theirs.base_anchors, strict=True)
+    )
+    if not same:
+        raise ConfigError(
+            "the RPNs cannot be distilled: the student's anchors (strides "
+            f'{list(ours.strides)}, {ours.num_base_priors} a position) are '
+            f"not the teacher's (strides {list(theirs.strides)}, "
+            f'{theirs.num_base_priors} a position, or other shapes). Give '
+            'both the same anchor_generator, or set rpn=False.'
+        )
+
+
+def _check_roi_heads(student: nn.Module, teacher: nn.Module) -> None:
+    for stage, head in enumerate(box_heads(student)):
+        heads = box_heads(teacher)
+        other = heads[min(stage, len(heads) - 1)]
+        if _is_sigmoid(head) != _is_sigmoid(other):
+            raise ConfigError(
+                f'the RoI heads of stage {stage} cannot be distilled: '
+                f'use_sigmoid is {_is_sigmoid(head)} in the student and '
+                f'{_is_sigmoid(other)} in the teacher. Train both with the '
+                'same kind of classifier, or set rcn=False.'
+            )
+        if head.custom_activation or other.custom_activation:
+            raise ConfigError(
+                f'the RoI head of stage {stage} classifies through '
+                f'{type(head.loss_cls).__name__}, whose logits are not those '
+                'of a softmax over classes and background. Use CrossEntropy '
+                'in both networks, or set rcn=False.'
+            )

@@ -1,0 +1,266 @@
+"""What a detector produced in one step, and the taps that record it.
+
+This is the only module with hooks. A tap is a forward hook on a module of
+the detector, or an interception of one of its methods; both exist only while
+a step is being recorded, so that a detector carries nothing of mmkd's between
+steps and its copies (EMA) are clean.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Forward hooks that are set on every detector that has such a module.
+STANDARD_TAPS = ('backbone', 'neck', 'rpn_head', 'bbox_head')
+
+
+class TapError(RuntimeError):
+    """A tensor that a method asks for was never produced."""
+
+
+@dataclass
+class BoxSample:
+    """One head's predictions for the boxes on which it was trained.
+
+    N is the number of boxes sampled in the batch, K the head's classes.
+    """
+
+    head: nn.Module
+    """The RPN head, or the RoI head's box head of one stage."""
+    boxes: Tensor
+    """Anchors (N, 4) as xyxy, or RoIs (N, 5) as image index + xyxy; pixels."""
+    logits: Tensor
+    """RPN: (N, 1) of a sigmoid or (N, 2) of a softmax head; RoI: (N, K+1)."""
+    deltas: Tensor | None
+    """(N, 4), class-specific RoI heads (N, 4K); None without regression."""
+    labels: Tensor
+    """(N,); 0..K-1 are objects, K is the background."""
+    label_weights: Tensor
+    """(N,)."""
+    targets: Tensor
+    """(N, 4) regression targets of the objects, as the head's loss sees
+    them: deltas, or xyxy pixels where ``head.reg_decoded_bbox`` is set."""
+    target_weights: Tensor
+    """(N, 4); 0 for background."""
+    avg_factor: float | Tensor
+    """What the head divides its own sums by."""
+    index: tuple[Tensor, Tensor] | None = None
+    """RPN: image and flat anchor index of each sampled anchor."""
+
+
+@contextmanager
+def intercepted(
+    owner: object, name: str, after: Callable[..., None]
+) -> Iterator[None]:
+    """Call ``after(result, *args, **kwargs)`` behind ``owner.name(...)``.
+
+    Shadows the method on the instance alone and takes the shadow away again.
+    """
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        after(result, *args, **kwargs)
+        return result
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def box_heads(model: nn.Module) -> list[nn.Module]:
+    """The RoI head's box heads, one a stage; empty for one-stage models."""
+    heads = getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
+    if heads is None:
+        return []
+    return list(heads) if isinstance(heads, nn.ModuleList) else [heads]
+
+
+def flatten_levels(maps: Iterable[Tensor], channels: int) -> Tensor:
+    """Per-level maps (B, A*c, H, W) to (B, sum of H*W*A, c).
+
+    The order is that of MMDetection's anchors: level, row, column, anchor.
+    """
+    return torch.cat(
+        [
+            level.permute(0, 2, 3, 1).reshape(len(level), -1, channels)
+            for level in maps
+        ],
+        dim=1,
+    )
+
+
+def tensors_in(output: Any) -> tuple[Tensor, ...]:
+    """The tensors of a module's (nested) output in their order."""
+    if isinstance(output, Tensor):
+        return (output,)
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if not isinstance(output, list | tuple):
+        return ()
+    return tuple(tensor for item in output for tensor in tensors_in(item))
+
+
+class Outputs:
+    """The tensors that a detector's own forward or loss has produced.
+
+    Args:
+        model: The detector.
+        paths: Module paths to tap beside the standard ones, for instance
+            ``'backbone.layer3'``.
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[str] = ()) -> None:
+        self.model = model
+        self.paths = tuple(paths)
+        self.note = ''
+        self._fired: dict[str, list[Any]] = {}
+        self._anchor_targets: tuple[tuple, tuple] | None = None
+        self._roi_calls: dict[int, tuple[dict, dict]] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator['Outputs']:
+        """Record what passes the taps within the context."""
+        with ExitStack() as stack:
+            for path, module in self._tapped_modules():
+                handle = module.register_forward_hook(
+                    functools.partial(self._record_output, path)
+                )
+                stack.callback(handle.remove)
+            rpn = getattr(self.model, 'rpn_head', None)
+            if hasattr(rpn, 'get_targets'):
+                stack.enter_context(
+                    intercepted(rpn, 'get_targets', self._record_anchors)
+                )
+            for stage, head in enumerate(box_heads(self.model)):
+                if hasattr(head, 'loss_and_target'):
+                    record = functools.partial(self._record_rois, stage)
+                    stack.enter_context(
+                        intercepted(head, 'loss_and_target', record)
+                    )
+            yield self
+
+    def features(self, path: str) -> tuple[Tensor, ...]:
+        """The output of the module at ``path``, a tensor a level.
+
+        ``'neck'`` is the backbone's output in a detector without a neck. A
+        module that ran several times (a head shared by the levels) gives its
+        outputs in the order of the calls.
+
+        Raises:
+            TapError: If the module did not run in this step.
+        """
+        if path == 'neck' and getattr(self.model, 'neck', None) is None:
+            path = 'backbone'
+        if path not in self._fired:
+            raise TapError(
+                f'the tap "{path}" of {type(self.model).__name__} never '
+                f'fired. Fired: {", ".join(self._fired) or "none"}. Name a '
+                f'module that runs in the forward pass.{self.note}'
+            )
+        return tensors_in(self._fired[path])
+
+    def raw(self, path: str) -> Any:
+        """The output of the last call of the module at ``path``, as it is."""
+        self.features(path)
+        return self._fired[path][-1]
+
+    @functools.cached_property
+    def anchors(self) -> BoxSample:
+        """The RPN's predictions on its sampled anchors.
+
+        Raises:
+            TapError: If the detector's loss has not trained an RPN.
+        """
+        if self._anchor_targets is None:
+            raise TapError(
+                f'{type(self.model).__name__} has trained no RPN in this step'
+            )
+        (anchor_list, *_), targets = self._anchor_targets
+        scores, deltas = self.raw('rpn_head')[:2]
+        head = self.model.rpn_head
+        labels, weights, box_targets, box_weights = (
+            torch.cat(levels, dim=1) for levels in targets[:4]
+        )
+        image, anchor = index = weights.nonzero(as_tuple=True)
+        return BoxSample(
+            head=head,
+            boxes=torch.cat([as_tensor(a) for a in anchor_list[0]])[anchor],
+            logits=flatten_levels(scores, head.cls_out_channels)[index],
+            deltas=flatten_levels(deltas, 4)[index],
+            labels=labels[index],
+            label_weights=weights[index],
+            targets=box_targets[image, anchor],
+            target_weights=box_weights[image, anchor],
+            avg_factor=targets[4],
+            index=index,
+        )
+
+    @functools.cached_property
+    def rois(self) -> list[BoxSample]:
+        """Each RoI stage's predictions on its sampled RoIs.
+
+        Raises:
+            TapError: If the detector's loss has not trained a RoI head.
+        """
+        if not self._roi_calls:
+            raise TapError(
+                f'{type(self.model).__name__} has trained no RoI box head in '
+                'this step'
+            )
+        heads = box_heads(self.model)
+        samples = []
+        for stage, (call, result) in sorted(self._roi_calls.items()):
+            labels, weights, targets, target_weights = result['bbox_targets']
+            samples.append(
+                BoxSample(
+                    head=heads[stage],
+                    boxes=call['rois'],
+                    logits=call['cls_score'],
+                    deltas=call['bbox_pred'],
+                    labels=labels,
+                    label_weights=weights,
+                    targets=targets,
+                    target_weights=target_weights,
+                    avg_factor=max(len(labels), 1),
+                )
+            )
+        return samples
+
+    def _tapped_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for path in dict.fromkeys((*STANDARD_TAPS, *self.paths)):
+            try:
+                yield path, self.model.get_submodule(path)
+            except AttributeError:
+                # A path that a method asks for is reported where it is read.
+                continue
+
+    def _record_output(
+        self, path: str, module: nn.Module, args: Any, output: Any
+    ) -> None:
+        self._fired.setdefault(path, []).append(output)
+
+    def _record_anchors(self, result: tuple, *args: Any, **_: Any) -> None:
+        self._anchor_targets = (args, result)
+
+    def _record_rois(
+        self, stage: int, result: dict, *args: Any, **kwargs: Any
+    ) -> None:
+        names = ('cls_score', 'bbox_pred', 'rois')
+        self._roi_calls[stage] = (
+            {**dict(zip(names, args, strict=False)), **kwargs},
+            result,
+        )
+
+
+def as_tensor(boxes: Any) -> Tensor:
+    """A plain tensor of boxes, also from MMDetection's box structures."""
+    return boxes if isinstance(boxes, Tensor) else boxes.tensor

@@ -1,0 +1,23 @@
+"""Registries of mmkd: children of MMEngine's, so that ``mmkd.X`` is found.
+
+A config that names ``type='mmkd.X'`` needs no ``custom_imports``: MMEngine
+imports ``mmkd.registry`` for the scope and this module names the places where
+its classes are defined.
+"""
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
+from mmengine.registry import Registry
+
+RUNNERS = Registry(
+    'runner', parent=MMENGINE_RUNNERS, scope='mmkd', locations=['mmkd.runner']
+)
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope='mmkd', locations=['mmkd.hooks']
+)
+MODELS = Registry(
+    'model', parent=MMENGINE_MODELS, scope='mmkd', locations=['mmkd.losses']
+)
+# Methods are built by the Distiller, never by a detector's config.
+METHODS = Registry('method', scope='mmkd', locations=['mmkd.methods'])

@@ -1,0 +1,137 @@
+"""Small helpers without knowledge of detectors."""
+
+import difflib
+import inspect
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.registry import Registry
+
+
+class ConfigError(ValueError):
+    """A mistake in a config: what, where, expected, got and the remedy."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The sentence that helps with a misspelt ``name``.
+
+    Example:
+        >>> nearest('lenght', ['length', 'width'])
+        'Did you mean "length"? Known: length, width.'
+    """
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1)
+    hint = f'Did you mean "{close[0]}"? ' if close else ''
+    return f'{hint}Known: {", ".join(options) or "none"}.'
+
+
+def check_options(
+    where: str, given: Iterable[str], known: Iterable[str]
+) -> None:
+    """Raise :class:`ConfigError` for the first unknown option in ``given``."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f'{where} has no option "{name}". {nearest(name, known)}'
+            )
+
+
+def build_checked(
+    registry: Registry, cfg: Mapping[str, Any], where: str
+) -> Any:
+    """Build ``cfg`` from ``registry``, with errors that name what is meant.
+
+    Args:
+        registry: The registry that holds ``cfg['type']``.
+        cfg: The ``type`` and the keyword options of the class.
+        where: The place in the config, for messages.
+
+    Raises:
+        ConfigError: If ``type`` is missing or unknown, or an option is
+            unknown; the message says the nearest known name.
+    """
+    if not isinstance(cfg, Mapping) or 'type' not in cfg:
+        raise ConfigError(
+            f'{where} must be a dict with a "type", got {cfg!r}. '
+            f'Known types: {", ".join(_known_types(registry))}.'
+        )
+    options = dict(cfg)
+    cls = options.pop('type')
+    if isinstance(cls, str):
+        cls = _find_class(registry, cls, where)
+    parameters = inspect.signature(cls).parameters.values()
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+        check_options(
+            f'{where} ({cls.__name__})', options, (p.name for p in parameters)
+        )
+    return cls(**options)
+
+
+def _known_types(registry: Registry) -> list[str]:
+    registry.import_from_location()
+    return [f'{registry.scope}.{name}' for name in registry.module_dict]
+
+
+def _find_class(
+    registry: Registry, name: str, where: str
+) -> Callable[..., Any]:
+    known = _known_types(registry)
+    scoped = name if '.' in name else f'{registry.scope}.{name}'
+    if scoped in known:
+        return registry.module_dict[scoped.rpartition('.')[2]]
+    try:
+        found = registry.get(name)
+    except (RuntimeError, ImportError):
+        found = None
+    if found is None:
+        raise ConfigError(
+            f'{where}: type "{name}" is not a registered {registry.name}. '
+            f'{nearest(scoped, known)}'
+        )
+    return found
+
+
+@contextmanager
+def isolated_random_state(seed: int | None = None) -> Iterator[None]:
+    """Leave every global random state as it was, whatever happens within.
+
+    Two-stage samplers, dropout and weight initialisation of the student draw
+    from the global generators: what distillation adds must not shift them.
+
+    Args:
+        seed: Seeds the generators within the context.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    devices = [torch.cuda.current_device()] if on_gpu else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def distiller_of(runner: Any) -> Any:
+    """The distiller that a hook of mmkd's works on.
+
+    Raises:
+        ConfigError: If the runner does not distil.
+    """
+    distiller = getattr(runner, 'distiller', None)
+    if distiller is None:
+        raise ConfigError(
+            'a hook of mmkd needs a run that distils: set '
+            "runner_type='mmkd.DistillationRunner' and `distillation`, or "
+            'take the hook out of custom_hooks.'
+        )
+    return distiller

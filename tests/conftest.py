@@ -1,0 +1,66 @@
+"""Fixtures of all tests, and the conditions that every test runs under."""
+
+import os
+
+# Before torch is imported: more OpenMP threads than one wait for each other
+# where another process is busy, and are far slower.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+# No test may depend on a download.
+os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ.setdefault('MPLBACKEND', 'Agg')
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL_HOSTS = ('localhost', '::1', '0.0.0.0', '::')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker('gpu'):
+            item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+@pytest.fixture(autouse=True, scope='session')
+def offline():
+    """Turn a connection to another machine into an error that says so."""
+    connect = socket.socket.connect
+
+    def connect_locally(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            host = address[0]
+            if host not in LOCAL_HOSTS and not host.startswith('127.'):
+                raise RuntimeError(
+                    f'a test connects to {host}:{address[1]}; tests run '
+                    'without a network: give it a local file instead'
+                )
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, 'connect', connect_locally)
+        yield
+
+
+@pytest.fixture(scope='session')
+def repo_root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> Path:
+    """The folder of real data sets that lies beside the repository.
+
+    It holds ``bccd`` (VOC layout) and ``coco_tiny`` (COCO layout).
+    """
+    path = ROOT.parent / 'shared' / 'data'
+    if not path.is_dir():
+        pytest.skip(f'needs the data sets in {path}')
+    return path
