@@ -47,9 +47,13 @@ def verify(
     """Check a file's size in bytes and its checksums, as far as given.
 
     Raises:
-        DataError: One of them differs. The file is left as it is.
+        DataError: One of them differs, or there is no file. It is left as
+            it is.
     """
     path = Path(path)
+    if not path.is_file():
+        got = 'a folder' if path.is_dir() else 'nothing'
+        raise data_error(path, 'a file', got, remedy)
     found = path.stat().st_size
     if size is not None and found != size:
         raise data_error(path, f'{size} bytes', f'{found}', remedy)
@@ -221,7 +225,8 @@ def _receive(
     """Write what arrives; whether that was everything."""
     while True:
         try:
-            chunk = response.read(1 << 18)
+            # read() would lose what came before a break in chunked data
+            chunk = response.read1(1 << 18)
         except (OSError, http.client.HTTPException):
             return False
         if not chunk:
@@ -261,7 +266,7 @@ def extract(
     """
     archive, target = Path(archive), Path(target)
     written = done = 0
-    remedy = 'Remove this file and get it again.'
+    remedy = 'If it was downloaded, remove it and run again; else replace it.'
     try:
         with closing(_members(archive, remedy)) as members:
             for name, size, read in members:

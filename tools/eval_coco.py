@@ -1,8 +1,8 @@
-"""Evaluate detections by COCO's twelve figures, and compare two of them.
+r"""Evaluate detections by COCO's twelve figures, and compare two of them.
 
-    python tools/eval_coco.py work_dirs/x/x.bbox.json \\
+    python tools/eval_coco.py work_dirs/x/x.bbox.json \
         data/coco/annotations/instances_val2017.json --per-class
-    python tools/eval_coco.py student.bbox.json ANNOTATIONS.json \\
+    python tools/eval_coco.py student.bbox.json ANNOTATIONS.json \
         --baseline plain.bbox.json --json report.json
 
 Detections are a list of `{image_id, category_id, bbox: [x, y, width, height],
@@ -15,8 +15,6 @@ in per cent, and written with `--json` as fractions.
 import argparse
 import contextlib
 import io
-import itertools
-import json
 import math
 import sys
 from collections import Counter
@@ -53,6 +51,8 @@ FIGURES = {
 }
 """In the order of ``COCOeval.stats``; average precisions, then recalls."""
 
+SHAPES = {'bbox': 'bbox', 'segm': 'segmentation'}
+
 
 @dataclass
 class ClassScore:
@@ -72,49 +72,40 @@ class Scores:
     classes: list[ClassScore]
 
 
-def load_truth(
-    path: Path, kind: str, images: int | None = None
-) -> dict[str, Any]:
-    """Read annotations, of the first ``images`` images if given.
+def load_truth(path: Path, kind: str) -> dict[str, Any]:
+    """Read annotations.
 
     Raises:
         DataError: As in :func:`mmkd.data.check_coco_annotations`, or an
             annotation lacks a mask that ``kind='segm'`` needs.
     """
     check_coco_annotations(path)
-    truth = read_json(path)
-    truth['images'] = truth['images'][:images]
-    kept = {row['id'] for row in truth['images']}
-    truth['annotations'] = [
-        row for row in truth['annotations'] if row['image_id'] in kept
-    ]
+    truth: dict[str, Any] = read_json(path)
     lacking = 0
     for row in truth['annotations']:
         row.setdefault('iscrowd', 0)
         lacking += not row.get('segmentation')
         if row['id'] == 0:
-            print(
-                f'warning: {path}: annotation id 0 is taken for "no match" '
-                'by pycocotools, so its detection counts as wrong; number '
-                'annotations from 1',
-                file=sys.stderr,
+            warn(
+                f'{path}: pycocotools takes annotation id 0 for "no match", '
+                'so its detection counts as wrong; number them from 1'
             )
     if kind == 'segm' and lacking:
-        got = f'{lacking} annotations without one'
+        got = f'{lacking} without one'
         remedy = 'Use --type bbox.'
-        raise data_error(path, 'a segmentation each', got, remedy)
+        raise data_error(path, 'annotations with masks', got, remedy)
     return truth
 
 
 def load_results(
-    path: Path, truth: dict[str, Any], kind: str, all_images: set[Any]
+    path: Path, truth: dict[str, Any], kind: str
 ) -> list[dict[str, Any]]:
-    """Read detections, of the images of ``truth``.
+    """Read detections.
 
     Raises:
         DataError: The file is missing, malformed or no list of detections
-            of this kind, or names an image that is not in ``all_images`` or
-            a category that ``truth`` lacks.
+            of this kind, or names an image or a category that ``truth``
+            lacks.
     """
     remedy = 'Write it anew with tools/test.py.'
     results = read_json(path, remedy=remedy)
@@ -123,40 +114,56 @@ def load_results(
         if isinstance(results, dict) and 'annotations' in results:
             got = 'annotations'
         raise data_error(path, 'a list of detections', got, remedy)
-    for index, row in enumerate(results):
+    for position, row in enumerate(results):
         problem = result_problem(row, kind)
         if problem:
-            where = f'{path}: entry {index}'
+            where = f'{path}: entry {position}'
             expected = f'a detection of --type {kind}'
             raise data_error(where, expected, problem, remedy)
-    known = {
-        'image_id': all_images,
-        'category_id': {row['id'] for row in truth['categories']},
-    }
-    for key, ids in known.items():
+    for key, rows in (('image_id', 'images'), ('category_id', 'categories')):
+        ids = {row['id'] for row in truth[rows]}
         lost = Counter(row[key] for row in results if row[key] not in ids)
         if lost:
-            some = ', '.join(map(repr, itertools.islice(lost, 3)))
-            got = (
-                f'{lost.total()} detections of {len(lost)} others: '
-                f'{some}{", ..." if len(lost) > 3 else ""}'
-            )
-            expected = f'each {key} to be one of the annotations'
+            some = ', '.join(map(repr, list(lost)[:3]))
+            more = f' and {len(lost) - 3} more' if len(lost) > 3 else ''
+            got = f'{sum(lost.values())} that name others: {some}{more}'
+            expected = f'detections of the {rows} in the annotations'
             remedy = 'Give the annotations of the set that was tested.'
             raise data_error(path, expected, got, remedy)
-    kept = {row['id'] for row in truth['images']}
-    results = [row for row in results if row['image_id'] in kept]
+    if kind == 'segm':
+        check_masks(path, results, truth['images'])
     if not results:
-        print(f'warning: {path}: no detection at all', file=sys.stderr)
-    return results
+        warn(f'{path}: no detection at all')
+    # with a box beside a mask, pycocotools takes the area of the box
+    keys = ('image_id', 'category_id', 'score', SHAPES[kind])
+    return [{key: row[key] for key in keys} for row in results]
+
+
+def check_masks(
+    path: Path, results: list[dict[str, Any]], images: list[dict[str, Any]]
+) -> None:
+    """Masks of another size than their image overlap with nothing."""
+    sizes = {row['id']: [row['height'], row['width']] for row in images}
+    for position, row in enumerate(results):
+        expected = sizes[row['image_id']]
+        found = row['segmentation'].get('size')
+        if found != expected:
+            where = f'{path}: entry {position}'
+            remedy = 'Give the annotations of the set that was tested.'
+            raise data_error(
+                where, f'a mask of size {expected}', f'{found}', remedy
+            )
+
+
+def warn(text: str) -> None:
+    print(f'warning: {text}', file=sys.stderr)
 
 
 def result_problem(row: object, kind: str) -> str | None:
     """What is wrong with one entry of a result file."""
     if not isinstance(row, dict):
         return f'a {type(row).__name__}'
-    shape = 'bbox' if kind == 'bbox' else 'segmentation'
-    for key in ('image_id', 'category_id', 'score', shape):
+    for key in ('image_id', 'category_id', 'score', SHAPES[kind]):
         if key not in row:
             return f'no {key}, only {", ".join(row)}'
     for key in ('image_id', 'category_id'):
@@ -167,25 +174,41 @@ def result_problem(row: object, kind: str) -> str | None:
         if not isinstance(row['bbox'], list) or len(row['bbox']) != 4:
             return f'bbox={row["bbox"]!r}, which is not 4 numbers'
         numbers += row['bbox']
-    elif not isinstance(row['segmentation'], (dict, list)):
-        return f'segmentation={row["segmentation"]!r}'
+    elif not is_rle(row['segmentation']):
+        return 'a segmentation that is no compressed RLE'
     for value in numbers:
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             return f'{value!r} in its score or box'
     return None
 
 
+def is_rle(mask: object) -> bool:
+    return isinstance(mask, dict) and isinstance(mask.get('counts'), str)
+
+
 def evaluate(
-    truth: dict[str, Any], results: list[dict[str, Any]], kind: str
+    truth: dict[str, Any],
+    results: list[dict[str, Any]],
+    kind: str,
+    images: int | None = None,
 ) -> Scores:
-    """The figures of one set of detections, computed by pycocotools."""
+    """The figures of one set of detections, computed by pycocotools.
+
+    Args:
+        truth: Annotations, see :func:`load_truth`.
+        results: Detections, see :func:`load_results`.
+        kind: ``bbox`` or ``segm``.
+        images: Evaluate on the first so many images only.
+    """
+    chosen = [row['id'] for row in truth['images'][:images]]
     with contextlib.redirect_stdout(io.StringIO()):
-        objects = index(truth)
+        objects = to_coco(truth)
         if results:
             found = objects.loadRes(results)
         else:  # which loadRes does not take
-            found = index({**truth, 'annotations': []})
+            found = to_coco({**truth, 'annotations': []})
         evaluator = COCOeval(objects, found, iouType=kind)
+        evaluator.params.imgIds = chosen
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
@@ -193,13 +216,14 @@ def evaluate(
         name: known(value)
         for name, value in zip(FIGURES, evaluator.stats, strict=True)
     }
+    among = set(chosen)
     counts = Counter(
         row['category_id']
         for row in truth['annotations']
-        if not row['iscrowd']
+        if row['image_id'] in among and not row['iscrowd']
     )
     names = {row['id']: row['name'] for row in truth['categories']}
-    # IoU thresholds, recalls, classes; all areas, most detections
+    # IoU thresholds, recalls, classes; of all areas and most detections
     precision = evaluator.eval['precision'][..., 0, -1]
     classes = [
         ClassScore(
@@ -213,7 +237,7 @@ def evaluate(
     return Scores(figures, classes)
 
 
-def index(dataset: dict[str, Any]) -> COCO:
+def to_coco(dataset: dict[str, Any]) -> COCO:
     coco = COCO()
     coco.dataset = dataset
     coco.createIndex()
@@ -279,8 +303,10 @@ def figure_table(new: Scores, old: Scores | None) -> str:
     rows = []
     for name, meaning in FIGURES.items():
         value = new.figures[name]
-        cells = [percent(value)] if old is None else (
-            versus(value, old.figures[name])
+        cells = (
+            [percent(value)]
+            if old is None
+            else (versus(value, old.figures[name]))
         )
         rows.append([f'{name:6}{meaning}', *cells])
     columns = ['result'] if old is None else ['result', 'baseline', 'diff']
@@ -340,7 +366,46 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    everything = load_truth(args.annotations, args.type)
-    truth = load_truth(args.annotations, args.type, args.images)
-    del everything
-    raise NotImplementedError
+    truth = load_truth(args.annotations, args.type)
+    paths = [args.result] + ([args.baseline] if args.baseline else [])
+    # all are read before any is evaluated: an error is told at once
+    loaded = [load_results(path, truth, args.type) for path in paths]
+    covered = [len({row['image_id'] for row in rows}) for rows in loaded]
+    scores = [evaluate(truth, rows, args.type, args.images) for rows in loaded]
+    new, old = scores[0], scores[1] if args.baseline else None
+    for path, rows, count in zip(paths, loaded, covered, strict=True):
+        total = len(truth['images'])
+        print(f'{path}: {len(rows)} detections on {count} of {total} images')
+    if args.images is not None:
+        print(f'evaluated on the first {args.images} images')
+    print('\n' + figure_table(new, old))
+    if args.per_class:
+        print('\n' + class_table(new, old))
+    if args.json is not None:
+        report: dict[str, Any] = {
+            'type': args.type,
+            'images': len(truth['images'][: args.images]),
+            'result': asdict(new),
+        }
+        if old is not None:
+            report['baseline'] = asdict(old)
+            report['difference'] = compare(new, old)
+        write_json(args.json, report)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except DataError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f'{error.filename}: ' if error.filename else ''
+        print(f'error: {where}{error.strerror or error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -84,10 +84,13 @@ class Bar:
         if now - self.last < (0.1 if self.live else 15) and done != total:
             return
         self.last = now
-        share = f' of {total / 1e6:.1f} ({done / total:.0%})' if total else ''
+        text = f'{self.label}: {done / 1e6:.1f}'
+        if total:
+            text += f' of {total / 1e6:.1f} MB ({done / total:.0%})'
+        else:
+            text += ' MB'
         start, end = ('\r', '') if self.live else ('', '\n')
-        text = f'{start}{self.label}: {done / 1e6:.1f}{share} MB'
-        print(text, end=end, file=sys.stderr, flush=True)
+        print(start + text, end=end, file=sys.stderr, flush=True)
         self.end = '\n' if self.live else ''
 
     def __enter__(self) -> 'Bar':
@@ -802,8 +805,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f'{error.filename}: ' if error.filename else ''
         what = error.strerror or str(error)
         if error.errno == errno.ENOSPC:
-            what += '. Free some space'
-        print(f'error: {where}{what}. {AGAIN}', file=sys.stderr)
+            what += f'. Free some space. {AGAIN}'
+        print(f'error: {where}{what}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f'\ninterrupted. {AGAIN}', file=sys.stderr)

@@ -1,0 +1,481 @@
+import contextlib
+import importlib.util
+import io
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.evaluation import CocoMetric
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_tool():
+    path = ROOT / 'tools' / 'eval_coco.py'
+    spec = importlib.util.spec_from_file_location('eval_coco', path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name):
+        path = tmp_path / name
+        path.write_text(
+            content if isinstance(content, str) else json.dumps(content)
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def report(tmp_path, capsys):
+    """Run a command line; its JSON, output and error output."""
+
+    def report(*args):
+        path = tmp_path / 'report.json'
+        status = tool.main([*map(str, args), '--json', str(path)])
+        out, err = capsys.readouterr()
+        assert status == 0, err
+        return json.loads(path.read_text()), out, err
+
+    return report
+
+
+@pytest.fixture
+def fails(capsys):
+    def fails(*args, match):
+        assert tool.main([*map(str, args)]) == 1
+        out, err = capsys.readouterr()
+        assert out == ''
+        *_, error = err.splitlines()
+        assert error.startswith('error: ')
+        assert match in error, error
+
+    return fails
+
+
+# -------------------------------------------------------------- by hand
+
+
+def truth():
+    """One image; two cats of 20 x 20 pixels, one dog of 50 x 50."""
+    boxes = [(1, [0, 0, 20, 20]), (1, [100, 0, 20, 20]), (2, [0, 99, 50, 50])]
+    return {
+        'images': [
+            {'id': 5, 'file_name': 'x.jpg', 'width': 200, 'height': 200},
+            {'id': 6, 'file_name': 'y.jpg', 'width': 200, 'height': 200},
+        ],
+        'annotations': [
+            {
+                'id': number,
+                'image_id': 5,
+                'category_id': category,
+                'bbox': box,
+                'area': box[2] * box[3],
+                'iscrowd': 0,
+            }
+            for number, (category, box) in enumerate(boxes, start=1)
+        ],
+        'categories': [
+            {'id': 1, 'name': 'cat'},
+            {'id': 2, 'name': 'dog'},
+            {'id': 3, 'name': 'bee'},
+        ],
+    }
+
+
+def detection(category, box, score, image=5):
+    return {
+        'image_id': image,
+        'category_id': category,
+        'bbox': box,
+        'score': score,
+    }
+
+
+# Cats: found, missed, found. Precision is 1 up to recall 1/2, then 2/3; of
+# the 101 recalls, 51 are up to 1/2.
+CAT = (51 * 1 + 50 * 2 / 3) / 101
+# Dog: 50 x 31 of its 50 x 50, an IoU of .62: found at .5, .55 and .6.
+DOG = 3 / 10
+
+
+def detections():
+    return [
+        detection(1, [0, 0, 20, 20], 0.9),
+        detection(1, [50, 50, 20, 20], 0.8),
+        detection(1, [100, 0, 20, 20], 0.7),
+        detection(2, [0, 99, 50, 31], 0.6),
+    ]
+
+
+def test_figures_by_hand(write, report):
+    result = write(detections(), 'x.bbox.json')
+    found, out, err = report(result, write(truth(), 'truth.json'))
+    assert found['result']['figures'] == pytest.approx(
+        {
+            'AP': (CAT + DOG) / 2,
+            'AP50': (CAT + 1) / 2,
+            'AP75': CAT / 2,
+            'APs': CAT,
+            'APm': DOG,
+            'APl': None,
+            # a recall of 1/2 with one box, for the cats
+            'AR1': (1 / 2 + DOG) / 2,
+            'AR10': (1 + DOG) / 2,
+            'AR100': (1 + DOG) / 2,
+            'ARs': 1.0,
+            'ARm': DOG,
+            'ARl': None,
+        }
+    )
+    assert found['result']['classes'] == [
+        {
+            'name': 'cat',
+            'objects': 2,
+            'AP': pytest.approx(CAT),
+            'AP50': pytest.approx(CAT),
+        },
+        {
+            'name': 'dog',
+            'objects': 1,
+            'AP': pytest.approx(DOG),
+            'AP50': pytest.approx(1),
+        },
+        {'name': 'bee', 'objects': 0, 'AP': None, 'AP50': None},
+    ]
+    assert f'{result}: 4 detections on 1 of 2 images' in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ['AP', 'IoU', '.50:.95', f'{50 * (CAT + DOG):.2f}'] in lines
+    assert lines[-1][0] == 'ARl'
+    assert lines[-1][-1] == '-'
+    assert err == ''
+
+
+def test_difference_by_hand(write, report):
+    better = detections()
+    better[3]['bbox'] = [0, 99, 50, 50]  # the dog, exactly
+    del better[1]  # the miss among the cats
+    found, out, _ = report(
+        write(better, 'new.bbox.json'),
+        write(truth(), 'truth.json'),
+        '--baseline',
+        write(detections(), 'old.bbox.json'),
+        '--per-class',
+    )
+    assert found['result']['figures']['AP'] == pytest.approx(1)
+    assert found['baseline']['figures']['AP'] == pytest.approx((CAT + DOG) / 2)
+    change = found['difference']
+    assert change['figures']['AP'] == pytest.approx(1 - (CAT + DOG) / 2)
+    assert change['figures']['AP75'] == pytest.approx(1 - CAT / 2)
+    assert change['figures']['APl'] is None
+    assert change['classes'] == [
+        {
+            'name': 'cat',
+            'AP': pytest.approx(1 - CAT),
+            'AP50': pytest.approx(1 - CAT),
+        },
+        {'name': 'dog', 'AP': pytest.approx(0.7), 'AP50': pytest.approx(0)},
+        {'name': 'bee', 'AP': None, 'AP50': None},
+    ]
+    lines = [line.split() for line in out.splitlines()]
+    cat = f'{100 * CAT:.2f}', f'{100 * (1 - CAT):+.2f}'
+    assert ['cat', '2', '100.00', *cat, '100.00', *cat] in lines
+    assert [
+        *('dog', '1', '100.00', '30.00', '+70.00'),
+        *('100.00', '100.00', '+0.00'),
+    ] in lines
+    assert ['bee', '0', *'------'] in lines
+
+
+def test_no_detection_at_all(write, report):
+    found, out, err = report(
+        write([], 'x.bbox.json'),
+        write(truth(), 'truth.json'),
+        '--baseline',
+        write(detections(), 'old.bbox.json'),
+    )
+    values = found['result']['figures']
+    # there is no large object
+    assert {name for name, v in values.items() if v is None} == {'APl', 'ARl'}
+    assert {v for v in values.values() if v is not None} == {0.0}
+    assert [row['AP'] for row in found['result']['classes']] == [0, 0, None]
+    assert found['difference']['figures']['AP50'] == pytest.approx(
+        -(CAT + 1) / 2
+    )
+    assert 'warning: ' in err
+    assert 'x.bbox.json: no detection at all' in err
+    assert '0 detections on 0 of 2 images' in out
+
+
+def test_crowds_are_not_counted(write, report):
+    labels = truth()
+    labels['annotations'][2]['iscrowd'] = 1
+    del labels['annotations'][0]['iscrowd']  # absent means no
+    found, _, _ = report(
+        write(detections(), 'x.bbox.json'), write(labels, 'truth.json')
+    )
+    assert found['result']['figures']['AP'] == pytest.approx(CAT)
+    counts = [row['objects'] for row in found['result']['classes']]
+    assert counts == [2, 0, 0]
+
+
+def test_first_images_only(write, report):
+    labels = truth()
+    more = dict(labels['annotations'][0], id=9, image_id=6)
+    labels['annotations'].append(more)
+    paths = write(detections(), 'x.json'), write(labels, 'truth.json')
+    whole, _, _ = report(*paths)
+    first, out, _ = report(*paths, '--images', 1)
+    assert first['result']['figures']['AP'] == pytest.approx((CAT + DOG) / 2)
+    assert whole['result']['figures']['AP'] < (CAT + DOG) / 2 - 0.05
+    assert first['result']['classes'][0]['objects'] == 2
+    assert whole['result']['classes'][0]['objects'] == 3
+    assert (first['images'], whole['images']) == (1, 2)
+    assert 'evaluated on the first 1 images' in out
+
+
+def test_annotation_id_0_is_told(write, report):
+    labels = truth()
+    for row in labels['annotations']:
+        row['id'] -= 1
+    found, _, err = report(
+        write(detections(), 'x.json'), write(labels, 'truth.json')
+    )
+    assert 'annotation id 0' in err
+    # it is true, indeed
+    assert found['result']['figures']['AP'] < (CAT + DOG) / 2 - 0.05
+
+
+# -------------------------------------------------- against others, on photos
+
+
+@pytest.fixture
+def photos(shared_data, write):
+    """Annotations of 30 photos of COCO."""
+    path = shared_data / 'coco_tiny/annotations/instances_val2017.json'
+    labels = json.loads(path.read_text())
+    labels['images'] = labels['images'][:30]
+    kept = {row['id'] for row in labels['images']}
+    labels['annotations'] = [
+        row for row in labels['annotations'] if row['image_id'] in kept
+    ]
+    return write(labels, 'photos.json')
+
+
+def noisy(path, seed):
+    """Detections near the objects, with misses and wrong classes."""
+    draw = random.Random(seed)
+    labels = json.loads(path.read_text())
+    classes = [row['id'] for row in labels['categories']]
+    found = []
+    for row in labels['annotations']:
+        if draw.random() < 0.2:
+            continue
+        x, y, width, height = row['bbox']
+        box = [
+            x + width * draw.gauss(0, 0.08),
+            y + height * draw.gauss(0, 0.08),
+            width * draw.uniform(0.8, 1.2),
+            height * draw.uniform(0.8, 1.2),
+        ]
+        category = row['category_id']
+        if draw.random() < 0.2:
+            category = draw.choice(classes)
+        found.append(detection(category, box, draw.random(), row['image_id']))
+    return found
+
+
+def reference(path, results, kind='bbox'):
+    """The evaluator of pycocotools, after its own documentation."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        labels = COCO(str(path))
+        evaluator = COCOeval(labels, labels.loadRes(str(results)), kind)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return evaluator
+
+
+def test_figures_are_those_of_pycocotools(write, report, photos):
+    result = write(noisy(photos, 1), 'x.bbox.json')
+    found, _, _ = report(result, photos)
+    expected = reference(photos, result)
+    figures = found['result']['figures']
+    assert list(figures.values()) == expected.stats.tolist()
+    assert 0.1 < figures['AP'] < 0.9
+    classes = {row['name']: row for row in found['result']['classes']}
+    assert len(classes) == 80
+    for number in (1, 3, 44, 62):
+        expected.params.catIds = [number]
+        with contextlib.redirect_stdout(io.StringIO()):
+            expected.evaluate()
+            expected.accumulate()
+            expected.summarize()
+        row = classes[expected.cocoGt.cats[number]['name']]
+        ap, ap50 = expected.stats[:2]
+        assert (row['AP'] is None) == (ap == -1)
+        if row['AP'] is not None:
+            assert row['AP'] == pytest.approx(ap)
+            assert row['AP50'] == pytest.approx(ap50)
+
+
+def test_masks(write, report, fails, photos):
+    with contextlib.redirect_stdout(io.StringIO()):
+        labels = COCO(str(photos))
+    results = []
+    for row in noisy(photos, 2):
+        nearest = min(
+            labels.imgToAnns[row['image_id']],
+            key=lambda known: np.abs(
+                np.subtract(known['bbox'], row['bbox'])
+            ).sum(),
+        )
+        mask = labels.annToRLE(nearest)
+        mask['counts'] = mask['counts'].decode()
+        mask['size'] = list(map(int, mask['size']))
+        results.append({**row, 'segmentation': mask})
+    only_masks = [
+        {key: value for key, value in row.items() if key != 'bbox'}
+        for row in results
+    ]
+    result = write(only_masks, 'x.segm.json')
+    found, _, _ = report(result, photos, '--type', 'segm')
+    expected = reference(photos, result, 'segm').stats.tolist()
+    assert list(found['result']['figures'].values()) == expected
+    # boxes beside the masks change nothing
+    found, _, _ = report(write(results, 'y.json'), photos, '--type', 'segm')
+    assert list(found['result']['figures'].values()) == expected
+
+    fails(result, photos, match='--type bbox, got no bbox, only image_id')
+    mask = only_masks[3]['segmentation']
+    only_masks[3]['segmentation'] = {**mask, 'size': [3, 4]}
+    bad = write(only_masks, 'z.json')
+    fails(bad, photos, '--type', 'segm', match='a mask of size')
+    only_masks[3]['segmentation'] = [[0, 0, 1, 1, 2, 2]]
+    bad = write(only_masks, 'z.json')
+    fails(bad, photos, '--type', 'segm', match='that is no compressed RLE')
+
+
+def test_it_reads_what_mmdet_writes(tmp_path, report, photos):
+    labels = json.loads(photos.read_text())
+    names = [row['name'] for row in labels['categories']]
+    order = {
+        row['id']: place for place, row in enumerate(labels['categories'])
+    }
+    metric = CocoMetric(
+        ann_file=str(photos),
+        metric='bbox',
+        classwise=True,
+        outfile_prefix=str(tmp_path / 'x'),
+    )
+    metric.dataset_meta = {'classes': names}
+    rows = noisy(photos, 3)
+    for image in labels['images']:
+        mine = [row for row in rows if row['image_id'] == image['id']]
+        boxes = torch.tensor([row['bbox'] for row in mine]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        classes = [order[row['category_id']] for row in mine]
+        sample = {
+            'img_id': image['id'],
+            'ori_shape': (image['height'], image['width']),
+            'pred_instances': {
+                'bboxes': boxes,
+                'scores': torch.tensor([row['score'] for row in mine]),
+                'labels': torch.tensor(classes, dtype=torch.long),
+            },
+        }
+        metric.process({}, [sample])
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = metric.evaluate(size=len(labels['images']))
+    found, _, _ = report(tmp_path / 'x.bbox.json', photos)
+    figures = found['result']['figures']
+    for mine, theirs in (
+        *(('AP', 'mAP'), ('AP50', 'mAP_50'), ('AP75', 'mAP_75')),
+        *(('APs', 'mAP_s'), ('APm', 'mAP_m'), ('APl', 'mAP_l')),
+    ):
+        value = expected[f'coco/bbox_{theirs}']
+        assert figures[mine] == pytest.approx(value, abs=6e-4)
+    person = next(
+        row for row in found['result']['classes'] if row['name'] == 'person'
+    )
+    value = expected['coco/person_precision']
+    assert person['AP'] == pytest.approx(value, abs=6e-4)
+
+
+# ------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ('content', 'match'),
+    [
+        ('', 'a JSON file, got an empty file'),
+        ('[{"image_id": 5,', 'ends midway'),
+        ('{"a": 1}', 'a list of detections, got a dict'),
+        (truth(), 'a list of detections, got annotations'),
+        ([3], 'entry 0: expected a detection of --type bbox, got a int'),
+        (
+            [*detections(), {'image_id': 5, 'category_id': 1, 'score': 1}],
+            'entry 4: expected a detection of --type bbox, got no bbox',
+        ),
+        ([detection(1, [1, 2, 3], 0.5)], 'bbox=[1, 2, 3], which is not 4'),
+        ([detection(1, [1, 2, 3, None], 0.5)], 'None in its score or box'),
+        ([detection(1, [1, 2, 3, 4], float('nan'))], 'nan in its score or'),
+        ([detection([1], [1, 2, 3, 4], 0.5)], 'category_id=[1]'),
+        (
+            [
+                detection(1, [1, 2, 3, 4], 0.5, n)
+                for n in (5, 6, 7, 8, 9, 9, 10)
+            ]
+            + [detection(1, [1, 2, 3, 4], 0.5, '5')],
+            'expected detections of the images in the annotations, got 6 '
+            'that name others: 7, 8, 9 and 2 more. Give the annotations of',
+        ),
+        (
+            [*detections(), detection(0, [1, 2, 3, 4], 0.5)],
+            'of the categories in the annotations, got 1 that name others: 0.',
+        ),
+    ],
+)
+def test_bad_results(write, fails, content, match):
+    labels, good = write(truth(), 'truth.json'), write(detections(), 'x.json')
+    bad = write(content, 'bad.json')
+    fails(bad, labels, match=match)
+    fails(bad, labels, match=str(bad))
+    fails(good, labels, '--baseline', bad, match=match)
+
+
+def test_bad_files(write, fails, tmp_path):
+    labels, good = write(truth(), 'truth.json'), write(detections(), 'x.json')
+    fails(tmp_path / 'no.json', labels, match='got nothing')
+    fails(good, tmp_path / 'no.json', match='got nothing')
+    fails(good, good, match='a list (a file of results?)')
+    fails(good, write('{"images": []}', 'y.json'), match='list of images')
+    fails(good, labels, '--type', 'segm', match='masks, got 3 without one')
+
+
+def test_a_report_that_cannot_be_written(write, capsys, tmp_path):
+    paths = write(detections(), 'x.json'), write(truth(), 'truth.json')
+    (tmp_path / 'file').touch()
+    out = tmp_path / 'file' / 'report.json'
+    assert tool.main([*map(str, paths), '--json', str(out)]) == 1
+    assert 'error: ' in capsys.readouterr().err
+
+
+def test_images_from_one(capsys):
+    with pytest.raises(SystemExit):
+        tool.main(['a', 'b', '--images', '0'])
+    assert '--images takes a number from 1' in capsys.readouterr().err
