@@ -1,4 +1,5 @@
-# The student, distilled from the teacher after `tools/train.py teacher.py`.
+# The student, distilled (Chen et al., NeurIPS 2017). Train the teacher first:
+# python tools/train.py configs/bccd/teacher.py --work-dir work_dirs/bccd/teacher
 _base_ = ['./student.py']
 
 distillation = dict(
