@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .utils import ConfigError
 
 MAX_ROUNDING = 1.5
-"""Sizes closer than this factor differ by rounding and are resized."""
+"""Sizes closer than this factor, or than 2, differ by rounding."""
 
 
 def build_adapter(
@@ -56,18 +56,13 @@ def resize_to(feature: Tensor, size: torch.Size) -> Tensor:
     )
 
 
-def check_sizes(
-    student: tuple[Tensor, ...],
-    teacher: tuple[Tensor, ...],
-    *,
-    resize: bool,
-    where: str,
+def check_levels(
+    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], where: str
 ) -> None:
-    """Check that paired levels can meet.
+    """Check that there are as many levels of both.
 
     Raises:
-        ConfigError: If the number of levels differs, or, without ``resize``,
-            sizes by more than rounding.
+        ConfigError: If there are not.
     """
     if len(student) != len(teacher):
         raise ConfigError(
@@ -75,9 +70,26 @@ def check_sizes(
             f'{len(teacher)}. Choose as many of each with `levels` and '
             '`teacher_levels`.'
         )
+
+
+def check_sizes(
+    student: tuple[Tensor, ...],
+    teacher: tuple[Tensor, ...],
+    *,
+    resize: bool,
+    where: str,
+) -> None:
+    """Check that paired levels have sizes that can meet.
+
+    Raises:
+        ConfigError: If, without ``resize``, sizes differ by more than
+            rounding.
+    """
     for level, (s, t) in enumerate(zip(student, teacher, strict=True)):
         for a, b in zip(s.shape[2:], t.shape[2:], strict=True):
-            if not resize and max(a, b) >= MAX_ROUNDING * min(a, b):
+            if resize or abs(a - b) < 2:
+                continue
+            if max(a, b) >= MAX_ROUNDING * min(a, b):
                 raise ConfigError(
                     f'{where}: level {level} is {tuple(s.shape[2:])} in the '
                     f'student and {tuple(t.shape[2:])} in the teacher, a '

@@ -7,15 +7,20 @@ What belongs to distillation lies under the separate key ``distillation``.
 
 import contextlib
 import hashlib
+import logging
 import os
 import pickle
 import re
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 from mmengine.dist import barrier, is_main_process
+from mmengine.logging import print_log
 from torch.hub import download_url_to_file, get_dir
 from torch.serialization import safe_globals
 
@@ -67,9 +72,9 @@ def load_checkpoint_file(
     ``trust`` is set.
 
     Args:
-        source: A file, or an ``http(s)://`` or ``file://`` URL, which is
-            downloaded once into PyTorch's hub folder; a hash in its name
-            (``…-0a1825a4.pth``) is verified.
+        source: A file (or its ``file://`` URL), or an ``http(s)://`` URL,
+            which is downloaded once into PyTorch's hub folder; a hash in its
+            name (``…-0a1825a4.pth``) is verified.
         trust: Unpickle whatever the file holds.
 
     Returns:
@@ -133,10 +138,11 @@ def _as_checkpoint(checkpoint: Any, path: str) -> dict[str, Any]:
 
 
 def _local_file(source: str) -> str:
-    scheme = urlparse(source).scheme
-    if scheme in ('http', 'https', 'file'):
+    url = urlparse(source)
+    if url.scheme in ('http', 'https'):
         return _download(source)
-    path = os.path.expanduser(source)
+    local = url2pathname(url.path) if url.scheme == 'file' else source
+    path = os.path.expanduser(local)
     if not os.path.isfile(path):
         raise CheckpointError(
             f'the checkpoint {path!r} does not exist (working folder '
@@ -155,9 +161,7 @@ def _download(url: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         known = re.search(r'-([0-9a-f]{8,})\.pth$', name)
         try:
-            download_url_to_file(
-                url, str(path), known[1] if known else None
-            )
+            download_url_to_file(url, str(path), known[1] if known else None)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f'{url} could not be downloaded: {error}. Download it by '
@@ -165,6 +169,78 @@ def _download(url: str) -> str:
             ) from None
     barrier()
     return str(path)
+
+
+def damage(path: str) -> str | None:
+    """What makes a local checkpoint unusable, without reading it whole.
+
+    Returns:
+        None for a file that is whole, or whose kind does not tell.
+    """
+    if not os.path.isfile(path):
+        return 'does not exist'
+    with open(path, 'rb') as file:
+        start = file.read(2)
+    if not start:
+        return 'is empty'
+    # PyTorch writes a zip archive, whose table of contents comes last.
+    if start == b'PK' and not zipfile.is_zipfile(path):
+        return f'is truncated ({os.path.getsize(path):,} bytes)'
+    return None
+
+
+def check_checkpoint(path: str) -> None:
+    """Raise :class:`CheckpointError` for a local file that cannot be used."""
+    problem = None if '://' in path else damage(path)
+    if problem:
+        raise CheckpointError(
+            f'the checkpoint {path} {problem} (working folder {os.getcwd()}). '
+            'Correct the path, or copy or download the file again.'
+        )
+
+
+def latest_checkpoint(folder: str) -> str | None:
+    """The checkpoint of a training run that is to be resumed.
+
+    It is the one that the file ``last_checkpoint`` names. Where that is
+    missing or empty, or its checkpoint is damaged, it is the newest whole one
+    in the folder.
+
+    Returns:
+        Its path; None in a folder without any.
+
+    Raises:
+        CheckpointError: If there are checkpoints, but none is whole.
+    """
+    pointer = Path(folder, 'last_checkpoint')
+    named = pointer.read_text().strip() if pointer.is_file() else ''
+    found = sorted(
+        (p for p in Path(folder).glob('*.pth') if p.name[:5] != 'best_'),
+        key=lambda p: p.stat().st_mtime_ns,
+        reverse=True,
+    )
+    paths = [named] * bool(named) + [str(path) for path in found]
+    damages = []
+    for path in paths:
+        problem = None if '://' in path else damage(path)
+        if problem is None:
+            if path != named:
+                print_log(
+                    f'{pointer} {"is wrong" if named else "is missing"}'
+                    f'{"".join(f"; {d}" for d in damages)}: the newest whole '
+                    f'checkpoint is taken instead, {path}',
+                    'current',
+                    logging.WARNING,
+                )
+            return path
+        damages.append(f'{path} {problem}')
+    if damages:
+        raise CheckpointError(
+            f'nothing in {folder} can be resumed: {"; ".join(damages)}. '
+            'Bring a whole checkpoint back, or empty the folder to start '
+            'anew.'
+        )
+    return None
 
 
 def split_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -183,11 +259,64 @@ def split_checkpoint(checkpoint: dict[str, Any]) -> None:
         }
 
 
-def join_checkpoint(checkpoint: dict[str, Any]) -> None:
-    """Undo :func:`split_checkpoint`, in place."""
+def join_checkpoint(
+    checkpoint: dict[str, Any],
+    own: Mapping[str, torch.Tensor],
+    *,
+    resume: bool,
+) -> None:
+    """Put distillation's weights into the networks' state dicts, in place.
+
+    Args:
+        checkpoint: A checkpoint that :func:`split_checkpoint` has changed, or
+            a stock one.
+        own: The weights of the run that loads it, by their names in
+            ``state_dict``. They stand in for those that the checkpoint does
+            not have in their shape.
+        resume: Let nothing stand in.
+
+    Raises:
+        CheckpointError: If the checkpoint to be resumed has other weights.
+    """
     kept = checkpoint.get(ATTACHED, {})
-    for key, _ in _prefixes(checkpoint):
-        checkpoint[key].update(kept.get(key, {}))
+    for key, prefix in _prefixes(checkpoint):
+        mine = {
+            prefix + name.removeprefix(f'{ATTACHED}.'): value
+            for name, value in own.items()
+        }
+        saved = kept.get(key, {})
+        if resume:
+            _check_same_weights(mine, saved)
+        fitting = {
+            name: saved[name]
+            for name in mine
+            if name in saved and saved[name].shape == mine[name].shape
+        }
+        checkpoint[key].update({**mine, **fitting})
+
+
+def _check_same_weights(
+    own: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]
+) -> None:
+    shapes = [
+        {name: tuple(value.shape) for name, value in weights.items()}
+        for weights in (own, saved)
+    ]
+    names = sorted(
+        name
+        for name in {**own, **saved}
+        if shapes[0].get(name) != shapes[1].get(name)
+    )
+    if names:
+        first = names[0]
+        expected, got = (s.get(first, 'nothing') for s in shapes)
+        raise CheckpointError(
+            'the checkpoint was saved with other distillation methods: '
+            f'{len(names)} of their weights differ, the first is {first}: '
+            f'expected {expected}, got {got}. Resume with the config it was '
+            'saved with, or start from its student with load_from and '
+            'without resume.'
+        )
 
 
 def _prefixes(checkpoint: dict[str, Any]) -> list[tuple[str, str]]:
@@ -198,7 +327,7 @@ def _prefixes(checkpoint: dict[str, Any]) -> list[tuple[str, str]]:
     return [item for item in prefixes.items() if item[0] in checkpoint]
 
 
-def write_atomically(path: str, write: Any) -> None:
+def write_atomically(path: str, write: Callable[[str], object]) -> None:
     """Call ``write(temporary path)``, then rename the result to ``path``.
 
     Whoever is killed in between leaves the file that was there before.

@@ -37,8 +37,12 @@ PREPARED = {
 
 
 @contextmanager
-def explain_data_error(cfg: Config, loader: str) -> Iterator[None]:
-    """Turn an error of building ``cfg[loader]`` into one that helps.
+def explain_data_error(cfg: Config, split: str) -> Iterator[None]:
+    """Turn an error of building a split's loop into one that helps.
+
+    Args:
+        cfg: The config with ``<split>_dataloader`` and ``<split>_evaluator``.
+        split: ``'train'``, ``'val'`` or ``'test'``.
 
     Raises:
         DataError: If the data are missing or malformed: which file, what was
@@ -50,10 +54,17 @@ def explain_data_error(cfg: Config, loader: str) -> Iterator[None]:
     except DataError:
         raise
     except DATA_ERRORS as error:
-        dataset = (cfg.get(loader) or {}).get('dataset')
+        dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
+        evaluators = cfg.get(f'{split}_evaluator') or []
+        if not isinstance(evaluators, list | tuple):
+            evaluators = [evaluators]
         try:
             if isinstance(dataset, Mapping):
                 diagnose(dataset)
+            for evaluator in evaluators:
+                path = evaluator.get('ann_file')
+                if path:
+                    check_annotations(path)
         except DataError as diagnosis:
             raise diagnosis from error
         raise
@@ -71,25 +82,42 @@ def diagnose(dataset: Mapping[str, Any]) -> None:
     annotations = dataset.get('ann_file')
     if not annotations:
         return
+    prefix = dataset.get('data_prefix') or {}
     root = dataset.get('data_root') or ''
-    path = osp.join(root, annotations)
+    voc = prefix.get('sub_data_root')
+    check_annotations(
+        osp.join(root, annotations),
+        images=osp.join(root, prefix.get('img') or ''),
+        voc=None if voc is None else osp.join(root, voc),
+    )
+
+
+def check_annotations(
+    path: str, images: str | None = None, voc: str | None = None
+) -> None:
+    """Check an annotation file in COCO's (.json) or VOC's (.txt) layout.
+
+    Args:
+        path: The file.
+        images: Folder of the images that a .json names; None checks none.
+        voc: Folder of the ``Annotations`` that a .txt names; None checks none.
+
+    Raises:
+        DataError: At the first problem.
+    """
     remedy = remedy_for(path)
     if not osp.exists(path):
         missing = path
-        while missing and not osp.exists(osp.dirname(missing) or '.'):
+        while not osp.exists(osp.dirname(missing) or '.'):
             missing = osp.dirname(missing)
         raise DataError(
             f'{path}: expected the annotations of a data set, got nothing '
             f'({missing} does not exist). {remedy}'
         )
-    prefix = dataset.get('data_prefix') or {}
     if path.endswith('.json'):
-        check_coco_annotations(
-            path, osp.join(root, prefix.get('img', '')), remedy=remedy
-        )
-    elif path.endswith('.txt') and 'sub_data_root' in prefix:
-        folder = osp.join(root, prefix['sub_data_root'])
-        voc_check(folder, Path(path).stem, remedy=remedy)
+        check_coco_annotations(path, images, remedy=remedy)
+    elif path.endswith('.txt') and voc is not None:
+        voc_check(voc, Path(path).stem, remedy=remedy)
 
 
 def remedy_for(path: str) -> str:
@@ -106,7 +134,8 @@ def remedy_for(path: str) -> str:
 def check_images(dataset: Dataset) -> None:
     """Check that a built data set has images and that their files exist.
 
-    Each folder is listed once; no image is opened.
+    Each folder is listed once; no image is opened. Images of other storage
+    (``backend_args``) are not looked for.
 
     Raises:
         DataError: Names the first missing files and how many there are.
@@ -118,7 +147,9 @@ def check_images(dataset: Dataset) -> None:
             'behind filter_cfg (images without objects are dropped). Check '
             'the classes in metainfo and the annotation file.'
         )
-    if not hasattr(dataset, 'get_data_info'):
+    if not hasattr(dataset, 'get_data_info') or getattr(
+        dataset, 'backend_args', None
+    ):
         return
     listed: dict[str, set[str]] = {}
     missing = []
@@ -129,9 +160,7 @@ def check_images(dataset: Dataset) -> None:
         folder, name = osp.split(path)
         if folder not in listed:
             exists = osp.isdir(folder or '.')
-            listed[folder] = set(os.listdir(folder or '.')) if exists else (
-                set()
-            )
+            listed[folder] = set(os.listdir(folder or '.') if exists else ())
         if name not in listed[folder]:
             missing.append(path)
     if missing:

@@ -88,7 +88,9 @@ class Distiller(nn.Module):
             task_losses = scaled(task_losses, method.task_factors(), weight)
             distilled[name] = {
                 f'{name}.loss_{part}': weight * loss
-                for part, loss in method(student, teacher, data_samples).items()
+                for part, loss in method(
+                    student, teacher, data_samples
+                ).items()
             }
         for observe in self.observers:
             observe(task_losses, distilled)
@@ -202,6 +204,7 @@ def build_distiller(
                 'checkpoint=...), methods=dict(hint=dict('
                 "type='mmkd.FeatureHint')))"
             )
+    _check_names(cfg['methods'])
     device = next(student.parameters()).device
     with isolated_random_state(seed):
         methods = {
@@ -221,6 +224,21 @@ def build_distiller(
         for method in methods.values():
             method.prepare(student_outputs, teacher_outputs)
     return distiller.to(device)
+
+
+def _check_names(methods: Any) -> None:
+    if not isinstance(methods, Mapping):
+        raise ConfigError(
+            'distillation.methods must be a dict of a name of your choice to '
+            f'a config, got {methods!r}.'
+        )
+    for name in methods:
+        if not str(name).isidentifier() or hasattr(nn.ModuleDict, name):
+            raise ConfigError(
+                f'distillation.methods: "{name}" cannot be the name of a '
+                'method, it is also one of losses and weights. Choose a word '
+                'such as "hint".'
+            )
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ a step is being recorded, so that a detector carries nothing of mmkd's between
 steps and its copies (EMA) are clean.
 """
 
+import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,12 +31,13 @@ class BoxSample:
     N is the number of boxes sampled in the batch, K the head's classes.
     """
 
-    head: nn.Module
+    head: Any
     """The RPN head, or the RoI head's box head of one stage."""
     boxes: Tensor
     """Anchors (N, 4) as xyxy, or RoIs (N, 5) as image index + xyxy; pixels."""
-    logits: Tensor
-    """RPN: (N, 1) of a sigmoid or (N, 2) of a softmax head; RoI: (N, K+1)."""
+    logits: Tensor | None
+    """RPN: (N, 1) of a sigmoid or (N, 2) of a softmax head; RoI: (N, K+1);
+    None without classification."""
     deltas: Tensor | None
     """(N, 4), class-specific RoI heads (N, 4K); None without regression."""
     labels: Tensor
@@ -59,9 +61,11 @@ def intercepted(
 ) -> Iterator[None]:
     """Call ``after(result, *args, **kwargs)`` behind ``owner.name(...)``.
 
-    Shadows the method on the instance alone and takes the shadow away again.
+    Shadows the method on the instance alone and takes the shadow away again;
+    what others have put on the instance is there again afterwards.
     """
     original = getattr(owner, name)
+    shadowed = name in vars(owner)
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -73,15 +77,30 @@ def intercepted(
     try:
         yield
     finally:
-        delattr(owner, name)
+        if shadowed:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
 
 
-def box_heads(model: nn.Module) -> list[nn.Module]:
+def box_heads(model: nn.Module) -> list[Any]:
     """The RoI head's box heads, one a stage; empty for one-stage models."""
     heads = getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
     if heads is None:
         return []
     return list(heads) if isinstance(heads, nn.ModuleList) else [heads]
+
+
+def stage_of(model: nn.Module, path: str) -> int | None:
+    """The cascade's stage that the module at ``path`` belongs to, if any.
+
+    ``'roi_head.bbox_head.2.fc_cls'`` is of stage 2 (counted from 0).
+    """
+    parts = path.split('.')
+    if parts[0] != 'roi_head' or len(parts) < 3:
+        return None
+    parent = getattr(getattr(model, 'roi_head', None), parts[1], None)
+    return int(parts[2]) if isinstance(parent, nn.ModuleList) else None
 
 
 def flatten_levels(maps: Iterable[Tensor], channels: int) -> Tensor:
@@ -119,11 +138,12 @@ class Outputs:
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str] = ()) -> None:
-        self.model = model
+        self.model: Any = model
         self.paths = tuple(paths)
         self.note = ''
+        """What to add to the message of a tap that never fired."""
         self._fired: dict[str, list[Any]] = {}
-        self._anchor_targets: tuple[tuple, tuple] | None = None
+        self._anchor_targets: tuple[Any, tuple] | None = None
         self._roi_calls: dict[int, tuple[dict, dict]] = {}
 
     @contextmanager
@@ -153,7 +173,8 @@ class Outputs:
 
         ``'neck'`` is the backbone's output in a detector without a neck. A
         module that ran several times (a head shared by the levels) gives its
-        outputs in the order of the calls.
+        outputs in the order of the calls. An activation that works in place
+        on an output has changed it.
 
         Raises:
             TapError: If the module did not run in this step.
@@ -163,8 +184,8 @@ class Outputs:
         if path not in self._fired:
             raise TapError(
                 f'the tap "{path}" of {type(self.model).__name__} never '
-                f'fired. Fired: {", ".join(self._fired) or "none"}. Name a '
-                f'module that runs in the forward pass.{self.note}'
+                f'fired: {self._why_silent(path)} Fired: '
+                f'{", ".join(self._fired) or "none"}.{self.note}'
             )
         return tensors_in(self._fired[path])
 
@@ -184,13 +205,14 @@ class Outputs:
             raise TapError(
                 f'{type(self.model).__name__} has trained no RPN in this step'
             )
-        (anchor_list, *_), targets = self._anchor_targets
+        anchor_list, targets = self._anchor_targets
         scores, deltas = self.raw('rpn_head')[:2]
         head = self.model.rpn_head
         labels, weights, box_targets, box_weights = (
             torch.cat(levels, dim=1) for levels in targets[:4]
         )
-        image, anchor = index = weights.nonzero(as_tuple=True)
+        image, anchor = weights.nonzero(as_tuple=True)
+        index = (image, anchor)
         return BoxSample(
             head=head,
             boxes=torch.cat([as_tensor(a) for a in anchor_list[0]])[anchor],
@@ -198,8 +220,8 @@ class Outputs:
             deltas=flatten_levels(deltas, 4)[index],
             labels=labels[index],
             label_weights=weights[index],
-            targets=box_targets[image, anchor],
-            target_weights=box_weights[image, anchor],
+            targets=box_targets[index],
+            target_weights=box_weights[index],
             avg_factor=targets[4],
             index=index,
         )
@@ -235,6 +257,18 @@ class Outputs:
             )
         return samples
 
+    def _why_silent(self, path: str) -> str:
+        modules = dict(self.model.named_modules())
+        if path in modules:
+            return (
+                'the module did not run. Name one that does in the forward '
+                'pass.'
+            )
+        close = difflib.get_close_matches(path, modules, n=1)
+        hint = f'Did you mean "{close[0]}"? ' if close else ''
+        parts = ', '.join(name for name, _ in self.model.named_children())
+        return f'there is no such module. {hint}The detector has {parts}.'
+
     def _tapped_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for path in dict.fromkeys((*STANDARD_TAPS, *self.paths)):
             try:
@@ -248,8 +282,10 @@ class Outputs:
     ) -> None:
         self._fired.setdefault(path, []).append(output)
 
-    def _record_anchors(self, result: tuple, *args: Any, **_: Any) -> None:
-        self._anchor_targets = (args, result)
+    def _record_anchors(
+        self, result: tuple, anchor_list: Any, *_: Any, **__: Any
+    ) -> None:
+        self._anchor_targets = (anchor_list, result)
 
     def _record_rois(
         self, stage: int, result: dict, *args: Any, **kwargs: Any

@@ -7,6 +7,7 @@ uninterrupted run. With these states a resumed run is that run.
 
 import pickle
 import random
+import time
 from typing import Any
 
 import numpy as np
@@ -18,56 +19,64 @@ ROW_BYTES = 16384
 
 
 def capture() -> dict[str, Any]:
-    """The states of Python's, NumPy's and PyTorch's global generators."""
+    """The states of Python's, NumPy's and PyTorch's global generators.
+
+    They are numbers and bytes: a checkpoint holds them as they are, and no
+    code is run to read them.
+    """
+    name, keys, *rest = np.random.get_state()
     states = {
         'python': random.getstate(),
-        'numpy': np.random.get_state(),
-        'torch': torch.get_rng_state(),
+        'numpy': (name, keys.tobytes(), *rest),
+        'torch': torch.get_rng_state().numpy().tobytes(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states['cuda'] = torch.cuda.get_rng_state()
+        states['cuda'] = torch.cuda.get_rng_state().numpy().tobytes()
     return states
 
 
 def restore(states: dict[str, Any]) -> None:
     """Put states from :func:`capture` back."""
     random.setstate(states['python'])
-    np.random.set_state(states['numpy'])
-    torch.set_rng_state(states['torch'].cpu())
+    name, keys, *rest = states['numpy']
+    np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
+    torch.set_rng_state(_as_tensor(states['torch']))
     if 'cuda' in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states['cuda'].cpu())
+        torch.cuda.set_rng_state(_as_tensor(states['cuda']))
 
 
-def packed(states: Any) -> torch.Tensor:
-    """States as a tensor of bytes, which any checkpoint may hold."""
-    return torch.frombuffer(
-        bytearray(pickle.dumps(states)), dtype=torch.uint8
-    )
-
-
-def unpacked(states: torch.Tensor) -> Any:
-    """Undo :func:`packed`."""
-    return pickle.loads(states.cpu().numpy().tobytes())
+def _as_tensor(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
 
 class WorkerStates:
-    """Records the random states of a loader's persistent workers.
+    """Records the random states of a loader's workers.
 
-    Persistent workers draw on from epoch to epoch. Each writes its states
-    behind every batch into memory it shares with the main process, where they
-    are read at the end of an epoch, when the workers rest. A loader resumed
-    with :attr:`initial` starts its workers from there.
+    Workers draw on from epoch to epoch, and work ahead of the training. Each
+    writes its states behind every batch into memory that it shares with the
+    main process; as many batches are kept as it can be ahead. A loader that
+    is resumed with :attr:`initial` starts its workers from there.
 
     Args:
-        loader: A loader with ``persistent_workers``. Its ``collate_fn`` and
+        loader: A loader with workers. Its ``collate_fn`` and
             ``worker_init_fn`` are wrapped.
+        endless: It is iterated over once, whatever is trained (iteration
+            based), instead of once an epoch.
+
+    Attributes:
+        initial: States to start the workers from, as :meth:`read` gives them.
+        taken: The batches that training has taken.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader, *, endless: bool) -> None:
+        workers, ahead = loader.num_workers, loader.prefetch_factor or 2
         self.rows = torch.zeros(
-            loader.num_workers, ROW_BYTES, dtype=torch.uint8
+            workers, ahead + 2, ROW_BYTES, dtype=torch.uint8
         ).share_memory_()
-        self.initial: list[bytes | None] | None = None
+        self.done = torch.full((workers,), -1).share_memory_()
+        self.endless = endless
+        self.initial: list[dict[str, Any]] | None = None
+        self.taken = 0
         self._collate = loader.collate_fn
         self._init = loader.worker_init_fn
         loader.collate_fn = self.collate
@@ -76,26 +85,43 @@ class WorkerStates:
     def collate(self, batch: list[Any]) -> Any:
         """Collate in the worker, then record its states."""
         result = self._collate(batch)
-        states = pickle.dumps(capture())
-        row = self.rows[get_worker_info().id].numpy()
-        row[:4] = np.frombuffer(
-            len(states).to_bytes(4, 'little'), dtype=np.uint8
-        )
-        row[4 : 4 + len(states)] = np.frombuffer(states, dtype=np.uint8)
+        worker = get_worker_info().id
+        self._record(worker, int(self.done[worker]) + 1)
         return result
 
     def init_worker(self, worker_id: int) -> None:
         """Seed a worker as configured, or from the resumed states."""
         if self._init is not None:
             self._init(worker_id)
-        states = self.initial[worker_id] if self.initial else None
-        if states:
-            restore(pickle.loads(states))
+        if self.initial:
+            restore(self.initial[worker_id])
+        self._record(worker_id, 0)
 
-    def read(self) -> list[bytes | None]:
-        """Each worker's states as bytes; None for one that never worked."""
-        result: list[bytes | None] = []
-        for row in self.rows.numpy():
-            length = int.from_bytes(row[:4].tobytes(), 'little')
-            result.append(row[4 : 4 + length].tobytes() if length else None)
-        return result
+    def read(self) -> list[dict[str, Any]] | None:
+        """The workers' states behind the last batch that was taken.
+
+        In the order in which resumed workers take over: an endless loader
+        goes on with the worker whose turn it is. None before the start.
+        """
+        if not self.taken:
+            return self.initial
+        while (self.done < 0).any():
+            time.sleep(0.01)  # a worker is still starting
+        workers = range(len(self.rows))
+        if not self.endless:  # an epoch is over: they rest
+            return [self._states(i, int(self.done[i])) for i in workers]
+        turn = self.taken % len(workers)
+        return [
+            self._states(i, len(range(i, self.taken, len(workers))))
+            for i in (*workers[turn:], *workers[:turn])
+        ]
+
+    def _record(self, worker: int, batches: int) -> None:
+        states = pickle.dumps(capture())
+        row = self.rows[worker, batches % self.rows.shape[1]].numpy()
+        row[: len(states)] = np.frombuffer(states, dtype=np.uint8)
+        self.done[worker] = batches
+
+    def _states(self, worker: int, batches: int) -> dict[str, Any]:
+        row = self.rows[worker, batches % self.rows.shape[1]]
+        return pickle.loads(row.numpy().tobytes())

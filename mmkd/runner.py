@@ -4,31 +4,32 @@ import copy
 import difflib
 import os
 import os.path as osp
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-from mmengine.config import Config
-from mmengine.dist import all_gather_object, get_rank, is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
-from torch.utils.data import DataLoader
 
-from . import random_state
 from .checkpoint import (
     ATTACHED,
+    CheckpointError,
+    check_checkpoint,
     join_checkpoint,
+    latest_checkpoint,
+    load_checkpoint_file,
     split_checkpoint,
     write_atomically,
 )
 from .data_guard import check_images, explain_data_error
 from .distiller import Distiller, build_distiller
-from .registry import RUNNERS
-from .utils import ConfigError, isolated_random_state
+from .hooks import LossCheckHook
+from .registry import HOOKS, RUNNERS
+from .resume import ExactResumeHook
+from .utils import ConfigError, build_checked
 
 
 @RUNNERS.register_module()
@@ -53,24 +54,25 @@ class DistillationRunner(Runner):
         >>> DistillationRunner.from_cfg(config).train()  # doctest: +SKIP
     """
 
+    model: Any
     distiller: Distiller | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._resumed: list[torch.Tensor] | None = None
-        self._random_states: list[torch.Tensor] = []
-        self._worker_states: random_state.WorkerStates | None = None
+        self._exact = ExactResumeHook()
+        self._random_states: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
+        self.register_hook(self._exact)
         self._check_distillation_key()
 
     def train(self) -> nn.Module:
         """Attach the distiller, train, and leave the stock student."""
         try:
+            self._find_resumed()
             self._attach()
             self._wrap()
             return super().train()
         finally:
-            if self.distiller is not None:
-                self.distiller.detach()
+            self._detach()
 
     def val(self) -> dict:
         """Validate the stock student."""
@@ -86,7 +88,7 @@ class DistillationRunner(Runner):
 
     def _attach(self) -> None:
         cfg = self.cfg.get('distillation')
-        if cfg is None:
+        if cfg is None or self._train_loop is None:
             self.logger.info('No `distillation` in the config: plain training')
             return
         classes = self.train_loop.dataloader.dataset.metainfo.get('classes')
@@ -95,8 +97,10 @@ class DistillationRunner(Runner):
                 'the training data set names no classes; set '
                 'metainfo=dict(classes=(...)) on it.'
             )
-        seed = self.seed or 0
-        self.distiller = build_distiller(cfg, self.model, classes, seed)
+        self.model = self._student()
+        self.distiller = build_distiller(
+            cfg, self.model, classes, self.seed or 0
+        )
         self.distiller.attach()
         teacher = self.distiller.teacher
         self.logger.info(
@@ -106,25 +110,49 @@ class DistillationRunner(Runner):
             f"{teacher.class_map}; the teacher's normalisation "
             f'{"differs" if teacher.renormalize.needed else "is equal"}'
         )
-        self.register_hook(
-            dict(type='mmkd.LossCheckHook'), priority='VERY_LOW'
-        )
+        if not any(isinstance(hook, LossCheckHook) for hook in self.hooks):
+            self.register_hook(LossCheckHook())
+
+    def _detach(self) -> None:
+        """Take the distiller from the student and its average (EMA)."""
+        averages = [getattr(hook, 'ema_model', None) for hook in self.hooks]
+        for model in (self._student(), *averages):
+            attached = getattr(getattr(model, 'module', model), ATTACHED, None)
+            if attached is not None:
+                attached.detach()
+
+    def _student(self) -> nn.Module:
+        return self.model.module if self._wrapped else self.model
+
+    @property
+    def _attached(self) -> nn.Module | None:
+        return getattr(self._student(), ATTACHED, None)
+
+    def register_hook(self, hook: Hook | dict, priority: Any = None) -> None:
+        """Register a hook; mmkd's own are checked for unknown options."""
+        name = str(hook.get('type')) if isinstance(hook, dict) else ''
+        if name.startswith('mmkd.'):
+            options = dict(hook)
+            priority = priority or options.pop('priority', None)
+            hook = build_checked(HOOKS, options, 'custom_hooks')
+        super().register_hook(hook, priority)
 
     def _check_distillation_key(self) -> None:
         if 'distillation' in self.cfg:
             return
+        names = {str(name).lower(): name for name in self.cfg}
         close = difflib.get_close_matches(
-            'distillation', list(self.cfg), n=1, cutoff=0.75
+            'distillation', names, n=1, cutoff=0.65
         )
         if close:
             raise ConfigError(
-                f'the config has "{close[0]}" where "distillation" is '
+                f'the config has "{names[close[0]]}" where "distillation" is '
                 'expected; rename it.'
             )
 
     def _init_model_weights(self) -> None:
         """Initialise the student alone: adapters have their weights."""
-        student = self.model.module if self._wrapped else self.model
+        student = self._student()
         attached = student._modules.pop(ATTACHED, None)
         try:
             super()._init_model_weights()
@@ -197,34 +225,56 @@ class DistillationRunner(Runner):
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
         """Call the hooks; checkpoints are stock outside, joined within."""
-        if fn_name == 'after_load_checkpoint':
-            checkpoint = kwargs['checkpoint']
-            join_checkpoint(checkpoint)
-            self._resumed = checkpoint.get(ATTACHED, {}).get('random_states')
+        if fn_name == 'after_load_checkpoint' and self._attached is not None:
+            own = self._attached.state_dict(prefix=f'{ATTACHED}.')
+            join_checkpoint(kwargs['checkpoint'], own, resume=self._resume)
         super().call_hook(fn_name, **kwargs)
         if fn_name == 'before_save_checkpoint':
             checkpoint = kwargs['checkpoint']
             split_checkpoint(checkpoint)
             checkpoint[ATTACHED]['random_states'] = self._random_states
 
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
+        """Load weights; see :meth:`Runner.load_checkpoint`.
+
+        Raises:
+            CheckpointError: If the file is missing or truncated.
+        """
+        check_checkpoint(filename)
+        checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        attached = checkpoint.get(ATTACHED, {})
+        self._random_states = attached.get('random_states', [])
+        return checkpoint
+
     def save_checkpoint(
         self, out_dir: str, filename: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Save whole or not at all; see :meth:`Runner.save_checkpoint`."""
+        """Save whole or not at all; see :meth:`Runner.save_checkpoint`.
+
+        Raises:
+            CheckpointError: If the disk is full or the folder not writable.
+        """
         # Every process takes part here; MMEngine's method is the first's.
-        states = all_gather_object(self._capture())
-        self._random_states = [random_state.packed(s) for s in states]
+        self._random_states = all_gather_object(self._exact.capture(self))
         save = super().save_checkpoint
         if '://' in out_dir or not is_main_process():
             save(out_dir, filename, *args, **kwargs)
             return
-        os.makedirs(out_dir, exist_ok=True)
-        write_atomically(
-            osp.join(out_dir, filename),
-            lambda path: save(
-                out_dir, osp.basename(path), *args, **kwargs
-            ),
-        )
+        path = osp.join(out_dir, filename)
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            write_atomically(
+                path,
+                lambda path: save(
+                    out_dir, osp.basename(path), *args, **kwargs
+                ),
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f'{path} could not be written: {error}. The checkpoints '
+                'before it are intact: mend the disk and continue with '
+                '--resume.'
+            ) from error
 
     # -- exact resuming ----------------------------------------------------
 
@@ -232,102 +282,69 @@ class DistillationRunner(Runner):
         """Build the loop; its workers' random states are recorded."""
         if isinstance(loop, BaseLoop):
             return loop
-        with explain_data_error(self.cfg, 'train_dataloader'):
+        with explain_data_error(self.cfg, 'train'):
             built = super().build_train_loop(loop)
             check_images(built.dataloader.dataset)
-        loader = built.dataloader
-        if (
-            isinstance(built, EpochBasedTrainLoop)
-            and loader.num_workers > 0
-            and loader.persistent_workers
-        ):
-            self._worker_states = random_state.WorkerStates(loader)
+        self._exact.watch(built)
         return built
 
     def build_val_loop(self, loop: dict | BaseLoop) -> BaseLoop:
         """Build the validation loop, with errors that name the data."""
-        with explain_data_error(self.cfg, 'val_dataloader'):
+        with explain_data_error(self.cfg, 'val'):
             built = super().build_val_loop(loop)
             check_images(built.dataloader.dataset)
         return built
 
     def build_test_loop(self, loop: dict | BaseLoop) -> BaseLoop:
         """Build the test loop, with errors that name the data."""
-        with explain_data_error(self.cfg, 'test_dataloader'):
-            return super().build_test_loop(loop)
+        with explain_data_error(self.cfg, 'test'):
+            built = super().build_test_loop(loop)
+            check_images(built.dataloader.dataset)
+        return built
 
-    def resume(self, *args: Any, **kwargs: Any) -> None:
-        """Resume, and continue the interrupted run's random numbers."""
-        super().resume(*args, **kwargs)
-        states, self._resumed = self._resumed, None
-        rank = get_rank()
-        if not states or rank >= len(states):
-            self.logger.warning(
-                'The checkpoint holds no random states for this process: the '
-                'resumed run is not the uninterrupted one bit for bit.'
-            )
+    def _find_resumed(self) -> None:
+        """Settle what is resumed, and its seed, before all is built."""
+        if not self._resume:
             return
-        mine = random_state.unpacked(states[rank])
-        if self._worker_states is not None:
-            self._worker_states.initial = mine['workers']
-        self.register_hook(
-            _ContinueRandomStates(mine, persistent=bool(self._worker_states)),
-            priority='LOWEST',
-        )
-
-    def _capture(self) -> dict[str, Any]:
-        workers = self._worker_states
-        return {
-            **random_state.capture(),
-            'workers': workers.read() if workers else None,
-            'val_started': _has_started(self._val_loop),
-        }
-
-
-class _ContinueRandomStates(Hook):
-    """Puts the resumed random states where the interrupted run had them.
-
-    The checkpoint was written before its epoch's validation, which is run
-    (again): its result belongs to the run, and it may draw numbers. Loaders
-    with persistent workers draw one when they start, which the interrupted
-    run had done earlier; that draw is undone.
-    """
-
-    def __init__(self, states: dict[str, Any], *, persistent: bool) -> None:
-        self.states = states
-        self.persistent = persistent
-        self.pending = persistent
-
-    def before_train(self, runner: Runner) -> None:
-        random_state.restore(self.states)
-        loop = runner.train_loop
-        if runner.val_loop is not None and isinstance(
-            loop, EpochBasedTrainLoop
-        ):
-            loop._decide_current_val_interval()
-            due = loop.epoch >= loop.val_begin and (
-                loop.epoch % loop.val_interval == 0
-                or loop.epoch == loop.max_epochs
+        if self._load_from is None:
+            self._load_from = latest_checkpoint(self.work_dir)
+        if self._load_from is None:
+            self.logger.warning(
+                f'{self.work_dir} has no checkpoint to resume: the training '
+                'starts from scratch'
             )
-            if due:
-                runner.logger.info(
-                    'The validation that follows the checkpoint is run again'
+        elif '://' not in self._load_from:
+            meta = load_checkpoint_file(self._load_from, trust=True).get(
+                'meta'
+            )
+            if not meta:
+                raise CheckpointError(
+                    f'{self._load_from} holds weights alone, and nothing to '
+                    'resume. Start from them with load_from and without '
+                    'resume.'
                 )
-                runner.val_loop.run()
-            if due and self.states['val_started']:
-                random_state.restore(self.states)
-        self.states = random_state.capture()
+            seed = meta.get('seed')
+            if seed is not None and self._randomness_cfg.get('seed') is None:
+                # MMEngine takes it over when the samplers have another one.
+                self._randomness_cfg.update(seed=seed)
+                self.set_randomness(**self._randomness_cfg)
 
-    def before_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        if self.pending:
-            random_state.restore(self.states)
-            self.pending = False
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Resume, and continue the interrupted run's random numbers.
 
-
-def _has_started(loop: Any) -> bool:
-    loader = getattr(loop, 'dataloader', None)
-    return (
-        isinstance(loader, DataLoader)
-        and loader.persistent_workers
-        and loader._iterator is not None
-    )
+        Raises:
+            CheckpointError: If the checkpoint is damaged, or was saved with
+                other methods or another optimiser.
+        """
+        try:
+            super().resume(filename, *args, **kwargs)
+        except ValueError as error:
+            if 'parameter group' not in str(error):
+                raise
+            raise CheckpointError(
+                f'{filename} was saved with other trained parameters than '
+                f'the config has: {error}. Resume with the config it was '
+                'saved with, or start from its weights with load_from and '
+                'without resume.'
+            ) from error
+        self._exact.resume(self, self._random_states)

@@ -52,8 +52,9 @@ def build_checked(
         where: The place in the config, for messages.
 
     Raises:
-        ConfigError: If ``type`` is missing or unknown, or an option is
-            unknown; the message says the nearest known name.
+        ConfigError: If ``type`` is missing or unknown, an option is unknown
+            (the message says the nearest known name), missing, or refused
+            by the class.
     """
     if not isinstance(cfg, Mapping) or 'type' not in cfg:
         raise ConfigError(
@@ -62,6 +63,7 @@ def build_checked(
         )
     options = dict(cfg)
     cls = options.pop('type')
+    options.pop('_scope_', None)  # of configs with a base in another package
     if isinstance(cls, str):
         cls = _find_class(registry, cls, where)
     parameters = inspect.signature(cls).parameters.values()
@@ -69,7 +71,13 @@ def build_checked(
         check_options(
             f'{where} ({cls.__name__})', options, (p.name for p in parameters)
         )
-    return cls(**options)
+    try:
+        return cls(**options)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        name = getattr(cls, '__name__', cls)
+        raise ConfigError(f'{where} ({name}): {error}') from error
 
 
 def _known_types(registry: Registry) -> list[str]:

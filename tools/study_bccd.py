@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = ('teacher', 'student', 'distilled')
-EPOCHS = {'teacher': 18, 'student': 8, 'distilled': 8}
+EPOCHS = {'teacher': 18, 'student': 12, 'distilled': 12}
 METRICS = {
     'AP': 'coco/bbox_mAP',
     'AP50': 'coco/bbox_mAP_50',

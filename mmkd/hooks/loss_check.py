@@ -2,12 +2,13 @@
 
 import torch
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor
 
 from mmkd.distiller import Losses
 from mmkd.registry import HOOKS
-from mmkd.utils import distiller_of
+from mmkd.utils import ConfigError, distiller_of
 
 
 class NonFiniteLossError(RuntimeError):
@@ -27,7 +28,11 @@ class LossCheckHook(Hook):
             is reported, once.
     """
 
+    priority = 'VERY_LOW'
+
     def __init__(self, *, patience: int = 50) -> None:
+        if patience < 1:
+            raise ConfigError(f'patience must be at least 1, got {patience}')
         self.patience = patience
         self._names: list[str] = []
         self._finite: Tensor | None = None
@@ -38,10 +43,8 @@ class LossCheckHook(Hook):
     def before_train(self, runner: Runner) -> None:
         distiller_of(runner).observers.append(self.observe)
         wrapper = runner.optim_wrapper
-        wrappers = [w for _, w in wrapper.items()] if hasattr(
-            wrapper, 'items'
-        ) else [wrapper]
-        for each in wrappers:
+        several = isinstance(wrapper, OptimWrapperDict)
+        for each in wrapper.values() if several else [wrapper]:
             each.optimizer.register_step_pre_hook(lambda *_: self.check())
 
     def observe(
@@ -73,7 +76,11 @@ class LossCheckHook(Hook):
         if self._copied is not None:
             self._copied.synchronize()
         finite, self._finite = self._finite.tolist(), None
-        broken = [n for n, ok in zip(self._names, finite, strict=True) if not ok]
+        broken = [
+            name
+            for name, ok in zip(self._names, finite, strict=True)
+            if not ok
+        ]
         if broken:
             raise NonFiniteLossError(
                 f'{", ".join(broken)} is NaN or infinite; training stopped '
@@ -83,7 +90,9 @@ class LossCheckHook(Hook):
                 '(mmkd.WeightScheduleHook), or clip gradients.'
             )
 
-    def after_train_iter(self, runner: Runner, *_: object, **__: object) -> None:
+    def after_train_iter(
+        self, runner: Runner, *_: object, **__: object
+    ) -> None:
         # A gradient scaler skips the optimiser's step, and the check with it.
         self.check()
         self._seen += 1
@@ -97,4 +106,3 @@ class LossCheckHook(Hook):
                         'is its loss_weight 0?'
                     )
             self._largest.clear()
-

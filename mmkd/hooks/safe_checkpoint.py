@@ -1,6 +1,7 @@
 """Checkpoints that survive being killed at any moment."""
 
 import os.path as osp
+from collections import deque
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -15,10 +16,10 @@ from mmkd.registry import HOOKS
 class SafeCheckpointHook(CheckpointHook):
     """MMEngine's checkpoint hook that never holds fewer files than it should.
 
-    MMEngine removes the oldest checkpoint *before* it writes the new one and
-    rewrites ``last_checkpoint`` in place: killed in between, a run with
-    ``max_keep_ckpts=1`` has nothing left. Here the order is save, point to
-    it, remove, each step atomic. Options are those of
+    MMEngine removes the oldest and the former best checkpoint *before* it
+    writes the new one and rewrites ``last_checkpoint`` in place: killed in
+    between, a run with ``max_keep_ckpts=1`` has nothing left. Here the order
+    is save, point to it, remove, each step atomic. Options are those of
     :class:`mmengine.hooks.CheckpointHook`;
     :class:`~mmkd.runner.DistillationRunner` puts it in its place.
     """
@@ -26,14 +27,12 @@ class SafeCheckpointHook(CheckpointHook):
     def _save_checkpoint_with_step(
         self, runner: Runner, step: int, meta: dict
     ) -> None:
-        outdated = []
-        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
-            self.keep_ckpt_ids.append(step)
-            while len(self.keep_ckpt_ids) > self.max_keep_ckpts:
-                outdated.append(self.keep_ckpt_ids.popleft())
-            runner.message_hub.update_info(
-                'keep_ckpt_ids', list(self.keep_ckpt_ids)
-            )
+        kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
+        if step not in kept:
+            kept.append(step)
+        if self.max_keep_ckpts > 0:
+            # With those to be removed: a run that resumes removes them.
+            runner.message_hub.update_info('keep_ckpt_ids', kept)
         filename = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
@@ -48,15 +47,35 @@ class SafeCheckpointHook(CheckpointHook):
             backend_args=self.backend_args,
             **self.args,
         )
-        if not is_main_process():
-            return
-        write_atomically(
-            osp.join(runner.work_dir, 'last_checkpoint'),
-            lambda path: Path(path).write_text(str(self.last_ckpt)),
-        )
-        for old in outdated:
-            path = self.file_backend.join_path(
-                self.out_dir, self.filename_tmpl.format(old)
+        if is_main_process():
+            write_atomically(
+                osp.join(runner.work_dir, 'last_checkpoint'),
+                lambda path: Path(path).write_text(str(self.last_ckpt)),
             )
-            if self.file_backend.isfile(path):
+        if self.max_keep_ckpts > 0:
+            if is_main_process():
+                for outdated in kept[: -self.max_keep_ckpts]:
+                    self._remove(self.filename_tmpl.format(outdated))
+            kept = kept[-self.max_keep_ckpts :]
+            self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
+            runner.message_hub.update_info('keep_ckpt_ids', kept)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        former: list[str] = []
+        self.file_backend.remove = former.append
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        finally:
+            del self.file_backend.remove
+        if not self.save_best:
+            return
+        many = getattr(self, 'best_ckpt_path_dict', {})
+        best = (getattr(self, 'best_ckpt_path', None), *many.values())
+        for path in former:
+            if path not in best:
                 self.file_backend.remove(path)
+
+    def _remove(self, filename: str) -> None:
+        path = self.file_backend.join_path(self.out_dir, filename)
+        if self.file_backend.isfile(path):
+            self.file_backend.remove(path)

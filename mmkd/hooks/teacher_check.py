@@ -24,7 +24,7 @@ class TeacherCheckHook(Hook):
     That the checkpoint fits the config exactly is checked in any case.
 
     Args:
-        evaluate: Number of images, at least 1.
+        evaluate: Number of images, at least 1; all, where there are fewer.
     """
 
     priority = 'VERY_HIGH'
@@ -40,13 +40,13 @@ class TeacherCheckHook(Hook):
             raise ConfigError(
                 'TeacherCheckHook needs a val_dataloader and val_evaluator.'
             )
+        images = min(self.evaluate, len(runner.val_dataloader.dataset))
         with isolated_random_state():
-            metrics = evaluate_teacher(
-                runner, distiller.teacher, self.evaluate
-            )
+            metrics = evaluate_teacher(runner, distiller.teacher, images)
         shown = '  '.join(f'{k}: {v:.4g}' for k, v in metrics.items())
         runner.logger.info(
-            f'The teacher on {self.evaluate} validation images: {shown}'
+            f'The teacher on {images} validation images: '
+            f'{shown or "no detections, no metrics"}'
         )
         runner.visualizer.add_scalars(
             {f'teacher/{key}': float(v) for key, v in metrics.items()}, step=0
@@ -63,7 +63,7 @@ def evaluate_teacher(
     """
     cfg = copy.deepcopy(runner.cfg.val_dataloader)
     cfg.update(num_workers=0, persistent_workers=False)
-    cfg.dataset.indices = images
+    cfg.dataset.indices = list(range(images))
     loader = Runner.build_dataloader(cfg)
     dataset = loader.dataset
     evaluator = runner.build_evaluator(copy.deepcopy(runner.cfg.val_evaluator))

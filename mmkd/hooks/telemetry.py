@@ -11,7 +11,7 @@ from mmkd.checkpoint import ATTACHED
 from mmkd.distiller import Losses
 from mmkd.outputs import tensors_in
 from mmkd.registry import HOOKS
-from mmkd.utils import distiller_of
+from mmkd.utils import ConfigError, distiller_of
 
 
 @HOOKS.register_module()
@@ -34,7 +34,7 @@ class TelemetryHook(Hook):
 
     def __init__(self, *, interval: int = 50) -> None:
         if interval < 1:
-            raise ValueError(f'interval must be at least 1, got {interval}')
+            raise ConfigError(f'interval must be at least 1, got {interval}')
         self.interval = interval
         self._parameters: Sequence[Tensor] = ()
         self._due = False

@@ -32,7 +32,7 @@ class WeightScheduleHook(Hook):
     on, where the teacher is no longer run.
 
     Args:
-        methods: Names of the methods; all by default.
+        methods: Names of the methods (or one name); all by default.
         warmup: Length of the linear warm-up.
         decay: ``'none'``, ``'linear'`` or ``'cosine'``.
         stop_at: When the methods are switched off; never by default.
@@ -49,7 +49,7 @@ class WeightScheduleHook(Hook):
     def __init__(
         self,
         *,
-        methods: Sequence[str] | None = None,
+        methods: str | Sequence[str] | None = None,
         warmup: float = 0,
         decay: str = 'none',
         stop_at: float | None = None,
@@ -67,7 +67,7 @@ class WeightScheduleHook(Hook):
                 f'stop_at ({stop_at}) must not come before the end of the '
                 f'warm-up ({warmup})'
             )
-        self.methods = methods
+        self.methods = [methods] if isinstance(methods, str) else methods
         self.warmup, self.decay = warmup, decay
         self.stop_at, self.by_epoch = stop_at, by_epoch
 
@@ -102,7 +102,7 @@ class WeightScheduleHook(Hook):
         time, end = float(runner.iter), float(runner.max_iters)
         if self.by_epoch:
             batches = len(runner.train_dataloader)
-            time, end = runner.iter / batches, float(runner.max_epochs)
+            time, end = time / batches, end / batches
         scales = distiller_of(runner).scales
         for name in self.methods or scales:
             scales[name] = self.factor(time, end)

@@ -29,9 +29,13 @@ class TeacherBoundedRegressionLoss(nn.Module):
     the weight :math:`\nu = 0.5` (``loss_weight``). The paper does not say
     what its margin :math:`m` is; re-implementations take 0 to 0.5.
 
+    With ``bounded=False`` it is the paper's baseline, which imitates the
+    teacher and hurts (table 4): :math:`\|R_s - R_t\|_2^2` for every box.
+
     Args:
         margin: How much better than the teacher the student must be before
             its loss is switched off, in squared deltas, at least 0.
+        bounded: False for plain L2 towards the teacher.
         reduction: ``'none'``, ``'mean'`` or ``'sum'``.
         loss_weight: Factor of the result, the paper's :math:`\nu`.
 
@@ -52,6 +56,7 @@ class TeacherBoundedRegressionLoss(nn.Module):
         self,
         *,
         margin: float = 0.0,
+        bounded: bool = True,
         reduction: str = 'mean',
         loss_weight: float = 0.5,
     ) -> None:
@@ -59,6 +64,7 @@ class TeacherBoundedRegressionLoss(nn.Module):
         if margin < 0:
             raise ValueError(f'margin must be at least 0, got {margin}')
         self.margin = margin
+        self.bounded = bounded
         self.reduction = check_reduction(reduction)
         self.loss_weight = loss_weight
 
@@ -93,15 +99,23 @@ class TeacherBoundedRegressionLoss(nn.Module):
                 f'{tuple(teacher.shape)}'
             )
         reduction = check_reduction(reduction_override or self.reduction)
-        target = target.float()
-        squares = (pred.float() - target).square()
-        with torch.no_grad():
-            teacher_error = (teacher.float() - target).square().sum(-1)
-            gate = squares.sum(-1) + self.margin > teacher_error
+        aim = target.float() if self.bounded else teacher.detach().float()
+        squares = (pred.float() - aim).square()
+        gate = self._gate(squares, teacher, target) if self.bounded else None
         if weight is not None and weight.dim() == 2:
             squares, weight = squares * weight, None
-        # where, not a product: 0 * inf would be NaN behind a closed gate
-        loss = squares.sum(-1).where(gate, 0.0)
+        loss = squares.sum(-1)
+        if gate is not None:
+            # where, not a product: 0 * inf would be NaN behind a closed gate
+            loss = loss.where(gate, 0.0)
         return self.loss_weight * reduce_loss(
             loss, weight, avg_factor, reduction
         )
+
+    @torch.no_grad()
+    def _gate(
+        self, squares: Tensor, teacher: Tensor, target: Tensor
+    ) -> Tensor:
+        """Which boxes the student has not yet learnt better, (N,)."""
+        teacher_error = (teacher.float() - target.float()).square().sum(-1)
+        return squares.sum(-1) + self.margin > teacher_error

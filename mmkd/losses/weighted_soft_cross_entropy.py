@@ -80,14 +80,14 @@ class WeightedSoftCrossEntropyLoss(nn.Module):
         """Compare the student's logits with the teacher's.
 
         Args:
-            pred: The student's logits, (N, C).
-            target: The teacher's logits, (N, C); gets no gradient.
-            weight: Weight of each sample, (N,).
+            pred: The student's logits, (N, C) or (..., C).
+            target: The teacher's logits, same shape; gets no gradient.
+            weight: Weight of each sample, (N,) or (...).
             avg_factor: Divides the sum instead of the number of samples.
             reduction_override: Replaces the configured reduction.
 
         Returns:
-            A scalar, or (N,) without reduction.
+            A scalar, or (N,) or (...) without reduction.
         """
         if pred.shape != target.shape:
             raise ValueError(
@@ -109,7 +109,8 @@ class WeightedSoftCrossEntropyLoss(nn.Module):
         else:
             loss = -teacher.softmax(-1) * student.log_softmax(-1)
             loss = torch.cat(
-                [loss[:, :-1], self.background_weight * loss[:, -1:]], dim=-1
+                [loss[..., :-1], self.background_weight * loss[..., -1:]],
+                dim=-1,
             )
         loss = reduce_loss(loss.sum(-1), weight, avg_factor, reduction)
         return self.loss_weight * loss

@@ -7,6 +7,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from mmkd.outputs import Outputs
+from mmkd.utils import ConfigError
 
 if TYPE_CHECKING:
     from mmkd.teacher import TeacherOutputs
@@ -21,13 +22,17 @@ class Method(nn.Module):
     Args:
         loss_weight: Weight of all its losses, at least 0. At 0 the method is
             switched off and its part of the step costs nothing.
+
+    Raises:
+        ConfigError: If the weight is negative.
     """
 
     def __init__(self, *, loss_weight: float = 1.0) -> None:
         super().__init__()
-        if loss_weight < 0:
-            raise ValueError(
-                f'loss_weight must be at least 0, got {loss_weight}'
+        if not loss_weight >= 0:
+            raise ConfigError(
+                f'{type(self).__name__}.loss_weight must be at least 0, got '
+                f'{loss_weight}'
             )
         self.loss_weight = loss_weight
 

@@ -5,10 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from mmdet.structures import DetDataSample
-from torch import Tensor, nn
+from mmengine.registry import Registry
+from torch import Tensor
 
 from mmkd.outputs import BoxSample, Outputs, box_heads
 from mmkd.registry import METHODS, MODELS
+from mmkd.two_stage import (
+    check_same_anchors,
+    check_same_classifiers,
+    check_two_stage,
+    deltas_of_label,
+    same_coder,
+    uses_sigmoid,
+)
 from mmkd.utils import ConfigError, build_checked
 
 from .base import Method
@@ -107,15 +116,16 @@ class FasterRCNNDistillation(Method):
                 'hint are all None.'
             )
         self.mu, self.lambda_reg = mu, lambda_reg
-        self.rpn, self.rcn = rpn, rcn
-        where = 'FasterRCNNDistillation'
-        self.soft = soft and build_checked(MODELS, soft, f'{where}.soft')
-        self.bounded = bounded and build_checked(
-            MODELS, bounded, f'{where}.bounded'
-        )
-        self.hint: FeatureHint | None = hint and build_checked(
-            METHODS, hint, f'{where}.hint'
-        )
+        self.soft = _build(MODELS, soft, 'soft')
+        self.bounded = _build(MODELS, bounded, 'bounded')
+        self.hint: FeatureHint | None = _build(METHODS, hint, 'hint')
+        if getattr(self.soft, 'use_sigmoid', False):
+            raise ConfigError(
+                'FasterRCNNDistillation.soft: use_sigmoid=True is not for a '
+                'config, the method looks at each head. Leave it out.'
+            )
+        self.rpn = rpn and bool(soft or bounded)
+        self.rcn = rcn and bool(soft or bounded)
 
     @property
     def student_paths(self) -> Sequence[str]:
@@ -127,22 +137,24 @@ class FasterRCNNDistillation(Method):
 
     def prepare(self, student: Outputs, teacher: Outputs) -> None:
         for role, outputs in (('student', student), ('teacher', teacher)):
-            _check_two_stage(outputs.model, role)
+            check_two_stage(outputs.model, role, type(self).__name__)
         if self.rpn:
-            _check_same_anchors(student.model, teacher.model)
-        if self.rcn:
-            _check_roi_heads(student.model, teacher.model)
+            check_same_anchors(student.model, teacher.model)
+        if self.rcn and self.soft:
+            check_same_classifiers(student.model, teacher.model)
         if self.hint:
             self.hint.prepare(student, teacher)
 
     def task_factors(self) -> Mapping[str, float]:
-        names = [r'loss_rpn_'] * self.rpn + [r'(s\d+\.)?loss_'] * self.rcn
         factors = {}
-        for name in names:
-            if self.soft:
-                factors[f'{name}cls'] = self.mu
-            if self.bounded:
-                factors[f'{name}bbox'] = self.lambda_reg
+        for distilled, prefix in (
+            (self.rpn, r'loss_rpn_'),
+            (self.rcn, r'(s\d+\.)?loss_'),
+        ):
+            if distilled:
+                factors[f'{prefix}bbox'] = self.lambda_reg
+            if distilled and self.soft:
+                factors[f'{prefix}cls'] = self.mu
         return factors
 
     def forward(
@@ -152,20 +164,22 @@ class FasterRCNNDistillation(Method):
         data_samples: Sequence[DetDataSample],
     ) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
-        if self.rpn and (self.soft or self.bounded):
-            sample = student.anchors
-            losses |= self._rpn_losses(sample, teacher)
-        if self.rcn and (self.soft or self.bounded):
-            for stage, sample in enumerate(student.rois):
-                losses |= self._rcn_losses(sample, teacher, student, stage)
+        if self.rpn:
+            losses |= self._rpn_losses(student.anchors, teacher)
+        if self.rcn:
+            for stage in range(len(student.rois)):
+                losses |= self._rcn_losses(student, teacher, stage)
         if self.hint:
-            for name, loss in self.hint(student, teacher, data_samples).items():
+            hints = self.hint(student, teacher, data_samples)
+            for name, loss in hints.items():
                 losses[name] = self.hint.loss_weight * loss
         return losses
 
     def _rpn_losses(
         self, sample: BoxSample, teacher: 'TeacherOutputs'
     ) -> dict[str, Tensor]:
+        assert sample.logits is not None
+        assert sample.deltas is not None
         logits, deltas = teacher.score_anchors(sample)
         losses = {}
         if self.soft:
@@ -176,55 +190,55 @@ class FasterRCNNDistillation(Method):
                 sample.avg_factor,
             )
         if self.bounded:
-            losses['rpn_bounded'] = self._bounded_loss(
+            losses['rpn_bounded'] = self.lambda_reg * self._bounded_loss(
                 sample,
                 sample.deltas,
                 deltas,
-                teacher.model.rpn_head,
+                teacher.model.rpn_head.bbox_coder,
                 sample.target_weights,
             )
         return losses
 
     def _rcn_losses(
-        self,
-        sample: BoxSample,
-        teacher: 'TeacherOutputs',
-        student: Outputs,
-        stage: int,
+        self, student: Outputs, teacher: 'TeacherOutputs', stage: int
     ) -> dict[str, Tensor]:
+        sample = student.rois[stage]
         logits, deltas = teacher.score_rois(sample, stage)
         heads = box_heads(teacher.model)
         teacher_head = heads[min(stage, len(heads) - 1)]
         classes = teacher.class_map
-        cascade = len(box_heads(student.model)) > 1
-        name = f's{stage}_rcn' if cascade else 'rcn'
-        scale = (
-            student.model.roi_head.stage_loss_weights[stage] if cascade else 1
-        )
+        name, scale = 'rcn', 1.0
+        if len(box_heads(student.model)) > 1:
+            name = f's{stage}_rcn'
+            scale = student.model.roi_head.stage_loss_weights[stage]
         losses = {}
         if self.soft and sample.logits is not None:
             losses[f'{name}_soft'] = (scale * (1 - self.mu)) * self._rcn_soft(
-                sample, logits, classes
+                sample, sample.logits, logits, classes
             )
         if self.bounded and sample.deltas is not None and deltas is not None:
             labels, known = _teacher_labels(sample.labels, classes)
-            losses[f'{name}_bounded'] = scale * self._bounded_loss(
+            bounded = self._bounded_loss(
                 sample,
-                _of_label(sample.deltas, sample.labels, sample.head),
-                _of_label(deltas, labels, teacher_head),
-                teacher_head,
+                deltas_of_label(sample.deltas, sample.labels),
+                deltas_of_label(deltas, labels),
+                teacher_head.bbox_coder,
                 sample.target_weights * known[:, None],
             )
+            losses[f'{name}_bounded'] = (scale * self.lambda_reg) * bounded
         return losses
 
     def _rcn_soft(
-        self, sample: BoxSample, logits: Tensor, classes: 'ClassMap'
+        self,
+        sample: BoxSample,
+        ours: Tensor,
+        theirs: Tensor,
+        classes: 'ClassMap',
     ) -> Tensor:
-        ours, theirs = sample.logits, logits
         if not classes.identical:
             ours = _with_background(ours, classes.student_index)
             theirs = _with_background(theirs, classes.teacher_index)
-        if not _is_sigmoid(sample.head):
+        if not uses_sigmoid(sample.head):
             return self.soft(
                 ours, theirs, sample.label_weights, sample.avg_factor
             )
@@ -249,27 +263,34 @@ class FasterRCNNDistillation(Method):
         sample: BoxSample,
         deltas: Tensor,
         teacher_deltas: Tensor,
-        teacher_head: nn.Module,
+        teacher_coder: Any,
         weights: Tensor,
     ) -> Tensor:
         boxes = sample.boxes[:, -4:]
         deltas, teacher_deltas = deltas.float(), teacher_deltas.float()
         coder = sample.head.bbox_coder
-        if not _same_coder(coder, teacher_head.bbox_coder):
-            decoded = teacher_head.bbox_coder.decode(boxes, teacher_deltas)
+        if not same_coder(coder, teacher_coder):
+            decoded = teacher_coder.decode(boxes, teacher_deltas)
             teacher_deltas = coder.encode(boxes, decoded)
         targets = sample.targets
-        positive = weights > 0
         if sample.head.reg_decoded_bbox:
-            # Background has no target box; encoding its zeros gives log(0).
-            targets = coder.encode(boxes, torch.where(positive, targets, boxes))
+            targets = coder.encode(boxes, targets)
+        # Background has no target box, and its own may be empty: encoded,
+        # both give infinity, which not even a weight of 0 makes 0.
+        positive, own = weights > 0, deltas.detach()
         return self.bounded(
             deltas,
-            targets,
-            torch.where(positive, teacher_deltas, deltas.detach()),
+            torch.where(positive, targets, own),
+            torch.where(positive, teacher_deltas, own),
             weights,
             sample.avg_factor,
         )
+
+
+def _build(registry: Registry, cfg: Any, option: str) -> Any:
+    if cfg is None:
+        return None
+    return build_checked(registry, cfg, f'FasterRCNNDistillation.{option}')
 
 
 def _object_or_not(logits: Tensor) -> Tensor:
@@ -294,83 +315,3 @@ def _teacher_labels(
         return labels, torch.ones_like(labels)
     mapped = classes.to_teacher[labels]
     return mapped.clamp(min=0), (mapped >= 0).to(labels)
-
-
-def _of_label(deltas: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-    """The 4 deltas of each box' label: (N, 4K) to (N, 4).
-
-    Background has no deltas of its own; it gets the last class', unused.
-    """
-    if head.reg_class_agnostic:
-        return deltas
-    per_class = deltas.view(len(deltas), -1, 4)
-    index = labels.clamp(max=per_class.shape[1] - 1)
-    return per_class.gather(1, index[:, None, None].expand(-1, 1, 4))[:, 0]
-
-
-def _is_sigmoid(head: nn.Module) -> bool:
-    return bool(getattr(head.loss_cls, 'use_sigmoid', False))
-
-
-def _same_coder(ours: Any, theirs: Any) -> bool:
-    return type(ours) is type(theirs) and vars(ours) == vars(theirs)
-
-
-def _check_two_stage(model: nn.Module, role: str) -> None:
-    heads = box_heads(model)
-    fits = (
-        hasattr(getattr(model, 'rpn_head', None), 'prior_generator')
-        and heads
-        and all(hasattr(h, 'loss_and_target') for h in heads)
-        and all(hasattr(h, 'bbox_coder') for h in heads)
-    )
-    if not fits:
-        parts = [
-            f'{name}={type(getattr(model, name)).__name__}'
-            for name in ('rpn_head', 'roi_head', 'bbox_head')
-            if getattr(model, name, None) is not None
-        ]
-        raise ConfigError(
-            'FasterRCNNDistillation fits Faster, Mask, Cascade and '
-            'Double-Head R-CNN (an anchor-based rpn_head and a roi_head with '
-            f'BBoxHeads); the {role} is {type(model).__name__} '
-            f'({", ".join(parts) or "no heads"}). For any other detector use '
-            'mmkd.FeatureHint, which distils features.'
-        )
-
-
-def _check_same_anchors(student: nn.Module, teacher: nn.Module) -> None:
-    ours = student.rpn_head.prior_generator
-    theirs = teacher.rpn_head.prior_generator
-    same = list(ours.strides) == list(theirs.strides) and all(
-        a.shape == b.shape and torch.allclose(a.cpu(), b.cpu())
-        for a, b in zip(ours.base_anchors, theirs.base_anchors, strict=True)
-    )
-    if not same:
-        raise ConfigError(
-            "the RPNs cannot be distilled: the student's anchors (strides "
-            f'{list(ours.strides)}, {ours.num_base_priors} a position) are '
-            f"not the teacher's (strides {list(theirs.strides)}, "
-            f'{theirs.num_base_priors} a position, or other shapes). Give '
-            'both the same anchor_generator, or set rpn=False.'
-        )
-
-
-def _check_roi_heads(student: nn.Module, teacher: nn.Module) -> None:
-    for stage, head in enumerate(box_heads(student)):
-        heads = box_heads(teacher)
-        other = heads[min(stage, len(heads) - 1)]
-        if _is_sigmoid(head) != _is_sigmoid(other):
-            raise ConfigError(
-                f'the RoI heads of stage {stage} cannot be distilled: '
-                f'use_sigmoid is {_is_sigmoid(head)} in the student and '
-                f'{_is_sigmoid(other)} in the teacher. Train both with the '
-                'same kind of classifier, or set rcn=False.'
-            )
-        if head.custom_activation or other.custom_activation:
-            raise ConfigError(
-                f'the RoI head of stage {stage} classifies through '
-                f'{type(head.loss_cls).__name__}, whose logits are not those '
-                'of a softmax over classes and background. Use CrossEntropy '
-                'in both networks, or set rcn=False.'
-            )

@@ -1,0 +1,177 @@
+"""Every config of the repository loads, resolves and trains."""
+
+import copy
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import toy
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from mmkd.registry import METHODS
+from mmkd.teacher_source import find_in_model_index, load_config
+from mmkd.utils import build_checked
+
+FOLDER = toy.ROOT / 'configs'
+ALL = sorted(
+    str(path.relative_to(FOLDER))
+    for path in FOLDER.rglob('*.py')
+    if '_base_' not in path.parts
+)
+OURS = {'runner_type', 'distillation', 'custom_hooks'}
+# What MMDetection's own configs name beside the runner's options.
+USUAL = {
+    'backend_args',
+    'classes',
+    'data_root',
+    'dataset_type',
+    'meta_keys',
+    'metainfo',
+    'runner_type',
+    'scale',
+    'test_pipeline',
+    'train_pipeline',
+    'vis_backends',
+}
+RUNNER = set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'}
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    monkeypatch.chdir(toy.ROOT)
+
+
+@pytest.fixture(params=ALL)
+def cfg(request):
+    return Config.fromfile(FOLDER / request.param)
+
+
+def stock_base(path):
+    """The config of MMDetection that a file, or its base, starts from."""
+    (found,) = re.findall(r"_base_ = \[\s*'([^']*)'", path.read_text())
+    if found.startswith('mmdet::'):
+        return found.removeprefix('mmdet::')
+    return stock_base(path.parent / found)
+
+
+def strings(cfg):
+    if isinstance(cfg, str):
+        yield cfg
+    elif isinstance(cfg, dict):
+        for value in cfg.values():
+            yield from strings(value)
+    elif isinstance(cfg, list | tuple):
+        for value in cfg:
+            yield from strings(value)
+
+
+def test_there_are_some():
+    assert {'faster_rcnn_kd_r50.py', 'bccd/distilled.py'} <= set(ALL)
+
+
+def test_all_keys_are_known(cfg):
+    assert set(cfg) <= RUNNER | OURS | USUAL
+    base = stock_base(Path(cfg.filename))
+    if '_base_' not in base:
+        assert set(cfg) - set(toy.stock(base)) <= OURS
+
+
+def test_all_but_distillation_is_stock(cfg):
+    assert cfg.runner_type == toy.RUNNER
+    stock = {k: v for k, v in cfg.items() if k not in OURS}
+    assert not [s for s in strings(stock) if s.startswith('mmkd.')]
+    toy.detector(toy.small_model(cfg.model))
+
+
+def test_the_methods_options_are_known(cfg):
+    for name, method in cfg.get('distillation', {}).get('methods', {}).items():
+        build_checked(METHODS, method, name)
+
+
+def test_the_teacher_resolves(cfg):
+    if 'distillation' not in cfg:
+        return
+    teacher = described(cfg)
+    config = load_config(teacher['config'])
+    assert config.model.type
+    checkpoint = teacher['checkpoint']
+    if checkpoint.startswith('work_dirs/'):
+        # what training its config leaves
+        last = config.train_cfg.max_epochs
+        assert Path(checkpoint).name == f'epoch_{last}.pth'
+    else:
+        assert re.fullmatch(
+            r'https://download\.openmmlab\.com/.*-[0-9a-f]{8}\.pth', checkpoint
+        )
+
+
+def described(cfg):
+    teacher = dict(cfg.distillation.teacher)
+    if 'name' in teacher:
+        return find_in_model_index(teacher['name'])
+    return teacher
+
+
+def small(cfg):
+    """Narrow, on a few of the photos at hand."""
+    cfg = copy.deepcopy(cfg)
+    cfg.model = toy.small_model(cfg.model)
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        small_dataset(loader.dataset)
+    return cfg
+
+
+def small_dataset(dataset):
+    for step in dataset.get('pipeline', ()):
+        toy.small_step(step)
+    for inner in (dataset.get('dataset'), *dataset.get('datasets', ())):
+        if inner is not None:
+            small_dataset(inner)
+    if 'ann_file' not in dataset:
+        return
+    names = list((dataset.get('metainfo') or {}).get('classes', ()))
+    dataset.indices = 4
+    if dataset.type == 'VOCDataset':
+        dataset.data_root = f'{toy.DATA}/bccd/'
+        dataset.ann_file = 'BCCD/ImageSets/Main/train.txt'
+        dataset.data_prefix = dict(sub_data_root='BCCD/')
+        if not names:
+            names = [f'class {i}' for i in range(20)]
+        names[:3] = ['RBC', 'WBC', 'Platelets']
+    else:
+        dataset.data_root = f'{toy.DATA}/coco_tiny/'
+        dataset.ann_file = 'annotations/instances_train2017.json'
+        dataset.data_prefix = dict(img='train2017/')
+        names[:1] = ['person'] * bool(names)
+    if names:
+        dataset.metainfo = dict(classes=names)
+
+
+@pytest.mark.usefixtures('shared_data')
+def test_it_trains_two_iterations(cfg, tmp_path):
+    cfg, distilled = small(cfg), cfg.get('distillation')
+    if distilled is not None:
+        teacher = small(load_config(described(cfg)['config']))
+        cfg.distillation.teacher = toy.untrained(teacher)
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
+    cfg.train_dataloader.dataset = innermost(cfg.train_dataloader.dataset)
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    cfg.work_dir = str(tmp_path)
+    record = toy.Record()
+    toy.train(cfg, record)
+    assert len(record.losses) == 2
+    for losses in record.losses:
+        assert (distilled is None) == (not any('.' in k for k in losses))
+        assert losses['loss'] > 0
+    assert (tmp_path / 'epoch_1.pth').exists()
+
+
+def innermost(dataset):
+    """Without repetitions and concatenations."""
+    while 'ann_file' not in dataset:
+        dataset = dataset.get('dataset') or dataset.datasets[0]
+    return dataset
