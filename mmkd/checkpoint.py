@@ -48,7 +48,7 @@ def _inert(*_: Any) -> None:
 
 # What MMEngine's training checkpoints hold besides tensors (log histories).
 # None of it is called: each name stands for an object that does nothing.
-_INERT_GLOBALS: list[tuple[Any, str]] = [
+_INERT_GLOBALS: list[Callable[..., Any] | tuple[Callable, str]] = [
     (_Inert, 'mmengine.logging.history_buffer.HistoryBuffer'),
     (_inert, 'builtins.getattr'),
     (_inert, '__builtin__.getattr'),
@@ -220,7 +220,7 @@ def latest_checkpoint(folder: str) -> str | None:
         reverse=True,
     )
     paths = [named] * bool(named) + [str(path) for path in found]
-    damages = []
+    damages: list[str] = []
     for path in paths:
         problem = None if '://' in path else damage(path)
         if problem is None:

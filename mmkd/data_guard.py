@@ -34,6 +34,11 @@ PREPARED = {
     'neon': 'neon',
 }
 """Folder to the data set of ``tools/prepare_data.py`` that makes it."""
+EMPTY = (
+    'the data set is empty: expected at least one image, got none behind '
+    'filter_cfg (images without objects are dropped). Check the classes in '
+    'metainfo and the annotation file.'
+)
 
 
 @contextmanager
@@ -67,6 +72,8 @@ def explain_data_error(cfg: Config, split: str) -> Iterator[None]:
                     check_annotations(path)
         except DataError as diagnosis:
             raise diagnosis from error
+        if 'need at least one array' in str(error):  # MMEngine's words
+            raise DataError(EMPTY) from error
         raise
 
 
@@ -142,11 +149,7 @@ def check_images(dataset: Dataset) -> None:
     """
     count = len(dataset)  # type: ignore[arg-type]
     if not count:
-        raise DataError(
-            'the data set is empty: expected at least one image, got none '
-            'behind filter_cfg (images without objects are dropped). Check '
-            'the classes in metainfo and the annotation file.'
-        )
+        raise DataError(EMPTY)
     if not hasattr(dataset, 'get_data_info') or getattr(
         dataset, 'backend_args', None
     ):

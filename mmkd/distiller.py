@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmdet.structures import DetDataSample
@@ -44,7 +44,7 @@ class Distiller(nn.Module):
         methods: Name to method.
     """
 
-    student: nn.Module
+    student: Any
 
     def __init__(
         self,
@@ -101,15 +101,13 @@ class Distiller(nn.Module):
 
     def active_methods(self) -> dict[str, tuple[Method, float]]:
         """The methods whose weight is not 0 now, with their weights."""
-        weights = {
-            name: method.loss_weight * self.scales[name]
-            for name, method in self.methods.items()
-        }
-        return {
-            name: (self.methods[name], weight)
-            for name, weight in weights.items()
-            if weight
-        }
+        active = {}
+        for name, module in self.methods.items():
+            method = cast(Method, module)
+            weight = method.loss_weight * self.scales[name]
+            if weight:
+                active[name] = (method, weight)
+        return active
 
     def attach(self) -> None:
         """Become part of the student."""
@@ -233,7 +231,7 @@ def _check_names(methods: Any) -> None:
             f'a config, got {methods!r}.'
         )
     for name in methods:
-        if not str(name).isidentifier() or hasattr(nn.ModuleDict, name):
+        if not str(name).isidentifier() or hasattr(nn.ModuleDict(), name):
             raise ConfigError(
                 f'distillation.methods: "{name}" cannot be the name of a '
                 'method, it is also one of losses and weights. Choose a word '

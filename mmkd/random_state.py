@@ -24,10 +24,10 @@ def capture() -> dict[str, Any]:
     They are numbers and bytes: a checkpoint holds them as they are, and no
     code is run to read them.
     """
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
     states = {
         'python': random.getstate(),
-        'numpy': (name, keys.tobytes(), *rest),
+        'numpy': (name, np.asarray(keys).tobytes(), *rest),
         'torch': torch.get_rng_state().numpy().tobytes(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -85,8 +85,9 @@ class WorkerStates:
     def collate(self, batch: list[Any]) -> Any:
         """Collate in the worker, then record its states."""
         result = self._collate(batch)
-        worker = get_worker_info().id
-        self._record(worker, int(self.done[worker]) + 1)
+        info = get_worker_info()
+        assert info is not None  # loaders without workers are not watched
+        self._record(info.id, int(self.done[info.id]) + 1)
         return result
 
     def init_worker(self, worker_id: int) -> None:

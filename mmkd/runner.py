@@ -4,6 +4,7 @@ import copy
 import difflib
 import os
 import os.path as osp
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class DistillationRunner(Runner):
     """
 
     model: Any
+    _load_from: str | None
     distiller: Distiller | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -133,7 +135,8 @@ class DistillationRunner(Runner):
         name = str(hook.get('type')) if isinstance(hook, dict) else ''
         if name.startswith('mmkd.'):
             options = dict(hook)
-            priority = priority or options.pop('priority', None)
+            own = options.pop('priority', None)
+            priority = own if priority is None else priority
             hook = build_checked(HOOKS, options, 'custom_hooks')
         super().register_hook(hook, priority)
 
@@ -170,7 +173,10 @@ class DistillationRunner(Runner):
             and not torch_dist.is_initialized()
         ):
             # MMEngine selects a CUDA device before it asks for the backend.
-            torch_dist.init_process_group('gloo')
+            seconds = env_cfg.get('dist_cfg', {}).get('timeout')
+            torch_dist.init_process_group(
+                'gloo', timeout=seconds and timedelta(seconds=seconds)
+            )
         super().setup_env(env_cfg)
 
     @property
@@ -212,15 +218,17 @@ class DistillationRunner(Runner):
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """MMEngine's default hooks, with a safer checkpoint hook."""
-        hooks = copy.deepcopy(hooks or {})
-        checkpoint = hooks.setdefault(
-            'checkpoint', dict(type='CheckpointHook', interval=1)
-        )
-        if isinstance(checkpoint, dict) and checkpoint.get('type') in (
+        hooks = dict(hooks or {})
+        checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook'))
+        if isinstance(checkpoint, dict) and checkpoint['type'] in (
             'CheckpointHook',
             'mmengine.CheckpointHook',
         ):
-            checkpoint['type'] = 'mmkd.SafeCheckpointHook'
+            hooks['checkpoint'] = {
+                'interval': 1,
+                **checkpoint,
+                'type': 'mmkd.SafeCheckpointHook',
+            }
         super().register_default_hooks(hooks)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:

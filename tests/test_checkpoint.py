@@ -79,7 +79,7 @@ class TestReading:
     def test_code_is_not_run(self, tmp_path):
         trace, path = tmp_path / 'trace', tmp_path / 'evil.pth'
         torch.save({'state_dict': STATE, 'meta': Evil(trace)}, path)
-        with pytest.raises(CheckpointError, match='more than weights.*trust'):
+        with pytest.raises(CheckpointError, match=r'more than weights.*trust'):
             load_checkpoint_file(str(path))
         assert not trace.exists()
         content = load_checkpoint_file(str(path), trust=True)
@@ -116,7 +116,7 @@ class TestReading:
             load_checkpoint_file(str(path))
 
     def test_a_missing_file(self, tmp_path):
-        with pytest.raises(CheckpointError, match='does not exist.*working'):
+        with pytest.raises(CheckpointError, match=r'does not exist.*working'):
             load_checkpoint_file(str(tmp_path / 'no.pth'))
 
 
@@ -164,12 +164,12 @@ class TestDownload:
         root, url = server
         path = self.put(root, 'net')
         path.rename(root / 'net-00000000.pth')
-        with pytest.raises(CheckpointError, match='could not be downloaded.*h'):
+        with pytest.raises(CheckpointError, match=r'not be downloaded.*hash'):
             load_checkpoint_file(f'{url}/net-00000000.pth')
 
     def test_not_found(self, server):
         _, url = server
-        with pytest.raises(CheckpointError, match='404.*other means'):
+        with pytest.raises(CheckpointError, match=r'404.*other means'):
             load_checkpoint_file(f'{url}/no.pth')
 
 
@@ -325,7 +325,9 @@ class TestASaveThatFails:
         job, run = failed
         assert job.process.exitcode == 1
         last = job.text().strip().splitlines()[-1]
-        assert last.startswith(f'error: {run}/epoch_2.pth could not be written')
+        assert last.startswith(
+            f'error: {run}/epoch_2.pth could not be written'
+        )
         assert '--resume' in last
 
     def test_the_former_checkpoint_is_intact(self, failed):

@@ -27,6 +27,7 @@ USUAL = {
     'classes',
     'data_root',
     'dataset_type',
+    'max_epochs',
     'meta_keys',
     'metainfo',
     'runner_type',

@@ -112,9 +112,11 @@ MOMENTS = {
     'within an epoch': lambda job, run: said(job, 'Epoch(train) [2][2/3]'),
     'while writing': lambda job, run: (run / 'epoch_2.pth.tmp').exists,
     'before last_checkpoint': lambda job, run: (run / 'epoch_2.pth').exists,
-    'after a save': lambda job, run: lambda: (
-        (run / 'last_checkpoint').exists()
-        and (run / 'last_checkpoint').read_text().endswith('epoch_2.pth')
+    'after a save': lambda job, run: (
+        lambda: (
+            (run / 'last_checkpoint').exists()
+            and (run / 'last_checkpoint').read_text().endswith('epoch_2.pth')
+        )
     ),
     'in validation': lambda job, run: said(job, 'Epoch(val) [2][1/2]'),
 }
@@ -408,7 +410,7 @@ class TestResumingSomethingElse:
         cfg = self.resume(tmp_path, saved)
         cfg.pop('distillation')
         with pytest.raises(
-            CheckpointError, match='other trained parameters.*load_from'
+            CheckpointError, match=r'other trained parameters.*load_from'
         ):
             toy.train(cfg)
 

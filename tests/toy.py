@@ -296,7 +296,7 @@ _processes.set_forkserver_preload(['toy_preload'])
 @functools.cache
 def _start_forkserver() -> None:
     path = os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = str(ROOT / 'tests')
+    os.environ['PYTHONPATH'] = f'{ROOT / "tests"}{os.pathsep}{ROOT}'
     try:
         multiprocessing.forkserver.ensure_running()
     finally:

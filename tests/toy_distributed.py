@@ -27,9 +27,7 @@ class WriteLosses(Hook):
         line['weights'] = sum(
             v.double().abs().sum().item() for v in parameters.values()
         )
-        line['adapters'] = sum(
-            v.double().abs().sum().item() for v in adapters
-        )
+        line['adapters'] = sum(v.double().abs().sum().item() for v in adapters)
         self.lines.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.lines))

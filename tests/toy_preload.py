@@ -1,11 +1,13 @@
-"""Imported once by the process that all jobs of the tests are forked from."""
+"""Imported by the process that all jobs of the tests are forked from."""
 
-import mmdet.apis  # noqa: F401
+import mmdet.apis
 import torch
+import toy
 
 import mmkd.hooks
 import mmkd.methods
 import mmkd.runner
-import toy  # noqa: F401
 
 torch.set_num_threads(1)
+
+__all__ = ['mmdet', 'mmkd', 'toy']

@@ -109,6 +109,7 @@ def table(
 def remarks(figures: Mapping[str, Figures], tiles: Sequence[Tile]) -> str:
     """What the table says and what it cannot say."""
     gain = 100 * (figures['distilled'].AP - figures['student'].AP)
+    gain = round(gain, 1) + 0.0  # no -0.0
     trees = sum(len(tile.trees) for tile in tiles)
     return (
         f'Distilled - student: {gain:+.1f} AP. With only {len(tiles)} '
@@ -223,7 +224,7 @@ def draw_tile(
     tile: Tile, detections: Mapping[str, Detections], path: Path
 ) -> None:
     figure, panels = plt.subplots(
-        1, 1 + len(detections), figsize=(14, 4.1), layout='constrained'
+        1, 1 + len(detections), figsize=(14, 4), layout='constrained'
     )
     for panel in panels:
         panel.imshow(tile.pixels, interpolation='bicubic')

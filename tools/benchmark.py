@@ -1,7 +1,7 @@
 """What distillation costs: time and memory of a training step.
 
-    python tools/benchmark.py step configs/faster_rcnn_kd_r50.py \\
-        --size 800 1333 --batch 2 --repeat 5
+Example:
+    python tools/benchmark.py step configs/faster_rcnn_kd_r50.py --batch 1
 
 Three things are timed in turn, again and again, in one process, so that a
 busy machine slows all of them alike: the plain student's iteration (forward,
@@ -222,9 +222,7 @@ def print_peak(args: argparse.Namespace, device: str) -> None:
 
 def size_of(modules: list[nn.Module]) -> float:
     """MiB of the modules' parameters and buffers."""
-    tensors = [
-        t for m in modules for t in (*m.parameters(), *m.buffers())
-    ]
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 

@@ -1,5 +1,6 @@
 """Teacher, student and distilled student on BCCD, over several seeds.
 
+Examples:
     python tools/prepare_data.py bccd
     python tools/study_bccd.py --seeds 0 1 2 --jobs 2
 
@@ -68,15 +69,20 @@ def run(network: str, seed: int, work_dir: Path) -> dict[str, float]:
             teacher = folder.with_name(f'teacher-seed{seed}')
             checkpoint = teacher / f'epoch_{EPOCHS["teacher"]}.pth'
             options.append(f'distillation.teacher.checkpoint={checkpoint}')
+        last = folder / f'epoch_{EPOCHS[network]}.pth'
+        if not last.exists():
+            call(
+                [
+                    *('tools/train.py', config, '--work-dir', str(folder)),
+                    *('--resume', '--cfg-options', *options),
+                ],
+                folder / 'train.txt',
+            )
         call(
-            ['tools/train.py', config, '--work-dir', str(folder), '--resume']
-            + ['--cfg-options', *options],
-            folder / 'train.txt',
-        )
-        checkpoint = folder / f'epoch_{EPOCHS[network]}.pth'
-        call(
-            ['tools/test.py', config, str(checkpoint)]
-            + ['--work-dir', str(folder / 'test')],
+            [
+                *('tools/test.py', config, str(last)),
+                *('--work-dir', str(folder / 'test')),
+            ],
             folder / 'test.txt',
         )
         written = max((folder / 'test').glob('*/*.json'))

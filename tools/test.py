@@ -1,6 +1,7 @@
 """Test a detector; a distilled checkpoint is a stock one.
 
-    python tools/test.py configs/faster_rcnn_kd_r50.py work_dirs/kd/epoch_12.pth
+Examples:
+    python tools/test.py configs/faster_rcnn_kd_r50.py epoch_12.pth
     python tools/test.py CONFIG CHECKPOINT --json-prefix work_dirs/kd/val
 """
 
@@ -98,7 +99,10 @@ def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
     cfg = load_config(args)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if 'runner_type' in cfg:
+        runner = RUNNERS.build(cfg)
+    else:
+        runner = Runner.from_cfg(cfg)
     if args.out:
         if not args.out.endswith(('.pkl', '.pickle')):
             raise ConfigError(f'--out must end in .pkl, got {args.out}')

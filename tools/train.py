@@ -1,5 +1,6 @@
 """Train a detector; a config with ``distillation`` distils.
 
+Examples:
     python tools/train.py configs/faster_rcnn_kd_r50.py
     python tools/train.py CONFIG --resume --cfg-options train_cfg.max_epochs=2
 """
@@ -16,6 +17,7 @@ from mmengine.runner import Runner
 
 from mmkd.checkpoint import CheckpointError
 from mmkd.data import DataError
+from mmkd.hooks.loss_check import NonFiniteLossError
 from mmkd.outputs import TapError
 from mmkd.utils import ConfigError
 
@@ -54,9 +56,7 @@ def parse_args() -> argparse.Namespace:
         help='job launcher',
     )
     # torch.distributed.launch passes the first form, torchrun neither.
-    parser.add_argument(
-        '--local_rank', '--local-rank', type=int, default=0
-    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
@@ -95,6 +95,11 @@ def main() -> None:
     cfg = load_config(args)
     if 'runner_type' in cfg:
         runner = RUNNERS.build(cfg)
+    elif 'distillation' in cfg:
+        raise ConfigError(
+            f'{args.config} has `distillation`, but not the runner that '
+            "distils: set runner_type='mmkd.DistillationRunner'"
+        )
     else:
         runner = Runner.from_cfg(cfg)
     runner.train()
@@ -103,5 +108,11 @@ def main() -> None:
 if __name__ == '__main__':
     try:
         main()
-    except (CheckpointError, ConfigError, DataError, TapError) as error:
+    except (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        NonFiniteLossError,
+        TapError,
+    ) as error:
         sys.exit(f'error: {error}')

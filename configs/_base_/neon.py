@@ -62,17 +62,15 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-# 14 epochs of 28 iterations from scratch: AdamW, warm-up, cosine.
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=14, val_interval=2)
+# 18 epochs of 28 iterations from scratch: SGD, warm-up, cosine.
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=18, val_interval=2)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 param_scheduler = [
-    dict(
-        type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=100
-    ),
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=60),
     dict(
         type='CosineAnnealingLR',
-        T_max=14,
+        T_max=18,
         eta_min_ratio=0.01,
         by_epoch=True,
         convert_to_iter_based=True,
@@ -80,7 +78,7 @@ param_scheduler = [
 ]
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=0.001, weight_decay=0.05),
+    optimizer=dict(type='SGD', lr=0.04, momentum=0.9, weight_decay=0.0001),
     clip_grad=dict(max_norm=35, norm_type=2),
 )
 default_hooks = dict(

@@ -1,5 +1,5 @@
 # The student, distilled (Chen et al., NeurIPS 2017). Train the teacher first:
-# python tools/train.py configs/bccd/teacher.py --work-dir work_dirs/bccd/teacher
+# tools/train.py configs/bccd/teacher.py --work-dir work_dirs/bccd/teacher
 _base_ = ['./student.py']
 
 distillation = dict(

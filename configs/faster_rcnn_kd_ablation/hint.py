@@ -6,9 +6,7 @@ distillation = dict(
         frcnn=dict(
             soft=None,
             bounded=None,
-            hint=dict(
-                type='mmkd.FeatureHint', adapt=False, loss_weight=0.5
-            ),
+            hint=dict(type='mmkd.FeatureHint', adapt=False, loss_weight=0.5),
         )
     )
 )

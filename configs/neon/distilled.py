@@ -4,7 +4,7 @@ _base_ = ['./student.py']
 distillation = dict(
     teacher=dict(
         config='configs/neon/teacher.py',
-        checkpoint='work_dirs/demo/teacher/epoch_14.pth',
+        checkpoint='work_dirs/demo/teacher/epoch_18.pth',
     ),
     methods=dict(frcnn=dict(type='mmkd.FasterRCNNDistillation')),
 )

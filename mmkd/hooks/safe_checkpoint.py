@@ -24,6 +24,8 @@ class SafeCheckpointHook(CheckpointHook):
     :class:`~mmkd.runner.DistillationRunner` puts it in its place.
     """
 
+    keep_ckpt_ids: deque[int]
+
     def _save_checkpoint_with_step(
         self, runner: Runner, step: int, meta: dict
     ) -> None:

@@ -84,7 +84,10 @@ class TestNotFinite:
     @pytest.mark.parametrize('wrapper', ['CpuAmpOptimWrapper', 'scaled'])
     def test_in_mixed_precision(self, tmp_path, wrapper):
         """A gradient scaler skips the step that would be stopped."""
-        cfg = config(tmp_path)
+        cfg = toy.distilled(
+            tmp_path, toy.RETINANET, methods={'a': toy.HINT}, images=6
+        )
+        cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
         cfg.optim_wrapper.update(
             type='CpuAmpOptimWrapper', scale=wrapper == 'scaled'
         )
@@ -151,9 +154,7 @@ class TestAlwaysZero:
     def warnings(self, tmp_path, caplog, patience, methods):
         cfg = config(tmp_path)
         cfg.distillation.methods = methods
-        cfg.custom_hooks = [
-            dict(type='mmkd.LossCheckHook', patience=patience)
-        ]
+        cfg.custom_hooks = [dict(type='mmkd.LossCheckHook', patience=patience)]
         runner = toy.build(cfg)
         runner.logger.addHandler(caplog.handler)
         runner.train()

@@ -118,7 +118,6 @@ def test_a_resumed_run_removes_what_the_killed_one_left(tmp_path):
     assert [p.name for p in tmp_path.glob('*.pth')] == ['epoch_3.pth']
 
 
-
 def test_the_former_best_goes_last(tmp_path, trace):
     cfg = config(tmp_path, epochs=2, save_best='falling', rule='less')
     cfg.val_evaluator = dict(type='toy.Falling')

@@ -98,9 +98,7 @@ def expected_metrics(tmp_path, images):
 @pytest.mark.usefixtures('shared_data')
 class TestMetrics:
     @pytest.mark.parametrize(('evaluate', 'images'), [(3, 3), (100, 6)])
-    def test_are_those_of_mmdetection_s_test(
-        self, tmp_path, evaluate, images
-    ):
+    def test_are_those_of_mmdetection_s_test(self, tmp_path, evaluate, images):
         cfg = toy.distilled(tmp_path, toy.RETINANET, images=2)
         teacher, path = teacher_of(tmp_path, toy.RETINANET, 'Oracle')
         cfg.distillation.teacher = dict(

@@ -60,9 +60,7 @@ def run(tmp_path, *hooks, interval=2, **options):
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     cfg.optim_wrapper.clip_grad = None
     if interval:
-        cfg.custom_hooks = [
-            dict(type='mmkd.TelemetryHook', interval=interval)
-        ]
+        cfg.custom_hooks = [dict(type='mmkd.TelemetryHook', interval=interval)]
     record = toy.Record()
     runner = toy.train(cfg, record, *hooks)
     return runner, record

@@ -220,7 +220,7 @@ def test_resizing_on_demand():
         (dict(levels=[-1]), r'levels must be a list of level numbers from 0'),
         (dict(teacher_levels=2), r'teacher_levels must be .*got 2'),
         (dict(source='backbone.layer2', teacher_source='neck'), r'1 levels, '),
-        (dict(sorce='neck'), 'no option "sorce". Did you mean "source"'),
+        (dict(sources='neck'), 'no option "sources". Did you mean "source"'),
         (dict(loss=dict(type='mmkd.HintLos')), r'FeatureHint.loss: type "mmk'),
         (
             dict(loss_weight=-0.5),

@@ -67,7 +67,8 @@ def test_table(report):
 
 
 @pytest.mark.parametrize(
-    ('distilled', 'gain'), [(0.125, '+2.5 AP'), (0.08, '-2.0 AP')]
+    ('distilled', 'gain'),
+    [(0.125, '+2.5 AP'), (0.08, '-2.0 AP'), (0.1 - 1e-9, '+0.0 AP')],
 )
 def test_remarks_tell_gain_and_loss_alike(report, distilled, gain):
     from _measure import Tile
