@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -216,8 +215,19 @@ def print_peak(args: argparse.Namespace, device: str) -> None:
     if device == 'cuda':
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        peak = peak_resident()
     print(f'PEAK{peak}')
+
+
+def peak_resident() -> float:
+    """Peak resident memory of this process in MiB (Linux).
+
+    Not ``ru_maxrss``: a child starts with its parent's.
+    """
+    for line in Path('/proc/self/status').read_text().splitlines():
+        if line.startswith('VmHWM:'):
+            return int(line.split()[1]) / 2**10
+    raise RuntimeError('/proc/self/status has no VmHWM')
 
 
 def size_of(modules: list[nn.Module]) -> float:

@@ -60,8 +60,10 @@ class FasterRCNNDistillation(Method):
     Fits Faster, Mask (its box part), Cascade and Double-Head R-CNN with FPN
     or C4, softmax or sigmoid heads, class-agnostic or class-specific
     regression, and box coders that differ: the teacher's deltas are decoded
-    and encoded again. Where class sets differ, RoI probabilities are
-    renormalised over the shared classes and the background.
+    and encoded again. A sigmoid classifier is the two-class case of the same
+    formula, column by column. Where class sets differ, RoI probabilities are
+    renormalised over the shared classes and the background, and boxes of
+    classes that the teacher does not know get no bounded loss.
 
     Source: Chen, Choi, Yu, Han, Chandraker, "Learning Efficient Object
     Detection Models with Knowledge Distillation", NeurIPS 2017, with
