@@ -165,7 +165,10 @@ def complete_rows(path: Path) -> Iterator[dict[str, Any]]:
 def plot_curves(curves: Mapping[str, Curves], folder: Path) -> None:
     """Write loss.png and ap.png."""
     losses = {name: c.loss for name, c in curves.items()}
-    note = "distilled: the student's own losses and those of the teacher"
+    note = (
+        'It rises while more of the sampled boxes become trees. '
+        "Distilled: with the teacher's losses."
+    )
     plot(losses, folder / 'loss.png', 'iteration', 'training loss', note)
     aps = {
         name: {epoch: 100 * ap for epoch, ap in c.ap.items()}
