@@ -91,9 +91,7 @@ def load_checkpoint_file(
                 path, map_location='cpu', weights_only=not trust
             )
     except pickle.UnpicklingError as error:
-        if 'weights_only' not in str(error) and 'Unsupported' not in str(
-            error
-        ):
+        if not _is_pickled(path):
             raise CheckpointError(_unreadable(path, error)) from None
         detail = re.search(r'(?:GLOBAL|class|function) (\S+)', str(error))
         raise CheckpointError(
@@ -105,6 +103,17 @@ def load_checkpoint_file(
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(_unreadable(path, error)) from None
     return _as_checkpoint(checkpoint, path)
+
+
+def _is_pickled(path: str) -> bool:
+    """Whether a file is PyTorch's zip archive or a pickle, by its start.
+
+    PyTorch refuses a web page or a pointer file like a pickle that it does
+    not trust; the user must not be told to trust it.
+    """
+    with open(path, 'rb') as file:
+        start = file.read(2)
+    return start == b'PK' or start[:1] == b'\x80'
 
 
 def _unreadable(path: str, error: Exception) -> str:

@@ -231,21 +231,7 @@ def test_a_malicious_pickle_runs_only_with_trust(
     assert same_weights(teacher.model, trained)
 
 
-# PyTorch reports a file that is no pickle like one that it refuses.
-TAKEN_FOR_A_PICKLE = pytest.mark.xfail(
-    strict=False, reason='the message asks for trust_checkpoint=True'
-)
-
-
-@pytest.mark.parametrize(
-    'content',
-    [
-        'truncated',
-        'empty',
-        pytest.param('text', marks=TAKEN_FOR_A_PICKLE),
-        pytest.param('page', marks=TAKEN_FOR_A_PICKLE),
-    ],
-)
+@pytest.mark.parametrize('content', ['truncated', 'empty', 'text', 'page'])
 def test_files_that_are_no_checkpoint(built, saved, content):
     path = Path(saved())
     data = path.read_bytes()
