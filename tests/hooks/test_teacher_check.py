@@ -16,7 +16,7 @@ from mmkd.hooks import TeacherCheckHook
 from mmkd.utils import ConfigError
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)  # imported by two names
 class Oracle(RetinaNet):
     """Finds most of the objects, in the order of its own classes."""
 
@@ -39,7 +39,7 @@ class Oracle(RetinaNet):
         return batch_data_samples
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)  # imported by two names
 class OracleInOrder(Oracle):
     flipped = False
 
