@@ -335,6 +335,15 @@ def test_coco_downloads_one_split(works, coco_server, data):
     assert coco_server.asked[2:] == ['train2017.zip']
 
 
+@pytest.fixture
+def heeding_ctrl_c():
+    """What runs in the background of a shell script may ignore it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures('heeding_ctrl_c')
 def test_coco_download_continues_after_ctrl_c(
     cli, works, coco_server, data, monkeypatch
 ):
