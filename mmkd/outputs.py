@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 # Forward hooks that are set on every detector that has such a module.
 STANDARD_TAPS = ('backbone', 'neck', 'rpn_head', 'bbox_head')
+# Where dense heads assign objects to priors: PAA's second, final assignment,
+# what nearly all call, and YOLOX's for one image.
+ASSIGNING = ('paa_reassign', 'get_targets', '_get_targets_single')
 
 
 class TapError(RuntimeError):
@@ -142,9 +146,12 @@ class Outputs:
         self.paths = tuple(paths)
         self.note = ''
         """What to add to the message of a tap that never fired."""
+        self.cache: dict[str, Any] = {}
+        """What methods have derived in this step, for each other."""
         self._fired: dict[str, list[Any]] = {}
         self._anchor_targets: tuple[Any, tuple] | None = None
         self._roi_calls: dict[int, tuple[dict, dict]] = {}
+        self._dense_targets: list[Any] = []
 
     @contextmanager
     def recording(self) -> Iterator['Outputs']:
@@ -160,6 +167,12 @@ class Outputs:
                 stack.enter_context(
                     intercepted(rpn, 'get_targets', self._record_anchors)
                 )
+            dense = getattr(self.model, 'bbox_head', None)
+            assigning = [name for name in ASSIGNING if hasattr(dense, name)]
+            if assigning:
+                stack.enter_context(
+                    intercepted(dense, assigning[0], self._record_targets)
+                )
             for stage, head in enumerate(box_heads(self.model)):
                 if hasattr(head, 'loss_and_target'):
                     record = functools.partial(self._record_rois, stage)
@@ -174,7 +187,8 @@ class Outputs:
         ``'neck'`` is the backbone's output in a detector without a neck. A
         module that ran several times (a head shared by the levels) gives its
         outputs in the order of the calls. An activation that works in place
-        on an output has changed it.
+        on an output has changed it, except within a ``ConvModule``, whose
+        parts are copied before.
 
         Raises:
             TapError: If the module did not run in this step.
@@ -257,6 +271,22 @@ class Outputs:
             )
         return samples
 
+    @property
+    def dense_targets(self) -> list[Any]:
+        """What a dense head's assignment returned: see :mod:`mmkd.dense`.
+
+        Raises:
+            TapError: If the head has assigned nothing in a way that is known.
+        """
+        if not self._dense_targets:
+            head = getattr(self.model, 'bbox_head', None)
+            raise TapError(
+                f'the {type(head).__name__} of {type(self.model).__name__} '
+                'has trained on no assignment that could be read in this '
+                f'step: none of {", ".join(ASSIGNING)} was called.'
+            )
+        return self._dense_targets
+
     def _why_silent(self, path: str) -> str:
         modules = dict(self.model.named_modules())
         if path in modules:
@@ -280,7 +310,13 @@ class Outputs:
     def _record_output(
         self, path: str, module: nn.Module, args: Any, output: Any
     ) -> None:
+        parent = self.model.get_submodule(path.rpartition('.')[0])
+        if isinstance(parent, ConvModule):
+            output = output.clone()  # before its activation in place
         self._fired.setdefault(path, []).append(output)
+
+    def _record_targets(self, result: Any, *_: Any, **__: Any) -> None:
+        self._dense_targets.append(result)
 
     def _record_anchors(
         self, result: tuple, anchor_list: Any, *_: Any, **__: Any

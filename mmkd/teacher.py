@@ -71,6 +71,8 @@ class TeacherOutputs:
             ' The teacher runs what methods read: backbone, neck, dense head '
             'or RPN, and the box heads of its RoI head.'
         )
+        self.cache: dict[str, Any] = {}
+        """What methods have derived in this step, for each other."""
         self._renormalize = teacher.renormalize
         self._inputs, self._data_samples = inputs, data_samples
         self._roi_scores: dict[int, tuple[Tensor, Tensor | None]] = {}

@@ -156,6 +156,22 @@ def fcos(**changes):
     )
 
 
+def gfl(**changes):
+    """Config of a one-stage detector that predicts distributions of boxes."""
+    return merged(
+        stock('gfl/gfl_r50_fpn_1x_coco.py'),
+        backbone=BACKBONE,
+        neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+        bbox_head=dict(
+            num_classes=3,
+            in_channels=16,
+            feat_channels=32,
+            stacked_convs=2,
+        ),
+        **changes,
+    )
+
+
 def detr(**changes):
     """Config of a transformer detector."""
     model = stock('detr/detr_r50_8xb2-150e_coco.py')
