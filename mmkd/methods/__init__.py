@@ -1,7 +1,17 @@
 """Distillation methods, one paper a file."""
 
 from .base import Method
+from .cwd import CWD
 from .faster_rcnn import FasterRCNNDistillation
 from .feature_hint import FeatureHint
+from .mgd import MGD
+from .pkd import PKD
 
-__all__ = ['FasterRCNNDistillation', 'FeatureHint', 'Method']
+__all__ = [
+    'CWD',
+    'MGD',
+    'PKD',
+    'FasterRCNNDistillation',
+    'FeatureHint',
+    'Method',
+]

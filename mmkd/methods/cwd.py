@@ -1,0 +1,121 @@
+"""Channel-wise distillation (Shu et al., ICCV 2021)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from mmdet.structures import DetDataSample
+from torch import Tensor
+
+from mmkd.outputs import Outputs
+from mmkd.registry import METHODS
+from mmkd.utils import ConfigError
+
+from .feature_base import OUTSIDE, FeatureMethod, position_weights
+
+if TYPE_CHECKING:
+    from mmkd.teacher import TeacherOutputs
+
+
+@METHODS.register_module()
+class CWD(FeatureMethod):
+    r"""Where each channel is active: a distribution over the positions.
+
+    .. math::
+        L = \sum_l \frac{T^2}{C} \sum_{c=1}^{C} \sum_{i=1}^{H W}
+            \phi(F^t_{c,i}) \log \frac{\phi(F^t_{c,i})}{\phi(F^s_{c,i})},
+        \qquad
+        \phi(F_{c,i}) = \frac{\exp(F_{c,i} / T)}{\sum_j \exp(F_{c,j} / T)}
+
+    of each level l, averaged over the images. Positions on padding are not
+    part of the distributions.
+
+    Source: Shu, Liu, Gao, Yan, Shen, "Channel-wise Knowledge Distillation
+    for Dense Prediction", ICCV 2021, eq. 3 and 4, written for segmentation.
+    For detectors MMRazor's configs take every FPN level with T = 1, weight
+    10 and no adaptation, which are the defaults. A 1x1 convolution adapts
+    where the widths differ, as in the paper. Class scores can be distilled
+    too (``source='bbox_head.gfl_cls'``), where both networks have the same
+    classes in the same order.
+
+    Args:
+        temperature: T, above 0; softens the distributions.
+        source: See :class:`FeatureMethod`, as for the other options.
+        teacher_source: Module path in the teacher.
+        levels: The student's levels, from 0.
+        teacher_levels: The teacher's levels.
+        adapt: 1x1 convolutions: always, where needed (None), or never.
+        resize: Allow sizes that differ by a factor.
+        loss_weight: Weight of the method.
+
+    Raises:
+        ConfigError: If an option is outside its range or the features
+            cannot meet.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        source: str = 'neck',
+        teacher_source: str | None = None,
+        levels: Sequence[int] | None = None,
+        teacher_levels: Sequence[int] | None = None,
+        adapt: bool | None = None,
+        resize: bool = False,
+        loss_weight: float = 10.0,
+    ) -> None:
+        super().__init__(
+            source=source,
+            teacher_source=teacher_source,
+            levels=levels,
+            teacher_levels=teacher_levels,
+            adapt=adapt,
+            resize=resize,
+            loss_weight=loss_weight,
+        )
+        if not temperature > 0:
+            raise ConfigError(
+                f'CWD.temperature must be above 0, got {temperature}'
+            )
+        self.temperature = temperature
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: 'TeacherOutputs',
+        data_samples: Sequence[DetDataSample],
+    ) -> dict[str, Tensor]:
+        losses = [
+            channel_divergence(
+                s, t, position_weights(data_samples, t), self.temperature
+            )
+            for s, t in self.pairs(student, teacher)
+        ]
+        return {'cwd': torch.stack(losses).sum()}
+
+
+def channel_divergence(
+    student: Tensor, teacher: Tensor, weights: Tensor, temperature: float
+) -> Tensor:
+    """KL(teacher || student) of each channel's softmax, times T squared.
+
+    Args:
+        student: (B, C, H, W).
+        teacher: (B, C, H, W).
+        weights: (B, 1, H, W), 0 on padding.
+        temperature: Divides both.
+
+    Returns:
+        The mean over images and channels.
+    """
+    padding = weights == 0
+    log_s, log_t = (
+        (maps.float() / temperature)
+        .masked_fill(padding, OUTSIDE)
+        .flatten(2)
+        .log_softmax(-1)
+        for maps in (student, teacher)
+    )
+    divergence = (log_t.exp() * (log_t - log_s)).sum(-1)  # (B, C)
+    return temperature**2 * divergence.mean()

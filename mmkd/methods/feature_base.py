@@ -1,0 +1,265 @@
+"""What the methods that compare feature maps have in common."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
+
+from mmkd.adapters import (
+    build_adapter,
+    check_levels,
+    check_sizes,
+    resize_to,
+)
+from mmkd.outputs import Outputs
+from mmkd.utils import ConfigError
+
+from .base import Method
+
+if TYPE_CHECKING:
+    from mmkd.teacher import TeacherOutputs
+
+OUTSIDE = -1e30
+"""A logit of padding: its softmax is 0, and differences of it are finite."""
+
+
+class FeatureMethod(Method):
+    """A method that compares features of paired levels.
+
+    A subclass implements :meth:`forward` on :meth:`pairs`, and
+    :meth:`build_layers` if it trains more than the adapters. Student maps of
+    another size are resized (bilinear), never cropped.
+
+    Args:
+        source: Module path in the student: ``'neck'`` (the backbone in
+            detectors without one), ``'backbone'``, or any other whose output
+            is a map (B, C, H, W) of every image, a tensor a level.
+        teacher_source: Module path in the teacher; the same by default.
+        levels: The student's levels to use, from 0; all by default.
+        teacher_levels: The teacher's levels to pair with them; the same
+            numbers by default.
+        adapt: A 1x1 convolution from the student's to the teacher's width:
+            True for every level, None where the widths differ, False for
+            none.
+        resize: Allow sizes that differ by a factor, not only by rounding.
+        loss_weight: Weight of the method.
+
+    Raises:
+        ConfigError: If the features cannot meet.
+        TapError: If a source never produced anything.
+    """
+
+    images_only = True
+    """The features must be maps of whole images, whose padding is known."""
+
+    def __init__(
+        self,
+        *,
+        source: str = 'neck',
+        teacher_source: str | None = None,
+        levels: Sequence[int] | None = None,
+        teacher_levels: Sequence[int] | None = None,
+        adapt: bool | None = None,
+        resize: bool = False,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(loss_weight=loss_weight)
+        self.source = source
+        self.teacher_source = teacher_source or source
+        self.levels = self._checked_levels('levels', levels)
+        self.teacher_levels = self.levels
+        if teacher_levels is not None:
+            self.teacher_levels = self._checked_levels(
+                'teacher_levels', teacher_levels
+            )
+        self.adapt = adapt
+        self.resize = resize
+        self.adapters = nn.ModuleList()
+        self.where = f'{type(self).__name__} on "{source}"'
+
+    @property
+    def student_paths(self) -> Sequence[str]:
+        return (self.source,)
+
+    @property
+    def teacher_paths(self) -> Sequence[str]:
+        return (self.teacher_source,)
+
+    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+        ours = student.features(self.source)
+        theirs = teacher.features(self.teacher_source)
+        ours, theirs = self._chosen(ours, theirs)
+        if self.images_only:
+            self._check_maps(ours, theirs)
+        self.adapters = nn.ModuleList(
+            self.build_adapter(s, t, f'{self.where}, level {i}')
+            for i, (s, t) in enumerate(zip(ours, theirs, strict=True))
+        )
+        check_sizes(ours, theirs, resize=self.resize, where=self.where)
+        self.build_layers(ours, theirs)
+
+    def build_adapter(
+        self, student: Tensor, teacher: Tensor, where: str
+    ) -> nn.Module:
+        """The layer between one level's features."""
+        adapt = self.adapt
+        if adapt is None:
+            adapt = student.shape[1:2] != teacher.shape[1:2]
+        return build_adapter(student, teacher, adapt=adapt, where=where)
+
+    def build_layers(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor]
+    ) -> None:
+        """Build what the method trains besides the adapters.
+
+        Args:
+            student: The student's features of one blank image, as tapped.
+            teacher: The teacher's, paired with them.
+        """
+
+    def pairs(
+        self, student: Outputs, teacher: 'TeacherOutputs'
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Each level's adapted and resized feature and the teacher's."""
+        ours = student.features(self.source)
+        theirs = teacher.features(self.teacher_source, student, self.source)
+        ours, theirs = self._chosen(ours, theirs)
+        return [
+            (resize_to(adapter(s), t.shape), t.detach())
+            for adapter, s, t in zip(self.adapters, ours, theirs, strict=True)
+        ]
+
+    def _chosen(
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        ours = _choose(student, self.levels, self.where)
+        theirs = _choose(teacher, self.teacher_levels, self.where)
+        check_levels(ours, theirs, self.where)
+        return ours, theirs
+
+    def _check_maps(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor]
+    ) -> None:
+        for role, path, features in (
+            ('student', self.source, student),
+            ('teacher', self.teacher_source, teacher),
+        ):
+            for feature in features:
+                if feature.dim() != 4 or path.startswith('roi_head.'):
+                    raise ConfigError(
+                        f'{self.where}: the {role}\'s "{path}" must give '
+                        'maps (B, C, H, W) of whole images, got '
+                        f'{tuple(feature.shape)}. Tap the neck, the backbone '
+                        'or a convolution in front of the RoIs, or use '
+                        'mmkd.FeatureHint.'
+                    )
+
+    def _checked_levels(
+        self, option: str, levels: Sequence[int] | None
+    ) -> tuple[int, ...] | None:
+        if levels is None:
+            return None
+        if (
+            not isinstance(levels, Sequence)
+            or not levels
+            or any(not isinstance(level, int) or level < 0 for level in levels)
+        ):
+            raise ConfigError(
+                f'{type(self).__name__}.{option} must be a list of level '
+                f'numbers from 0, got {levels!r}; leave it out for all '
+                'levels.'
+            )
+        return tuple(levels)
+
+
+def _choose(
+    features: tuple[Tensor, ...], levels: Sequence[int] | None, where: str
+) -> tuple[Tensor, ...]:
+    if levels is None:
+        return features
+    if any(level >= len(features) for level in levels):
+        raise ConfigError(
+            f'{where}: levels {list(levels)} are asked for, there are '
+            f'{len(features)} (0 to {len(features) - 1}).'
+        )
+    return tuple(features[level] for level in levels)
+
+
+def image_weights(
+    data_samples: Sequence[DetDataSample], maps: Tensor
+) -> Tensor | None:
+    """Weights of the positions of maps that average over each image alone.
+
+    Args:
+        data_samples: One a map, with ``img_shape`` and, from the data
+            preprocessor, ``batch_input_shape``.
+        maps: (B, C, H, W).
+
+    Returns:
+        (B, 1, H, W), 1/n on the n positions of the image and 0 on padding;
+        None where nothing is padded (or for vectors).
+    """
+    if maps.dim() != 4:
+        return None
+    shapes = [sample.img_shape[:2] for sample in data_samples]
+    full = data_samples[0].metainfo.get('batch_input_shape', shapes[0])
+    if all(tuple(shape) == tuple(full) for shape in shapes):
+        return None
+    images, _, height, width = maps.shape
+    if images != len(shapes):
+        raise ConfigError(
+            f'a tapped map holds {images} images, the batch {len(shapes)}: '
+            'padding cannot be told apart. Tap a module that sees every '
+            'image once, such as the neck.'
+        )
+    weights = torch.zeros(images, 1, height, width, device=maps.device)
+    for weight, (h, w) in zip(weights, shapes, strict=True):
+        rows = math.ceil(h * height / full[0])
+        columns = math.ceil(w * width / full[1])
+        weight[:, :rows, :columns] = 1 / (rows * columns)
+    return weights
+
+
+def position_weights(
+    data_samples: Sequence[DetDataSample], maps: Tensor
+) -> Tensor:
+    """:func:`image_weights`, (B, 1, H, W), also where nothing is padded."""
+    weights = image_weights(data_samples, maps)
+    if weights is None:
+        images, _, height, width = maps.shape
+        weights = maps.new_full(
+            (images, 1, height, width),
+            1 / (height * width),
+            dtype=torch.float32,
+        )
+    return weights
+
+
+def standardize(
+    maps: Tensor, weights: Tensor, *, per_image: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Give every channel mean 0 and variance 1 over its positions.
+
+    Args:
+        maps: (B, C, H, W).
+        weights: Of :func:`position_weights`, (B, 1, H, W).
+        per_image: Over each image's positions instead of over those of the
+            whole batch, which all count alike.
+        eps: What the variance is increased by.
+
+    Returns:
+        The maps in float32, and the weights (B, 1, H, W) by which they were
+        averaged: 0 on padding, with a sum of 1 over the batch or image.
+    """
+    over: tuple[int, ...] = (2, 3)
+    if not per_image:
+        over = (0, 2, 3)
+        inside = (weights > 0).float()
+        weights = inside / inside.sum()
+    maps = maps.float()
+    centred = maps - (maps * weights).sum(over, keepdim=True)
+    variance = (centred.square() * weights).sum(over, keepdim=True)
+    return centred * (variance + eps).rsqrt(), weights
