@@ -1,7 +1,8 @@
-"""The trainings of `tools/demo.py`: planned, run side by side, continued."""
+"""Trainings: planned, run side by side, continued; of `tools/demo.py` most."""
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mmengine.config import Config, DictAction
 
@@ -28,6 +30,7 @@ PACKAGES = (
     'mmkd', 'torch', 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection',
     'mmengine', 'mmcv', 'mmdet', 'numpy', 'pycocotools',
 )  # fmt: skip
+LIBC = ctypes.CDLL(None)
 
 
 class DemoError(Exception):
@@ -142,7 +145,7 @@ def remove_outdated(network: Network) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Keep a folder to one demo and to the trainings that inherit the lock.
+    """Keep a folder to one process and to the trainings that inherit the lock.
 
     Raises:
         DemoError: If another holds it.
@@ -153,8 +156,8 @@ def locked(folder: Path) -> Iterator[int]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DemoError(
-                f'a demo or a training that it left behind is at work in '
-                f'{folder}. End it, or choose another folder with --work-dir.'
+                f'another process, or a training that it left behind, is at '
+                f'work in {folder}. End it, or choose another work dir.'
             ) from None
         yield file.fileno()
 
@@ -162,16 +165,36 @@ def locked(folder: Path) -> Iterator[int]:
 # ----------------------------------------------------------------- running
 
 
+class Work(Protocol):
+    """What a :class:`Training` runs, and where that is noted."""
+
+    folder: Path
+    fingerprint: Any
+
+    @property
+    def log(self) -> Path: ...
+
+    @property
+    def command(self) -> list[str]: ...
+
+    @property
+    def state(self) -> dict[str, Any]: ...
+
+    def note(self, **changes: Any) -> None: ...
+
+
 @dataclass
 class Training:
-    """A running `tools/train.py`."""
+    """A running `tools/train.py`, or another tool."""
 
-    network: Network
+    network: Work
     process: subprocess.Popen[bytes]
     started: float = field(default_factory=time.monotonic)
+    peak: float = 0.0
+    """Resident memory in MiB."""
 
     @classmethod
-    def start(cls, network: Network, lock: int) -> 'Training':
+    def start(cls, network: Work, lock: int) -> 'Training':
         network.folder.mkdir(parents=True, exist_ok=True)
         network.note(fingerprint=network.fingerprint)
         with network.log.open('ab') as log:
@@ -184,6 +207,7 @@ class Training:
                 pass_fds=[lock],
                 # Ctrl-C reaches this process alone, which stops them.
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         return cls(network, process)
 
@@ -191,6 +215,7 @@ class Training:
         """Whether it has; then its time is noted, and whether it is done."""
         if self.process.returncode is not None:
             return True
+        self.peak = max(self.peak, peak_resident(self.process.pid))
         pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
         if not pid:
             return False
@@ -201,10 +226,29 @@ class Training:
         self.network.note(
             wall_seconds=round(old.get('wall_seconds', 0) + wall, 1),
             cpu_seconds=round(old.get('cpu_seconds', 0) + cpu, 1),
+            peak_mib=round(max(old.get('peak_mib', 0), self.peak), 1),
         )
         if self.process.returncode == 0:
             self.network.note(finished=now())
         return True
+
+
+def _end_with_parent() -> None:
+    """Let a killed parent take this process along (Linux)."""
+    with contextlib.suppress(AttributeError):
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def peak_resident(pid: int | str = 'self') -> float:
+    """Peak resident memory of a process in MiB; 0 if it has ended (Linux).
+
+    Not ``ru_maxrss``: a child starts with its parent's.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path(f'/proc/{pid}/status').read_text().splitlines():
+            if line.startswith('VmHWM:'):
+                return int(line.split()[1]) / 2**10
+    return 0.0
 
 
 def train(networks: Mapping[str, Network], jobs: int, lock: int) -> None:
@@ -270,6 +314,7 @@ class Progress:
     def __init__(self, names: Sequence[str]) -> None:
         self.lines = dict.fromkeys(names, 'waits')
         self.live = sys.stdout.isatty()
+        self.width = max([11, *(len(name) + 2 for name in names)])
         if self.live:
             print('\n' * len(names), end='')
 
@@ -279,9 +324,12 @@ class Progress:
             width = shutil.get_terminal_size().columns - 1
             print(f'\x1b[{len(self.lines)}F', end='')
             for network, text in self.lines.items():
-                print('\x1b[2K' + f'{network:<11}{text}'[:width], flush=True)
+                print(
+                    '\x1b[2K' + f'{network:<{self.width}}{text}'[:width],
+                    flush=True,
+                )
         elif line.split('loss')[0] != old.split('loss')[0]:
-            print(f'{name:<11}{line}', flush=True)
+            print(f'{name:<{self.width}}{line}', flush=True)
 
 
 def status(training: Training) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 import mmdet
 import mmengine
 import torch
+from _training import peak_resident
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, DictAction
@@ -217,17 +218,6 @@ def print_peak(args: argparse.Namespace, device: str) -> None:
     else:
         peak = peak_resident()
     print(f'PEAK{peak}')
-
-
-def peak_resident() -> float:
-    """Peak resident memory of this process in MiB (Linux).
-
-    Not ``ru_maxrss``: a child starts with its parent's.
-    """
-    for line in Path('/proc/self/status').read_text().splitlines():
-        if line.startswith('VmHWM:'):
-            return int(line.split()[1]) / 2**10
-    raise RuntimeError('/proc/self/status has no VmHWM')
 
 
 def size_of(modules: list[nn.Module]) -> float:

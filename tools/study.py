@@ -1,0 +1,301 @@
+"""Train and test a grid of networks and seeds; compare them in one table.
+
+Examples:
+    python tools/study.py studies/bccd_frcnn.yaml --jobs 2
+    python tools/study.py studies/bccd_frcnn.yaml --dry-run
+
+The file names the runs (a config, the run that is its teacher, options), the
+seeds, the metrics and the run that the others are compared with. Each run is
+``tools/train.py`` with ``randomness.seed`` and ``tools/test.py`` with its
+last checkpoint, nothing selected, in ``WORK_DIR/<run>-seed<k>``; a student
+has the teacher of its seed. Ctrl-C stops a study; run again, it continues,
+and what is done is not done again unless its config, data, teacher, the code
+of mmkd or the installed packages have changed. Writes table.md and table.json
+to the work dir; the exit status is 1 if a run has failed.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# One thread a process: more of them wait for each other on a busy machine.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+from _study import INPUTS, SOFTWARE, Run, Step, Study, read_study
+from _study_table import write_table
+from _training import (
+    ROOT,
+    DemoError,
+    Progress,
+    Training,
+    last_progress,
+    locked,
+    now,
+    read_json,
+    stop,
+    versions,
+    write_json,
+)
+
+from mmkd.checkpoint import CheckpointError
+from mmkd.utils import ConfigError
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        'study', type=lambda path: Path(path).resolve(), help='YAML file'
+    )
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
+    parser.add_argument(
+        '--keep-stale',
+        action='store_true',
+        help='keep, and mark in the table, results of which only the code of '
+        'mmkd or the installed packages have changed',
+    )
+    parser.add_argument(
+        '--dry-run',
+        action='store_true',
+        help='only say what is done and what would be run, and why',
+    )
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error('--jobs takes a number from 1')
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(143))
+    os.chdir(ROOT)
+    try:
+        study = read_study(args.study)
+        if args.dry_run:
+            tell_plan(study, args.keep_stale)
+            return 0
+        with locked(study.work_dir) as lock:
+            tell_plan(study, args.keep_stale)
+            try:
+                execute(study, args.jobs, lock, args.keep_stale)
+            finally:
+                text = write_table(study)
+    except (ConfigError, CheckpointError, DemoError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        again = 'Run the same command again to continue.'
+        print(f'\nInterrupted. {again}', file=sys.stderr)
+        return 130
+    print(f'\n{text}\n{os.path.relpath(study.work_dir / "table.md")}')
+    return int(any(run.failure for run in study.runs))
+
+
+# -------------------------------------------------------------- what is due
+
+
+def status(run: Run, keep_stale: bool) -> str:
+    """``done``, or else why it is run: in words, for the user."""
+    if run.teacher is not None:
+        theirs = status(run.teacher, keep_stale)
+        if not is_done(theirs):
+            return f'waits for {run.teacher.name}'
+    changed = run.changed()
+    if changed and keep_stale and run.result and SOFTWARE.issuperset(changed):
+        return f'done, but stale and kept: {in_words(changed)} changed'
+    if changed:
+        what = 'stale' if run.result else 'begun anew'
+        return f'{what}: {in_words(changed)} changed'
+    if run.result:
+        return 'done'
+    return 'is continued' if run.noted else 'is to be trained'
+
+
+def is_done(text: str) -> bool:
+    return text.startswith('done')
+
+
+def in_words(changed: Sequence[str]) -> str:
+    return ' and '.join(INPUTS[key] for key in changed)
+
+
+def tell_plan(study: Study, keep_stale: bool) -> None:
+    """Say of every run whether it is done, and if not, why it is run."""
+    width = max(len(run.name) for run in study.runs) + 2
+    texts = [status(run, keep_stale) for run in study.runs]
+    for run, text in zip(study.runs, texts, strict=True):
+        print(f'{run.name:<{width}}{text}', flush=True)
+    stale = [text for text in texts if text.startswith('stale')]
+    if stale:
+        print(
+            f'{len(stale)} results are stale; they are removed and run again '
+            'when it is their turn (--keep-stale keeps those of which only '
+            'the code or packages changed).',
+            flush=True,
+        )
+
+
+# ----------------------------------------------------------------- running
+
+
+def execute(study: Study, jobs: int, lock: int, keep_stale: bool) -> None:
+    """Run what is not done, as many at a time as there are jobs."""
+    waiting = list(study.runs)
+    running: list[tuple[Run, Training]] = []
+    progress = Progress(
+        [r.name for r in waiting if not is_done(status(r, keep_stale))]
+    )
+    try:
+        while waiting or running:
+            for run in list(waiting):
+                if len(running) < jobs and is_ready(run, waiting, running):
+                    waiting.remove(run)
+                    if prepare(run, keep_stale):
+                        start(run, running, lock)
+                        progress.tell(run.name, 'starts')
+                if run.failure:
+                    progress.tell(run.name, 'failed')
+            time.sleep(0.2)
+            for run, training in list(running):
+                if training.ended():
+                    running.remove((run, training))
+                    conclude(run, training, study)
+                    if not run.failure and not run.result:
+                        start(run, running, lock)
+                progress.tell(run.name, describe(run, study))
+    finally:
+        stop([training for _, training in running])
+
+
+def is_ready(
+    run: Run, waiting: list[Run], running: list[tuple[Run, Training]]
+) -> bool:
+    """Whether its teacher, if any, is at its end."""
+    at_work = [*waiting, *(other for other, _ in running)]
+    return all(other is not run.teacher for other in at_work)
+
+
+def prepare(run: Run, keep_stale: bool) -> bool:
+    """Clear the way for a run; False if nothing is to be run."""
+    try:
+        if run.teacher is not None and run.teacher.failure:
+            run.failure = f'not run: {run.teacher.name} failed'
+            return False
+        if is_done(status(run, keep_stale)):
+            return False
+        if run.changed():
+            shutil.rmtree(run.folder)
+        elif 'begun' in run.noted:
+            note_lost_time(run.training)
+        run.write_config()
+    except (CheckpointError, ConfigError, OSError) as error:
+        run.failure = str(error)
+    return not run.failure
+
+
+def note_lost_time(step: Step) -> None:
+    """Count the time of a training whose study was killed as well."""
+    noted = step.state
+    if noted['begun'] is not None:
+        lost = max(step.log.stat().st_mtime - noted['begun'], 0)
+        wall = noted.get('wall_seconds', 0) + lost
+        step.note(wall_seconds=round(wall, 1), begun=None)
+
+
+def start(run: Run, running: list[tuple[Run, Training]], lock: int) -> None:
+    step = run.test if 'finished' in run.noted else run.training
+    if step.name == 'test':
+        shutil.rmtree(run.folder / 'test', ignore_errors=True)
+    step.folder.mkdir(parents=True, exist_ok=True)
+    step.note(begun=time.time())
+    running.append((run, Training.start(step, lock)))
+
+
+def conclude(run: Run, training: Training, study: Study) -> None:
+    """Note what has ended: a training, a test with its result, a failure."""
+    step = training.network
+    step.note(begun=None)
+    code = training.process.returncode
+    what = {'train': 'training', 'test': 'testing'}[step.log.stem]
+    if code:
+        run.failure = f'{what} failed (exit status {code}), see {step.log}'
+    elif step.log.stem == 'train':
+        if run.checkpoint is None:
+            run.failure = f'training left no checkpoint, see {step.log}'
+    else:
+        write_result(run, study, step.log)
+
+
+def write_result(run: Run, study: Study, log: Path) -> None:
+    files = sorted((run.folder / 'test').glob('*/*.json'))
+    metrics = read_json(files[-1]) if files else {}
+    missing = [key for key in study.metrics.values() if key not in metrics]
+    if missing:
+        known = ', '.join(key for key in metrics if '/' in key)
+        run.failure = (
+            f'the test gave no {", ".join(missing)}, but '
+            f'{known or "nothing, as with a detector that finds nothing"}; '
+            f'see {log}'
+        )
+        return
+    memory = memory_of(run)
+    training, test = run.noted, read_json(run.folder / 'test.json')
+    result = {
+        'run': run.network,
+        'seed': run.seed,
+        'metrics': metrics,
+        'training_seconds': training['wall_seconds'],
+        'test_seconds': test['wall_seconds'],
+        **memory,
+        'checkpoint': run.checkpoint_hash,
+        'inputs': training['fingerprint'],
+        'versions': versions(),
+        'finished': now(),
+    }
+    write_json(run.folder / 'result.json', result)
+
+
+def memory_of(run: Run) -> dict[str, float | str]:
+    """Peak of the training: the GPU's, as logged, else the process's."""
+    from _report import complete_rows  # and with it MMDetection
+
+    logged = [
+        row['memory']
+        for path in run.folder.glob('2*/vis_data/scalars.json')
+        for row in complete_rows(path)
+        if 'memory' in row
+    ]
+    if logged:
+        return {'memory_mib': max(logged), 'memory_of': 'GPU'}
+    return {'memory_mib': run.noted['peak_mib'], 'memory_of': 'process'}
+
+
+def describe(run: Run, study: Study) -> str:
+    """What to tell of a run in one line."""
+    if run.failure:
+        return 'failed'
+    if result := run.result:
+        return '   '.join(
+            f'{name} {100 * result["metrics"][key]:.1f}'
+            for name, key in study.metrics.items()
+        )
+    if 'finished' in run.noted:
+        return 'is tested'
+    epochs = run.config.train_cfg.get('max_epochs')
+    text = ''
+    with contextlib.suppress(FileNotFoundError):
+        text = (run.folder / 'train.txt').read_text(errors='replace')
+    return last_progress(text, epochs) if epochs else 'is trained'
+
+
+if __name__ == '__main__':
+    sys.exit(main())
