@@ -9,7 +9,7 @@ distillation = dict(
         pkd=dict(
             type='mmkd.PKD',
             levels=[0, 1, 2, 3],  # of the official config: P2 to P5
-            loss_weight=6.0,  # sec. 4
+            loss_weight=6.0,  # of all the paper's detectors
         )
     ),
 )

@@ -6,6 +6,7 @@ from .faster_rcnn import FasterRCNNDistillation
 from .feature_hint import FeatureHint
 from .mgd import MGD
 from .pkd import PKD
+from .tat import TaT
 
 __all__ = [
     'CWD',
@@ -14,4 +15,5 @@ __all__ = [
     'FasterRCNNDistillation',
     'FeatureHint',
     'Method',
+    'TaT',
 ]

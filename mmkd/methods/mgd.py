@@ -41,9 +41,9 @@ class MGD(FeatureMethod):
     resumed run draws the masks that the uninterrupted one would have.
 
     Source: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative
-    Distillation", ECCV 2022, eq. 2 to 5; weight 2e-5 and mask ratio .65 for
-    one-stage, 5e-7 and .45 for two-stage detectors (sec. 4.2). The official
-    code adapts only where the widths differ, as here.
+    Distillation", ECCV 2022; weight 2e-5 and mask ratio .65 for one-stage,
+    5e-7 and .45 for two-stage detectors. The official code (yzd-v/MGD)
+    adapts only where the widths differ, as here.
 
     Args:
         mask_ratio: Share of the masked positions, from 0, below 1.

@@ -41,8 +41,8 @@ class PKD(FeatureMethod):
 
     Source: Cao, Zhang, Gao, Cheng, Cheng, Zhang, "PKD: General Distillation
     Framework for Object Detectors via Pearson Correlation Coefficient",
-    NeurIPS 2022, eq. 2 to 4, weight 6 (sec. 4). The official code (MMRazor)
-    is this formula with the unbiased standard deviation, a difference of
+    NeurIPS 2022, with the weight 6. The official code (MMRazor) is this
+    formula with the unbiased standard deviation, a difference of
     1 / (B H W), and takes the first four FPN levels of Faster R-CNN.
 
     Args:

@@ -24,7 +24,7 @@ def untrained(recwarn):
 
 
 def reference(ours, theirs, temperature):
-    """Eq. 4 of the paper for the maps of one image, value by value."""
+    """The KL of the channels of the maps of one image, value by value."""
     total = 0.0
     for s, t in zip(ours, theirs, strict=True):
         s, t = (

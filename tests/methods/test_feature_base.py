@@ -23,6 +23,12 @@ ALONE = {
     'CWD': {},
     'PKD': dict(per_image=True),
     'MGD': dict(mask_ratio=0.0),
+    'TaT': dict(
+        patch_size=[3, 2],
+        patches_per_group=2,
+        anchor_grid=[3, 4],
+        per_image=True,
+    ),
 }
 ALL = list(ALONE)
 
