@@ -118,8 +118,15 @@ def check_same_anchors(student: Any, teacher: Any) -> None:
         )
 
 
-def check_same_classifiers(student: Any, teacher: Any) -> None:
+def check_same_classifiers(
+    student: Any, teacher: Any, *, remedy: str = 'set soft=None or rcn=False'
+) -> None:
     """Check that the RoI heads' logits mean the same, stage by stage.
+
+    Args:
+        student: The student's detector.
+        teacher: The teacher's detector.
+        remedy: What to do otherwise, for the message.
 
     Raises:
         ConfigError: If they do not.
@@ -133,13 +140,12 @@ def check_same_classifiers(student: Any, teacher: Any) -> None:
                     f'the RoI head of stage {stage} of the {role} classifies '
                     f'through {type(each.loss_cls).__name__}, whose logits '
                     'are not those of a softmax over classes and background. '
-                    'Use CrossEntropyLoss in both networks, or set '
-                    'soft=None or rcn=False.'
+                    f'Use CrossEntropyLoss in both networks, or {remedy}.'
                 )
         if uses_sigmoid(head) != uses_sigmoid(other):
             raise ConfigError(
                 f'the RoI heads of stage {stage} cannot be distilled: '
                 f'use_sigmoid is {uses_sigmoid(head)} in the student and '
                 f'{uses_sigmoid(other)} in the teacher. Train both with the '
-                'same kind of classifier, or set soft=None or rcn=False.'
+                f'same kind of classifier, or {remedy}.'
             )

@@ -1,0 +1,93 @@
+"""Knowledge distillation of class logits (Hinton et al., 2015)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mmdet.structures import DetDataSample
+from torch import Tensor
+
+from mmkd.class_logits import check_class_logits, class_logits
+from mmkd.losses.kl import sigmoid_kl, softmax_kl
+from mmkd.outputs import Outputs
+from mmkd.registry import METHODS
+from mmkd.utils import ConfigError
+
+from .base import Method
+
+if TYPE_CHECKING:
+    from mmkd.teacher import TeacherOutputs
+
+
+@METHODS.register_module()
+class KD(Method):
+    r"""The student's class probabilities approach the teacher's.
+
+    .. math::
+        L = \frac{T^2}{N} \sum_i w_i \, \mathrm{KL}(p^t_i \| p^s_i)
+
+    A softmax head has :math:`p = \mathrm{softmax}(z / T)` over classes and
+    background. In a sigmoid head every class is a binary problem with
+    :math:`p = \sigma(z / T)`, and the divergence is the sum over them.
+
+    * One-stage detectors: i runs over all priors; :math:`w_i` is the weight
+      that the student's own loss gives to the prior's classification (0 in
+      the padding and for ignored priors), N the number of its positives,
+      averaged over the processes, at least 1. The heads' priors must
+      correspond.
+    * Two-stage detectors: i runs over the N RoIs that the student is trained
+      on, which the teacher scores on its own features; stage by stage in a
+      cascade, with the stage's weight.
+
+    Classes that only one of the networks knows are left out.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural
+    Network", 2015, https://arxiv.org/abs/1503.02531. Nothing in it is about
+    detectors: the sum over binary problems and the normaliser N, which is
+    that of the stock losses, are ours.
+
+    Args:
+        temperature: T, above 0. Above 1 the many background priors of a
+            sigmoid head weigh more.
+        loss_weight: Weight of the method.
+
+    Raises:
+        ConfigError: If the temperature is not above 0, or the pair's heads
+            differ in kind or in priors.
+    """
+
+    def __init__(
+        self, *, temperature: float = 1.0, loss_weight: float = 1.0
+    ) -> None:
+        super().__init__(loss_weight=loss_weight)
+        self.temperature = check_temperature(temperature, 'KD')
+
+    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+        check_class_logits(student, teacher, 'KD')
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: 'TeacherOutputs',
+        data_samples: Sequence[DetDataSample],
+    ) -> dict[str, Tensor]:
+        losses = {}
+        for pair in class_logits(student, teacher, data_samples):
+            if pair.sigmoid:
+                divergence = sigmoid_kl(
+                    pair.student, pair.teacher, self.temperature
+                ).sum(-1)
+            else:
+                divergence = softmax_kl(
+                    pair.student, pair.teacher, self.temperature
+                )
+            losses[f'{pair.prefix}cls'] = pair.average(divergence)
+        return losses
+
+
+def check_temperature(temperature: float, method: str) -> float:
+    """Return the temperature if it is above 0, raise otherwise."""
+    if not temperature > 0:
+        raise ConfigError(
+            f'{method}.temperature must be above 0, got {temperature}'
+        )
+    return temperature

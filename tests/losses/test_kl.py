@@ -1,0 +1,104 @@
+"""Divergences of logits."""
+
+import math
+
+import pytest
+import torch
+
+from mmkd.losses.kl import sigmoid_kl, softmax_kl
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a)
+
+
+def softmax(logits, temperature):
+    powers = [math.exp(z / temperature) for z in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def sigmoid(logit, temperature):
+    p = 1 / (1 + math.exp(-logit / temperature))
+    return [p, 1 - p]
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(0)
+    return [4 * torch.randn(5, 3, generator=generator) for _ in range(2)]
+
+
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 4.0])
+def test_softmax(logits, temperature):
+    student, teacher = logits
+    result = softmax_kl(student, teacher, temperature)
+    assert result.shape == (5,)
+    for row, s, t in zip(result, student, teacher, strict=True):
+        expected = temperature**2 * kl(
+            softmax(t.tolist(), temperature), softmax(s.tolist(), temperature)
+        )
+        assert row.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 4.0])
+def test_sigmoid(logits, temperature):
+    student, teacher = (z.flatten() for z in logits)
+    result = sigmoid_kl(student, teacher, temperature)
+    for value, s, t in zip(
+        result.tolist(), student.tolist(), teacher.tolist(), strict=True
+    ):
+        expected = temperature**2 * kl(
+            sigmoid(t, temperature), sigmoid(s, temperature)
+        )
+        assert value == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_by_hand():
+    """From (3/4, 1/4) to (1/2, 1/2): 3/4 log 3/2 + 1/4 log 1/2."""
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    teacher = torch.tensor([math.log(3), 0.0])
+    assert softmax_kl(torch.zeros(2), teacher).item() == pytest.approx(
+        expected
+    )
+    assert sigmoid_kl(torch.zeros(1), teacher[:1]).item() == pytest.approx(
+        expected
+    )
+
+
+@pytest.mark.parametrize('divergence', [softmax_kl, sigmoid_kl])
+def test_equal_logits_are_the_minimum(logits, divergence):
+    student, teacher = logits
+    assert not divergence(teacher, teacher).any()
+    assert divergence(student, teacher).min() >= 0
+    student.requires_grad_()
+    divergence(student, teacher).sum().backward()
+    with torch.no_grad():
+        nearer = divergence(student - 0.01 * student.grad, teacher).sum()
+    assert nearer < divergence(student, teacher).sum()
+
+
+@pytest.mark.parametrize('divergence', [softmax_kl, sigmoid_kl])
+def test_the_teacher_gets_no_gradient(logits, divergence):
+    student, teacher = (z.requires_grad_() for z in logits)
+    divergence(student, teacher).sum().backward()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize('divergence', [softmax_kl, sigmoid_kl])
+def test_extreme_logits_stay_finite(divergence):
+    student = torch.tensor([[-300.0, 300.0]], dtype=torch.half)
+    student.requires_grad_()
+    loss = divergence(student, -student.detach(), 0.5).sum()
+    loss.backward()
+    assert loss.isfinite()
+    assert loss > 0
+    assert student.grad.isfinite().all()
+
+
+def test_many_tiny_probabilities_lose_no_digits():
+    """The background of a dense head: 1e5 priors of probability 5e-5."""
+    teacher = torch.full((100_000,), -10.0)
+    exact = 1e5 * kl(sigmoid(-10.0, 1), sigmoid(-9.0, 1))
+    assert sigmoid_kl(teacher + 1, teacher).sum().item() == pytest.approx(
+        exact, rel=1e-3
+    )
