@@ -2,7 +2,8 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from .checkpoint import ATTACHED
 from .methods import Method
 from .outputs import Outputs
 from .registry import METHODS
-from .teacher import Teacher, build_teacher
+from .teacher import Teacher, TeacherOutputs, build_teacher
 from .utils import (
     ConfigError,
     build_checked,
@@ -79,7 +80,8 @@ class Distiller(nn.Module):
         student = Outputs(self.student, self._paths('student_paths'))
         if active:
             teacher = self.teacher(inputs, data_samples)
-            with student.recording():
+            guides = self._guides(active, teacher, data_samples)
+            with guides, student.recording():
                 task_losses = self._stock_loss(inputs, data_samples)
         else:
             task_losses = self._stock_loss(inputs, data_samples)
@@ -108,6 +110,20 @@ class Distiller(nn.Module):
             if weight:
                 active[name] = (method, weight)
         return active
+
+    @contextmanager
+    def _guides(
+        self,
+        active: Mapping[str, tuple[Method, float]],
+        teacher: TeacherOutputs,
+        data_samples: Sequence[DetDataSample],
+    ) -> Iterator[None]:
+        with ExitStack() as stack:
+            for method, _ in active.values():
+                stack.enter_context(
+                    method.guide(self.student, teacher, data_samples)
+                )
+            yield
 
     def attach(self) -> None:
         """Become part of the student."""
@@ -221,6 +237,7 @@ def build_distiller(
         teacher_outputs = blank(teacher.model, teacher.paths)
         for method in methods.values():
             method.prepare(student_outputs, teacher_outputs)
+        _check_one_guide(methods)
     return distiller.to(device)
 
 
@@ -237,6 +254,19 @@ def _check_names(methods: Any) -> None:
                 'method, it is also one of losses and weights. Choose a word '
                 'such as "hint".'
             )
+
+
+def _check_one_guide(methods: Mapping[str, Method]) -> None:
+    guides = [
+        name
+        for name, method in methods.items()
+        if type(method).guide is not Method.guide
+    ]
+    if len(guides) > 1:
+        raise ConfigError(
+            f'distillation.methods: {", ".join(guides)} each steer the '
+            "student's own loss; only one can. Keep one of them."
+        )
 
 
 @torch.no_grad()

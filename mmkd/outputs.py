@@ -1,8 +1,8 @@
 """What a detector produced in one step, and the taps that record it.
 
-This is the only module with hooks. A tap is a forward hook on a module of
-the detector, or an interception of one of its methods; both exist only while
-a step is being recorded, so that a detector carries nothing of mmkd's between
+This is the only module with taps. A tap is an interception of a method, such
+as a module's ``forward``, on the instance; it exists only while a step is
+being recorded, so that a detector carries nothing of mmkd's between
 steps and its copies (EMA) are clean.
 """
 
@@ -17,8 +17,9 @@ import torch
 from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
-# Forward hooks that are set on every detector that has such a module.
-STANDARD_TAPS = ('backbone', 'neck', 'rpn_head', 'bbox_head')
+# Taps that are set on every detector that has such a module; what they hold,
+# its loss holds, too.
+STANDARD_TAPS = ('rpn_head', 'bbox_head')
 # Where dense heads assign objects to priors: PAA's second, final assignment,
 # what nearly all call, and YOLOX's for one image.
 ASSIGNING = ('paa_reassign', 'get_targets', '_get_targets_single')
@@ -65,11 +66,9 @@ def intercepted(
 ) -> Iterator[None]:
     """Call ``after(result, *args, **kwargs)`` behind ``owner.name(...)``.
 
-    Shadows the method on the instance alone and takes the shadow away again;
-    what others have put on the instance is there again afterwards.
+    What others have put on the instance is there again afterwards.
     """
     original = getattr(owner, name)
-    shadowed = name in vars(owner)
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +76,17 @@ def intercepted(
         after(result, *args, **kwargs)
         return result
 
-    setattr(owner, name, call)
+    with replaced(owner, name, call):
+        yield
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
+    """Shadow an attribute on the instance, and take the shadow away again."""
+    attributes = vars(owner)
+    shadowed = name in attributes
+    original = attributes.get(name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
@@ -158,10 +167,9 @@ class Outputs:
         """Record what passes the taps within the context."""
         with ExitStack() as stack:
             for path, module in self._tapped_modules():
-                handle = module.register_forward_hook(
-                    functools.partial(self._record_output, path)
-                )
-                stack.callback(handle.remove)
+                # Not a forward hook: some heads call ``forward`` itself.
+                record = functools.partial(self._record_output, path)
+                stack.enter_context(intercepted(module, 'forward', record))
             rpn = getattr(self.model, 'rpn_head', None)
             if hasattr(rpn, 'get_targets'):
                 stack.enter_context(
@@ -175,9 +183,9 @@ class Outputs:
                 )
             for stage, head in enumerate(box_heads(self.model)):
                 if hasattr(head, 'loss_and_target'):
-                    record = functools.partial(self._record_rois, stage)
+                    taken = functools.partial(self._record_rois, stage)
                     stack.enter_context(
-                        intercepted(head, 'loss_and_target', record)
+                        intercepted(head, 'loss_and_target', taken)
                     )
             yield self
 
@@ -193,8 +201,7 @@ class Outputs:
         Raises:
             TapError: If the module did not run in this step.
         """
-        if path == 'neck' and getattr(self.model, 'neck', None) is None:
-            path = 'backbone'
+        path = self._resolved(path)
         if path not in self._fired:
             raise TapError(
                 f'the tap "{path}" of {type(self.model).__name__} never '
@@ -206,7 +213,7 @@ class Outputs:
     def raw(self, path: str) -> Any:
         """The output of the last call of the module at ``path``, as it is."""
         self.features(path)
-        return self._fired[path][-1]
+        return self._fired[self._resolved(path)][-1]
 
     @functools.cached_property
     def anchors(self) -> BoxSample:
@@ -287,8 +294,16 @@ class Outputs:
             )
         return self._dense_targets
 
+    def _resolved(self, path: str) -> str:
+        alone = path == 'neck' and getattr(self.model, 'neck', None) is None
+        return 'backbone' if alone else path
+
     def _why_silent(self, path: str) -> str:
-        modules = dict(self.model.named_modules())
+        modules = [
+            name
+            for name, _ in self.model.named_modules()
+            if name.partition('.')[0] != 'distillation'
+        ]
         if path in modules:
             return (
                 'the module did not run. Name one that does in the forward '
@@ -296,11 +311,12 @@ class Outputs:
             )
         close = difflib.get_close_matches(path, modules, n=1)
         hint = f'Did you mean "{close[0]}"? ' if close else ''
-        parts = ', '.join(name for name, _ in self.model.named_children())
+        parts = ', '.join(name for name in modules if name and '.' not in name)
         return f'there is no such module. {hint}The detector has {parts}.'
 
     def _tapped_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        for path in dict.fromkeys((*STANDARD_TAPS, *self.paths)):
+        asked = map(self._resolved, self.paths)
+        for path in dict.fromkeys((*STANDARD_TAPS, *asked)):
             try:
                 yield path, self.model.get_submodule(path)
             except AttributeError:
@@ -308,7 +324,7 @@ class Outputs:
                 continue
 
     def _record_output(
-        self, path: str, module: nn.Module, args: Any, output: Any
+        self, path: str, output: Any, *_: Any, **__: Any
     ) -> None:
         parent = self.model.get_submodule(path.rpartition('.')[0])
         if isinstance(parent, ConvModule):

@@ -255,7 +255,7 @@ class TestBuilding:
                 raise RuntimeError('more is needed')
 
         model = Stubborn()
-        outputs = blank_pass(model, [], torch.device('cpu'))
+        outputs = blank_pass(model, ['backbone'], torch.device('cpu'))
         assert outputs.features('backbone')[0].shape == (1, 4, 320, 320)
         with pytest.raises(Exception, match='more is needed'):
             outputs.features('neck.missing')

@@ -80,7 +80,7 @@ def test_each_part_runs_when_it_is_read_and_once(trained, student, step):
     model = copy.deepcopy(trained)
     counts = calls_of(model)
     inputs, samples, outputs = step
-    view = wrap(model, student)(inputs, samples)
+    view = wrap(model, student, paths=('neck', 'backbone'))(inputs, samples)
     assert set(counts.values()) == {0}
     view.features('neck', outputs)
     view.features('backbone', outputs)
@@ -109,7 +109,7 @@ def test_a_one_stage_head_runs_when_it_is_read():
 def test_scores_are_the_networks_own(trained, student, step):
     inputs, samples, outputs = step
     model = copy.deepcopy(trained)
-    view = wrap(model, student)(inputs, samples)
+    view = wrap(model, student, paths=('neck',))(inputs, samples)
     logits, deltas = view.score_rois(outputs.rois[0], 0)
     with torch.no_grad():
         expected = model.roi_head._bbox_forward(

@@ -1,5 +1,6 @@
 """Hooks around distillation."""
 
+from .batched_paa import BatchedPAAHook
 from .loss_check import LossCheckHook
 from .safe_checkpoint import SafeCheckpointHook
 from .teacher_check import TeacherCheckHook
@@ -7,6 +8,7 @@ from .telemetry import TelemetryHook
 from .weight_schedule import WeightScheduleHook
 
 __all__ = [
+    'BatchedPAAHook',
     'LossCheckHook',
     'SafeCheckpointHook',
     'TeacherCheckHook',

@@ -4,13 +4,20 @@ from .base import Method
 from .cwd import CWD
 from .faster_rcnn import FasterRCNNDistillation
 from .feature_hint import FeatureHint
+from .fgd import FGD
 from .kd import KD
+from .lad import (
+    LabelAssignmentDistillation,
+    SoftLabelDistillation,
+    SoLAD,
+)
 from .mgd import MGD
 from .pkd import PKD
 from .tat import TaT
 
 __all__ = [
     'CWD',
+    'FGD',
     'KD',
     'MGD',
     'PKD',

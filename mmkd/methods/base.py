@@ -1,7 +1,8 @@
 """What every distillation method is to the Distiller."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 class Method(nn.Module):
     """A distillation method: losses from a student's and a teacher's outputs.
 
-    A subclass implements :meth:`forward`, and :meth:`prepare` where it has
-    adapters or fits only certain detectors.
+    A subclass implements :meth:`forward` or :meth:`guide`, and
+    :meth:`prepare` where it has adapters or fits only certain detectors.
 
     Args:
         loss_weight: Weight of all its losses, at least 0. At 0 the method is
@@ -64,6 +65,23 @@ class Method(nn.Module):
         """
         return {}
 
+    def guide(
+        self,
+        student: Any,
+        teacher: 'TeacherOutputs',
+        data_samples: Sequence[DetDataSample],
+    ) -> AbstractContextManager[None]:
+        """A context within which the student computes its own losses.
+
+        For methods that steer these, such as an assignment of labels.
+
+        Args:
+            student: The stock detector.
+            teacher: The teacher's outputs for the batch.
+            data_samples: The batch's ground truth and meta data.
+        """
+        return nullcontext()
+
     def forward(
         self,
         student: Outputs,
@@ -81,4 +99,4 @@ class Method(nn.Module):
         Returns:
             Name to scalar; it is logged as ``<method>.loss_<name>``.
         """
-        raise NotImplementedError
+        return {}

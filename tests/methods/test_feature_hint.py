@@ -438,7 +438,7 @@ def test_a_tap_that_never_fires_lists_what_did():
     with pytest.raises(
         TapError,
         match=r'"rpn_head.rpn_cnv" of FasterRCNN never fired.*Did you mean '
-        r'"rpn_head.rpn_conv".*Fired: backbone, neck, rpn_head',
+        r'"rpn_head.rpn_conv".*Fired: rpn_head',
     ):
         Pair(tiny.faster_rcnn(), source='rpn_head.rpn_cnv')
 
