@@ -263,3 +263,23 @@ def standardize(
     centred = maps - (maps * weights).sum(over, keepdim=True)
     variance = (centred.square() * weights).sum(over, keepdim=True)
     return centred * (variance + eps).rsqrt(), weights
+
+
+def spatial_attention(
+    maps: Tensor, weights: Tensor, temperature: float
+) -> Tensor:
+    """How much stronger a position is than the others of its image.
+
+    Args:
+        maps: (B, C, H, W), float32.
+        weights: Of :func:`position_weights`, (B, 1, H, W).
+        temperature: Divides the mean sizes over the channels.
+
+    Returns:
+        (B, 1, H, W): the softmax over an image's positions, times their
+        number; 0 on padding.
+    """
+    inside = weights > 0
+    sizes = maps.abs().mean(1, keepdim=True) / temperature
+    share = sizes.masked_fill(~inside, OUTSIDE).flatten(2).softmax(-1)
+    return share.view_as(sizes) * inside.sum((2, 3), keepdim=True)

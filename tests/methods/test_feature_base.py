@@ -23,6 +23,7 @@ ALONE = {
     'CWD': {},
     'PKD': dict(per_image=True),
     'MGD': dict(mask_ratio=0.0),
+    'FGD': {},
     'TaT': dict(
         patch_size=[3, 2],
         patches_per_group=2,

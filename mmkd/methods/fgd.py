@@ -1,0 +1,281 @@
+"""FGD: focal and global distillation (Yang et al., CVPR 2022)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from mmkd.outputs import Outputs, as_tensor
+from mmkd.registry import METHODS
+from mmkd.utils import ConfigError
+
+from .feature_base import (
+    OUTSIDE,
+    FeatureMethod,
+    position_weights,
+    spatial_attention,
+)
+
+if TYPE_CHECKING:
+    from mmkd.teacher import TeacherOutputs
+
+
+@METHODS.register_module()
+class FGD(FeatureMethod):
+    r"""Where the teacher looks, objects and background apart, and relations.
+
+    Attention of a feature map, over the n positions of its image and over
+    its C channels:
+
+    .. math::
+        A^S_i = n \, \mathrm{softmax}_i
+            \Bigl(\tfrac{1}{C} \textstyle\sum_c |F_{c,i}| / T\Bigr), \qquad
+        A^C_c = C \, \mathrm{softmax}_c
+            \Bigl(\tfrac{1}{n} \textstyle\sum_i |F_{c,i}| / T\Bigr)
+
+    and the losses of each level, averaged over the images and summed over
+    the levels, with the adapted :math:`F^s`:
+
+    .. math::
+        L_{fg} &= \alpha \sum_{c,i} M^{fg}_i A^{S,t}_i A^{C,t}_c
+            (F^t_{c,i} - F^s_{c,i})^2, \qquad
+        L_{bg} = \beta \sum_{c,i} M^{bg}_i A^{S,t}_i A^{C,t}_c
+            (F^t_{c,i} - F^s_{c,i})^2 \\
+        L_{at} &= \gamma \Bigl(\sum_i |A^{S,t}_i - A^{S,s}_i|
+            + \sum_c |A^{C,t}_c - A^{C,s}_c|\Bigr), \qquad
+        L_{rel} = \lambda \sum_{c,i} (R_t(F^t) - R_s(F^s))_{c,i}^2
+
+    :math:`M^{fg}_i` is 1 / area of the smallest ground-truth box (xyxy,
+    pixels) over position i, in positions of the level from the floor of its
+    left upper to the ceiling of its right lower corner, both included, or 0;
+    :math:`M^{bg}_i` is 1 / their number on all others. R are two GcBlocks,
+    which are trained (the teacher's as well), :math:`R(F) = F + W_2
+    \mathrm{ReLU}(\mathrm{LN}(W_1 \sum_j \mathrm{softmax}_j(W_k F_j) F_j))`.
+    Positions on padding are part of nothing.
+
+    Source: Yang, Li, Jiang, Gong, Yuan, Zhao, Yuan, "Focal and Global
+    Knowledge Distillation for Detectors", CVPR 2022, and its code
+    (yzd-v/FGD), whose RetinaNet weights are the defaults; its Faster R-CNN
+    has 5e-5, 2.5e-5, 5e-5 and 5e-7, its FCOS 1.6e-3, 8e-4, 8e-4, 8e-6 and
+    T = 0.8. That code scales boxes by the size of the unpadded image, which
+    shifts them on padded ones, and counts padding as background; neither is
+    repeated here. Its recipe also starts the student's neck and head from
+    the teacher's.
+
+    Args:
+        temperature: T of the attention, above 0.
+        foreground_weight: :math:`\alpha`, at least 0.
+        background_weight: :math:`\beta`, at least 0.
+        attention_weight: :math:`\gamma`, at least 0.
+        relation_weight: :math:`\lambda`, at least 0.
+        source: See :class:`FeatureMethod`, as for the other options.
+        teacher_source: Module path in the teacher.
+        levels: The student's levels, from 0.
+        teacher_levels: The teacher's levels.
+        adapt: 1x1 convolutions: always, where needed (None), or never.
+        resize: Allow sizes that differ by a factor.
+        loss_weight: Weight of the method.
+
+    Raises:
+        ConfigError: If an option is outside its range or the features
+            cannot meet.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.5,
+        foreground_weight: float = 1e-3,
+        background_weight: float = 5e-4,
+        attention_weight: float = 5e-4,
+        relation_weight: float = 5e-6,
+        source: str = 'neck',
+        teacher_source: str | None = None,
+        levels: Sequence[int] | None = None,
+        teacher_levels: Sequence[int] | None = None,
+        adapt: bool | None = None,
+        resize: bool = False,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(
+            source=source,
+            teacher_source=teacher_source,
+            levels=levels,
+            teacher_levels=teacher_levels,
+            adapt=adapt,
+            resize=resize,
+            loss_weight=loss_weight,
+        )
+        if not temperature > 0:
+            raise ConfigError(
+                f'FGD.temperature must be above 0, got {temperature}'
+            )
+        self.temperature = temperature
+        self.weights = {
+            'foreground': foreground_weight,
+            'background': background_weight,
+            'attention': attention_weight,
+            'relation': relation_weight,
+        }
+        for name, weight in self.weights.items():
+            if not weight >= 0:
+                raise ConfigError(
+                    f'FGD.{name}_weight must be at least 0, got {weight}'
+                )
+        self.student_blocks = nn.ModuleList()
+        self.teacher_blocks = nn.ModuleList()
+
+    def build_layers(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor]
+    ) -> None:
+        widths = [t.shape[1] for t in teacher]
+        self.student_blocks = nn.ModuleList(map(ContextBlock, widths))
+        self.teacher_blocks = nn.ModuleList(map(ContextBlock, widths))
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: 'TeacherOutputs',
+        data_samples: Sequence[DetDataSample],
+    ) -> dict[str, Tensor]:
+        boxes = relative_boxes(data_samples)
+        levels = []
+        for level, (s, t) in enumerate(self.pairs(student, teacher)):
+            weights = position_weights(data_samples, t)
+            # Sums over a map overflow in half precision.
+            with torch.autocast(t.device.type, enabled=False):
+                s, t = s.float(), t.float()
+                levels.append(
+                    {
+                        **self._focal(s, t, weights, boxes),
+                        'relation': self._relation(level, s, t, weights),
+                    }
+                )
+        return {
+            name: weight
+            / len(boxes)
+            * torch.stack([losses[name] for losses in levels]).sum()
+            for name, weight in self.weights.items()
+        }
+
+    def _focal(
+        self, student: Tensor, teacher: Tensor, weights: Tensor, boxes: Tensor
+    ) -> dict[str, Tensor]:
+        """Sums over the batch of one level's unweighted focal losses."""
+        where_s, where_t = (
+            spatial_attention(maps, weights, self.temperature)
+            for maps in (student, teacher)
+        )
+        which_s, which_t = (
+            channel_attention(maps, weights, self.temperature)
+            for maps in (student, teacher)
+        )
+        foreground = paint_boxes(boxes, teacher.shape[-2:])
+        foreground = foreground * (weights > 0)
+        background = ((foreground == 0) & (weights > 0)).float()
+        count = background.sum((2, 3), keepdim=True).clamp(min=1)
+        error = (teacher - student).square() * which_t
+        error = error.sum(1, keepdim=True) * where_t  # (B, 1, H, W)
+        return {
+            'foreground': (error * foreground).sum(),
+            'background': (error * background / count).sum(),
+            'attention': (where_t - where_s).abs().sum()
+            + (which_t - which_s).abs().sum(),
+        }
+
+    def _relation(
+        self, level: int, student: Tensor, teacher: Tensor, weights: Tensor
+    ) -> Tensor:
+        inside = weights > 0
+        ours = self.student_blocks[level](student, inside)
+        theirs = self.teacher_blocks[level](teacher, inside)
+        return (theirs - ours).where(inside, 0.0).square().sum()
+
+
+class ContextBlock(nn.Module):
+    """GcBlock (Cao et al., 2019): adds an image's context to each position.
+
+    It starts as the identity.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = max(width // 2, 1)
+        self.mask = nn.Conv2d(width, 1, 1)
+        self.reduce = nn.Linear(width, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.expand = nn.Linear(hidden, width)
+        nn.init.kaiming_normal_(self.mask.weight, nonlinearity='relu')
+        nn.init.zeros_(self.expand.weight)
+        nn.init.zeros_(self.expand.bias)
+
+    def forward(self, maps: Tensor, inside: Tensor) -> Tensor:
+        logits = self.mask(maps).masked_fill(~inside, OUTSIDE)
+        share = logits.flatten(2).softmax(-1)  # (B, 1, H * W)
+        context = (maps.flatten(2) @ share.mT)[..., 0]  # (B, C)
+        hidden = self.norm(self.reduce(context)).relu()
+        return maps + self.expand(hidden)[..., None, None]
+
+
+def channel_attention(
+    maps: Tensor, weights: Tensor, temperature: float
+) -> Tensor:
+    """C times the softmax of the channels' mean sizes, (B, C, 1, 1)."""
+    mean = (maps.abs() * weights).sum((2, 3), keepdim=True)
+    return maps.shape[1] * (mean / temperature).softmax(1)
+
+
+def relative_boxes(data_samples: Sequence[DetDataSample]) -> Tensor:
+    """The ground truth as shares of the padded batch's width and height.
+
+    Returns:
+        (B, N, 4) as xyxy; images of fewer boxes are filled up with NaN.
+    """
+    sample = data_samples[0]
+    shape = sample.metainfo.get('batch_input_shape', sample.img_shape)
+    height, width = shape[:2]
+    boxes = pad_sequence(
+        [as_tensor(s.gt_instances.bboxes).float() for s in data_samples],
+        batch_first=True,
+        padding_value=float('nan'),
+    )
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack(
+        [x1 / width, y1 / height, x2 / width, y2 / height], dim=-1
+    )
+
+
+def paint_boxes(boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """1 / area of the smallest box over each position, or 0.
+
+    Args:
+        boxes: Of :func:`relative_boxes`, (B, N, 4). All boxes are painted at
+            once, in (B, N, H, W).
+        size: H and W.
+
+    Returns:
+        (B, 1, H, W).
+    """
+    height, width = size
+    if boxes.shape[1] == 0:
+        return boxes.new_zeros(len(boxes), 1, height, width)
+    left, right = (
+        (boxes[..., 0] * width).floor(),
+        (boxes[..., 2] * width).ceil(),
+    )
+    top, below = (
+        (boxes[..., 1] * height).floor(),
+        (boxes[..., 3] * height).ceil(),
+    )
+    share = 1 / ((right - left + 1) * (below - top + 1))
+    x = torch.arange(width, device=boxes.device)
+    y = torch.arange(height, device=boxes.device)
+    # A NaN is neither above nor below: it covers nothing.
+    across = (x >= left[..., None]) & (x <= right[..., None])  # (B, N, W)
+    down = (y >= top[..., None]) & (y <= below[..., None])  # (B, N, H)
+    covered = down[..., None] & across[:, :, None]
+    painted = share[..., None, None].where(covered, 0.0)
+    return painted.amax(1, keepdim=True)
