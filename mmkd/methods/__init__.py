@@ -11,6 +11,7 @@ from .lad import (
     SoftLabelDistillation,
     SoLAD,
 )
+from .ld import LD
 from .mgd import MGD
 from .pkd import PKD
 from .tat import TaT
@@ -19,6 +20,7 @@ __all__ = [
     'CWD',
     'FGD',
     'KD',
+    'LD',
     'MGD',
     'PKD',
     'FasterRCNNDistillation',

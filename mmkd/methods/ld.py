@@ -1,0 +1,260 @@
+"""Localization distillation (Zheng et al., CVPR 2022)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import bbox_overlaps
+from mmdet.utils import reduce_mean
+from torch import Tensor
+
+from mmkd.dense import (
+    DenseOutputs,
+    DenseTargets,
+    check_dense,
+    check_same_priors,
+    student_dense,
+    student_targets,
+    teacher_dense,
+)
+from mmkd.losses.kl import softmax_kl
+from mmkd.outputs import Outputs
+from mmkd.registry import METHODS
+from mmkd.utils import ConfigError
+
+from .base import Method
+from .kd import check_temperature
+
+if TYPE_CHECKING:
+    from mmkd.teacher import TeacherOutputs
+
+VLR_FACTOR = 0.25
+"""The official code divides the valuable region's sum by 16, not by the 4
+sides."""
+
+
+@METHODS.register_module()
+class LD(Method):
+    r"""The distributions of box sides approach the teacher's.
+
+    A head with DFL (GFL) predicts each of the four distances from a prior to
+    the sides of its box as a distribution over :math:`n + 1` bins. With
+    :math:`D_i = \frac{T^2}{4 (n + 1)} \sum_{sides}
+    \mathrm{KL}(p^t \| p^s)`,
+
+    .. math::
+        L_{main} &= w \sum_{i \in pos} s_i D_i, \qquad
+        s_i = \max_c \sigma(z^s_{i,c}) \\
+        L_{VLR} &= \frac{w_{VLR}}{4} \sum_{i \in VLR} u_i D_i, \qquad
+        u_i = \max_{j : i \in VLR_j} \mathrm{IoU}_{ij}
+
+    The main region are the student's positives. The valuable localization
+    region of object j are the anchors with :math:`\gamma \alpha_j \le
+    \mathrm{DIoU}_{ij} < \alpha_j`, where :math:`\alpha_j` is ATSS'
+    threshold: mean plus standard deviation of the IoU of the ``topk``
+    anchors of each level whose centres are nearest.
+
+    The sums are those of the official code: they grow with the objects in
+    a process' batch (the code's had 3 images). With ``normalize`` each
+    region's sum (without the 1/4) is divided by its sum of weights, averaged
+    over the processes, as GFL's own DFL loss is; w then has to be of the
+    order of 100 times larger.
+
+    Localization knows no classes: those of the networks may differ.
+
+    Source: Zheng et al., "Localization Distillation for Dense Object
+    Detection", CVPR 2022, https://arxiv.org/abs/2102.12252, and its code
+    (HikariTJU/LD), from which come the weights :math:`s_i` and :math:`u_i`,
+    the mean over bins, the factor 1/4 of the valuable region and the missing
+    normaliser; the paper writes plain sums of the divergence. Its
+    classification KD is :class:`KD`.
+
+    Args:
+        temperature: T, above 0.
+        main_weight: w, at least 0.
+        vlr_weight: :math:`w_{VLR}`, at least 0; 0 leaves the region out.
+        gamma: Lower bound of the valuable region, 0 to 1.
+        topk: Anchors a level that ATSS' threshold looks at, at least 1.
+        normalize: Divide by the sums of the weights.
+        loss_weight: Weight of the method.
+
+    Raises:
+        ConfigError: If an option is outside its range, a head has no bins,
+            or the two heads' bins or priors differ.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 10.0,
+        main_weight: float = 0.25,
+        vlr_weight: float = 0.25,
+        gamma: float = 0.25,
+        topk: int = 9,
+        normalize: bool = False,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(loss_weight=loss_weight)
+        self.temperature = check_temperature(temperature, 'LD')
+        for name, value, valid, range_ in (
+            ('main_weight', main_weight, main_weight >= 0, 'at least 0'),
+            ('vlr_weight', vlr_weight, vlr_weight >= 0, 'at least 0'),
+            ('gamma', gamma, 0 <= gamma <= 1, 'between 0 and 1'),
+            ('topk', topk, topk >= 1, 'at least 1'),
+        ):
+            if not valid:
+                raise ConfigError(f'LD.{name} must be {range_}, got {value}')
+        self.main_weight, self.vlr_weight = main_weight, vlr_weight
+        self.gamma, self.topk = gamma, topk
+        self.normalize = normalize
+
+    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+        ours = check_dense(student, 'student', 'LD')
+        theirs = check_dense(teacher, 'teacher', 'LD')
+        for role, dense in (('student', ours), ('teacher', theirs)):
+            if dense.bins is None:
+                raise ConfigError(
+                    f'LD distils distributions of box sides (DFL), the '
+                    f"{role}'s {type(dense.head).__name__} predicts none. "
+                    'Use GFLHead in both networks.'
+                )
+        check_same_priors(ours.head, theirs.head, 'LD', centres=True)
+        if ours.head.reg_max != theirs.head.reg_max:
+            raise ConfigError(
+                'LD: the distributions of box sides have other bins, reg_max '
+                f'is {ours.head.reg_max} in the student and '
+                f'{theirs.head.reg_max} in the teacher. Set the same.'
+            )
+        if self.vlr_weight and not hasattr(
+            ours.head.prior_generator, 'base_anchors'
+        ):
+            raise ConfigError(
+                'LD: the valuable region asks for anchors, the student has '
+                'points. Set vlr_weight=0.'
+            )
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: 'TeacherOutputs',
+        data_samples: Sequence[DetDataSample],
+    ) -> dict[str, Tensor]:
+        ours, theirs = student_dense(student), teacher_dense(teacher)
+        targets = student_targets(student, data_samples)
+        losses = {}
+        if self.main_weight:
+            scores = ours.logits[targets.index].detach().float().sigmoid()
+            losses['main'] = self.main_weight * self._loss(
+                ours, theirs, targets.index, scores.amax(-1)
+            )
+        if self.vlr_weight:
+            weights = self._valuable(ours, targets, data_samples)
+            image, prior = weights.nonzero(as_tuple=True)
+            losses['vlr'] = self.vlr_weight * self._loss(
+                ours, theirs, (image, prior), weights[image, prior]
+            )
+            if not self.normalize:
+                losses['vlr'] = VLR_FACTOR * losses['vlr']
+        return losses
+
+    def _loss(
+        self,
+        ours: DenseOutputs,
+        theirs: DenseOutputs,
+        index: tuple[Tensor, Tensor],
+        weights: Tensor,
+    ) -> Tensor:
+        """The weighted divergences of P priors; weights are (P,)."""
+        assert ours.bins is not None
+        assert theirs.bins is not None
+        bins = ours.bins[index]
+        divergence = softmax_kl(bins, theirs.bins[index], self.temperature)
+        total = (weights[:, None] * divergence).sum() / (4 * bins.shape[-1])
+        if self.normalize:
+            total = total / reduce_mean(weights.sum()).clamp(min=1)
+        return total
+
+    @torch.no_grad()
+    def _valuable(
+        self,
+        dense: DenseOutputs,
+        targets: DenseTargets,
+        data_samples: Sequence[DetDataSample],
+    ) -> Tensor:
+        """(B, N) the valuable region's weights, 0 elsewhere."""
+        level_sizes = [h * w for h, w in dense.sizes]
+        return torch.stack(
+            [
+                valuable_region(
+                    dense.priors,
+                    valid,
+                    level_sizes,
+                    sample.gt_instances.bboxes,
+                    gamma=self.gamma,
+                    topk=self.topk,
+                )
+                for valid, sample in zip(
+                    targets.weights > 0, data_samples, strict=True
+                )
+            ]
+        )
+
+
+def valuable_region(
+    anchors: Tensor,
+    valid: Tensor,
+    level_sizes: Sequence[int],
+    boxes: Tensor,
+    *,
+    gamma: float,
+    topk: int,
+) -> Tensor:
+    """The weights of one image's anchors in the valuable region.
+
+    Args:
+        anchors: (N, 4) as xyxy, in pixels, level by level.
+        valid: (N,) which of them lie in the image.
+        level_sizes: How many each level has.
+        boxes: (M, 4) the objects' boxes as xyxy, in pixels.
+        gamma: Lower bound of the DIoU, as a part of ATSS' threshold.
+        topk: Anchors a level that the threshold looks at.
+
+    Returns:
+        (N,) the largest IoU with an object in whose region the anchor is; 0
+        for anchors in none.
+    """
+    boxes = getattr(boxes, 'tensor', boxes)
+    if len(boxes) == 0:
+        return anchors.new_zeros(len(anchors))
+    overlaps = bbox_overlaps(anchors, boxes)
+    gap = _centres(anchors)[:, None] - _centres(boxes)
+    distance = gap.square().sum(-1)
+    hull = torch.max(anchors[:, None, 2:], boxes[:, 2:]) - torch.min(
+        anchors[:, None, :2], boxes[:, :2]
+    )
+    diou = overlaps - distance / hull.square().sum(-1).clamp(min=1e-6)
+    distance = distance.masked_fill(~valid[:, None], torch.inf)
+    nearest, within = [], []
+    for far, iou in zip(
+        distance.split(level_sizes), overlaps.split(level_sizes), strict=True
+    ):
+        gaps, index = far.topk(min(topk, len(far)), dim=0, largest=False)
+        nearest.append(iou.gather(0, index))
+        within.append(gaps.isfinite())
+    threshold = _mean_plus_std(torch.cat(nearest), torch.cat(within))
+    valuable = (gamma * threshold <= diou) & (diou < threshold)
+    valuable &= valid[:, None]
+    return overlaps.where(valuable, 0.0).amax(-1)
+
+
+def _centres(boxes: Tensor) -> Tensor:
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+
+def _mean_plus_std(values: Tensor, chosen: Tensor) -> Tensor:
+    """Of the chosen rows (L, M) of each column, (M,); unbiased."""
+    count = chosen.sum(0)
+    mean = values.where(chosen, 0.0).sum(0) / count.clamp(min=1)
+    squares = (values - mean).where(chosen, 0.0).square().sum(0)
+    return mean + (squares / (count - 1).clamp(min=1)).sqrt()
