@@ -3,6 +3,7 @@
 from .base import Method
 from .cwd import CWD
 from .faster_rcnn import FasterRCNNDistillation
+from .fbkd import FBKD
 from .feature_hint import FeatureHint
 from .fgd import FGD
 from .kd import KD
@@ -18,6 +19,7 @@ from .tat import TaT
 
 __all__ = [
     'CWD',
+    'FBKD',
     'FGD',
     'KD',
     'LD',

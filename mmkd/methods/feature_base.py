@@ -283,3 +283,20 @@ def spatial_attention(
     sizes = maps.abs().mean(1, keepdim=True) / temperature
     share = sizes.masked_fill(~inside, OUTSIDE).flatten(2).softmax(-1)
     return share.view_as(sizes) * inside.sum((2, 3), keepdim=True)
+
+
+def channel_attention(
+    maps: Tensor, weights: Tensor, temperature: float
+) -> Tensor:
+    """How much stronger a channel is than the others of its image.
+
+    Args:
+        maps: (B, C, H, W), float32.
+        weights: Of :func:`position_weights`, (B, 1, H, W).
+        temperature: Divides the mean sizes over the image's positions.
+
+    Returns:
+        (B, C, 1, 1): the softmax over the channels, times their number.
+    """
+    sizes = (maps.abs() * weights).sum((2, 3), keepdim=True) / temperature
+    return maps.shape[1] * sizes.softmax(1)

@@ -15,6 +15,7 @@ from mmkd.utils import ConfigError
 from .feature_base import (
     OUTSIDE,
     FeatureMethod,
+    channel_attention,
     position_weights,
     spatial_attention,
 )
@@ -218,14 +219,6 @@ class ContextBlock(nn.Module):
         context = (maps.flatten(2) @ share.mT)[..., 0]  # (B, C)
         hidden = self.norm(self.reduce(context)).relu()
         return maps + self.expand(hidden)[..., None, None]
-
-
-def channel_attention(
-    maps: Tensor, weights: Tensor, temperature: float
-) -> Tensor:
-    """C times the softmax of the channels' mean sizes, (B, C, 1, 1)."""
-    mean = (maps.abs() * weights).sum((2, 3), keepdim=True)
-    return maps.shape[1] * (mean / temperature).softmax(1)
 
 
 def relative_boxes(data_samples: Sequence[DetDataSample]) -> Tensor:
