@@ -1,6 +1,6 @@
-# TaT (Lin et al., CVPR 2022), RetinaNet R101 -> R50, COCO 1x.
+# TaT (Lin et al., CVPR 2022), RetinaNet R101 -> R50, COCO 2x.
 # Its authors never tested detection: there is no figure to compare with.
-_base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py']
+_base_ = ['mmdet::retinanet/retinanet_r50_fpn_2x_coco.py']
 
 runner_type = 'mmkd.DistillationRunner'
 distillation = dict(
