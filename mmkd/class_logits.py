@@ -61,6 +61,15 @@ class ClassLogits:
         }
         return dataclasses.replace(self, **parts)
 
+    def labelled(self) -> 'ClassLogits':
+        """The same, where what has no label gets weight 0 (and some label)."""
+        known = self.labels >= 0
+        return dataclasses.replace(
+            self,
+            labels=self.labels.clamp(min=0),
+            weights=self.weights * known,
+        )
+
     def average(self, losses: Tensor) -> Tensor:
         """The weighted average of losses (M,), as a scalar."""
         total = (losses * self.weights).sum() / self.avg_factor

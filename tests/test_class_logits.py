@@ -50,3 +50,11 @@ def test_only_objects(pair):
 def test_the_weighted_average(pair):
     """3 (1 * 1 + 0.5 * 2 + 0 * 3 + 2 * 4) / 4."""
     assert pair.average(torch.tensor([1.0, 2.0, 3.0, 4.0])).item() == 7.5
+
+
+def test_what_has_no_label_has_no_weight(pair):
+    labelled = pair.labelled()
+    assert labelled.labels.tolist() == [2, 1, 0, 0]
+    assert labelled.weights.tolist() == [1.0, 0.5, 0.0, 2.0]
+    pair.weights[2] = 3.0
+    assert pair.labelled().weights.tolist() == [1.0, 0.5, 0.0, 2.0]

@@ -2,6 +2,7 @@
 
 from .base import Method
 from .cwd import CWD
+from .dkd import DKD
 from .faster_rcnn import FasterRCNNDistillation
 from .fbkd import FBKD
 from .feature_hint import FeatureHint
@@ -19,6 +20,7 @@ from .tat import TaT
 
 __all__ = [
     'CWD',
+    'DKD',
     'FBKD',
     'FGD',
     'KD',
