@@ -38,6 +38,7 @@ setup(
     install_requires=['numpy'],
     extras_require={
         'mmdet': read_requirements('mmdet'),
+        'report': read_requirements('report'),
         'dev': read_requirements('dev'),
     },
     classifiers=[

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from _hashes import hash_code, hash_data, hash_file, hash_text, is_file
 from _training import fingerprint, read_json, versions, write_json
+from _work_dir import last_checkpoint
 from mmengine.config import Config
 
-from mmkd.checkpoint import latest_checkpoint
 from mmkd.teacher_source import load_config
 from mmkd.utils import ConfigError, check_options, nearest
 
@@ -23,7 +23,7 @@ METRICS = {
     'AP75': 'coco/bbox_mAP_75',
 }
 STUDY_OPTIONS = ('name', 'work_dir', 'seeds', 'baseline', 'metrics', 'runs')
-RUN_OPTIONS = ('config', 'teacher', 'options')
+RUN_OPTIONS = ('config', 'teacher', 'options', 'seeds')
 INPUTS = {
     'config': 'its config',
     'data': 'its data',
@@ -94,7 +94,7 @@ class Run:
     @property
     def checkpoint(self) -> str | None:
         """The last one; nothing is selected."""
-        return latest_checkpoint(str(self.folder))
+        return last_checkpoint(self.folder)
 
     @property
     def training(self) -> Step:
@@ -242,15 +242,34 @@ def read_study(path: Path) -> Study:
     for network in in_order(networks, where):
         options = networks[network]
         config = resolve(options, f'{where}: runs.{network}')
-        for seed in study.seeds:
+        seeds = options.get('seeds', study.seeds)
+        for seed in read_seeds(seeds, f'{where}: runs.{network}'):
             own = copy.deepcopy(config)
             own.merge_from_dict({'randomness.seed': seed})
-            teacher = made.get((options.get('teacher'), seed))
+            teacher = None
+            if 'teacher' in options:
+                teacher = teacher_run(made, options['teacher'], seed, where)
             made[network, seed] = Run(
                 network, seed, study.work_dir, own, teacher
             )
     study.runs = list(made.values())
     return study
+
+
+def teacher_run(
+    made: Mapping[tuple[str, int], Run], name: str, seed: int, where: str
+) -> Run:
+    """The teacher of the same seed, or the only one."""
+    runs = {run.seed: run for run in made.values() if run.network == name}
+    if seed in runs:
+        return runs[seed]
+    if len(runs) == 1:
+        return next(iter(runs.values()))
+    raise ConfigError(
+        f'{where}: the run "{name}" is a teacher for seed {seed}, but has '
+        f'the seeds {sorted(runs)}. Give it that seed, or one seed alone, '
+        'which then teaches all.'
+    )
 
 
 class UniqueKeys(yaml.SafeLoader):

@@ -151,7 +151,8 @@ main() {
     install torch -r requirements/build.txt
     ensure_mmcv
     say 'installing mmengine, mmdet and the tools'
-    install -r requirements/mmdet.txt -r requirements/dev.txt
+    install -r requirements/mmdet.txt -r requirements/report.txt \
+        -r requirements/dev.txt
     # The headless OpenCV goes on top of the other one, as it needs no libGL.
     install --quiet --force-reinstall --no-deps opencv-python-headless
     # Its requirements are installed already: nothing is to move torch.

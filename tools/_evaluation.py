@@ -1,0 +1,353 @@
+"""Detectors on their data: scores, detections, where they look."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _report import match
+from _work_dir import WorkDir
+from eval_coco import Scores, evaluate
+from mmdet.apis import init_detector
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmkd.data import read_json
+from mmkd.teacher import build_teacher
+from mmkd.utils import ConfigError
+
+Truth = dict[str, Any]
+"""Annotations in COCO's form."""
+LOWEST = 0.05
+"""Boxes of a lower score do not count in the score of one picture."""
+
+
+@dataclass
+class Objects:
+    """Boxes (N, 4), xyxy in pixels of the file, with names and scores."""
+
+    boxes: np.ndarray
+    names: list[str]
+    scores: np.ndarray
+
+    def above(self, score: float) -> 'Objects':
+        """Those of that score or a higher one."""
+        kept = np.flatnonzero(self.scores >= score)
+        names = [self.names[i] for i in kept]
+        return Objects(self.boxes[kept], names, self.scores[kept])
+
+
+@dataclass
+class Picture:
+    """An image of the data, its objects, and what each run has found."""
+
+    id: Any
+    path: Path
+    truth: Objects
+    found: dict[str, Objects] = field(default_factory=dict)
+
+
+@dataclass
+class Evaluation:
+    """Of several runs on the same images."""
+
+    scores: dict[str, Scores]
+    parameters: dict[str, int]
+    pictures: list[Picture]
+
+
+def evaluate_runs(
+    runs: Sequence[WorkDir], limit: int | None = None
+) -> Evaluation:
+    """Evaluate last checkpoints on the test data of the first run's config.
+
+    Args:
+        runs: Each reads the images in its own way (its test pipeline).
+        limit: Take the first so many images only.
+
+    Raises:
+        ConfigError: If their test data are not the same images.
+    """
+    truth: Truth = {}
+    pictures: dict[Any, Picture] = {}
+    scores, parameters = {}, {}
+    for run in runs:
+        model, loader = load(run, limit)
+        if not pictures:
+            truth = truth_of(loader.dataset)
+            pictures = {p.id: p for p in read_pictures(loader.dataset)}
+        classes = loader.dataset.metainfo['classes']
+        seen = 0
+        for sample in detect(model, loader):
+            if sample.img_id not in pictures:
+                break
+            found = as_objects(sample.pred_instances, classes)
+            pictures[sample.img_id].found[run.name] = found
+            seen += 1
+        if seen != len(pictures) or seen != len(loader.dataset):
+            raise ConfigError(
+                f'{run.name} was tested on other images than '
+                f'{runs[0].name}: {loader.dataset.ann_file}. Give work dirs '
+                'that share their test_dataloader.'
+            )
+        rows = results_of(pictures.values(), run.name, truth)
+        scores[run.name] = evaluate(truth, rows, 'bbox')
+        parameters[run.name] = sum(p.numel() for p in model.parameters())
+    return Evaluation(scores, parameters, list(pictures.values()))
+
+
+def load(run: WorkDir, limit: int | None) -> tuple[nn.Module, Any]:
+    """The detector of a run, ready to detect, and its test data."""
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    config = copy.deepcopy(run.config)
+    if limit is not None:
+        config.test_dataloader.dataset.indices = limit
+    model = init_detector(config, run.checkpoint, device=device)
+    return model, Runner.build_dataloader(config.test_dataloader)
+
+
+def detect(model: Any, loader: Any) -> Iterator[Any]:
+    with torch.inference_mode():
+        for batch in loader:
+            yield from model.test_step(batch)
+
+
+def as_objects(instances: Any, classes: Sequence[str]) -> Objects:
+    instances = instances.cpu()
+    return Objects(
+        instances.bboxes.numpy(),
+        [classes[label] for label in instances.labels],
+        instances.scores.numpy(),
+    )
+
+
+# --------------------------------------------------------------- annotations
+
+
+def read_pictures(dataset: Any) -> Iterator[Picture]:
+    """The images of a data set; what is to be ignored is left out."""
+    classes = dataset.metainfo['classes']
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        objects = [i for i in info['instances'] if not i['ignore_flag']]
+        truth = Objects(
+            np.array([i['bbox'] for i in objects], float).reshape(-1, 4),
+            [classes[i['bbox_label']] for i in objects],
+            np.ones(len(objects)),
+        )
+        yield Picture(info['img_id'], Path(info['img_path']), truth)
+
+
+def truth_of(dataset: Any) -> Truth:
+    """A data set's annotations in COCO's form.
+
+    From its JSON file if it has one: the areas by which objects are small or
+    large are there those of masks. Else areas are those of boxes.
+    """
+    classes = dataset.metainfo['classes']
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    images = {info['img_id'] for info in infos}
+    if str(dataset.ann_file).endswith('.json'):
+        data = read_json(dataset.ann_file)
+        kept = [c for c in data['categories'] if c['name'] in classes]
+        ids = {category['id'] for category in kept}
+        rows = [
+            {'iscrowd': 0, **row}
+            for row in data['annotations']
+            if row['image_id'] in images and row['category_id'] in ids
+        ]
+    else:
+        kept = [{'id': i, 'name': name} for i, name in enumerate(classes)]
+        boxes = [(f['img_id'], i) for f in infos for i in f['instances']]
+        rows = [
+            as_annotation(number, image, instance)
+            for number, (image, instance) in enumerate(boxes, start=1)
+        ]
+    return {
+        'images': [{'id': image} for image in sorted(images)],
+        'categories': kept,
+        'annotations': rows,
+    }
+
+
+def as_annotation(
+    number: int, image: Any, instance: dict[str, Any]
+) -> dict[str, Any]:
+    left, top, right, bottom = instance['bbox']
+    width, height = right - left, bottom - top
+    return {
+        'id': number,
+        'image_id': image,
+        'category_id': instance['bbox_label'],
+        'bbox': [left, top, width, height],
+        'area': width * height,
+        'iscrowd': int(instance['ignore_flag']),
+        'ignore': int(instance['ignore_flag']),
+    }
+
+
+def results_of(pictures: Any, run: str, truth: Truth) -> list[dict[str, Any]]:
+    """A run's detections in COCO's form; classes meet by their names."""
+    ids = {row['name']: row['id'] for row in truth['categories']}
+    return [
+        {
+            'image_id': picture.id,
+            'category_id': ids[name],
+            'bbox': [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
+            'score': float(score),
+        }
+        for picture in pictures
+        for box, name, score in zip(
+            picture.found[run].boxes,
+            picture.found[run].names,
+            picture.found[run].scores,
+            strict=True,
+        )
+        if name in ids
+    ]
+
+
+# ------------------------------------------------------------ one picture
+
+
+def picture_ap(truth: Objects, found: Objects) -> float | None:
+    r"""AP50 of one picture, its classes taken together.
+
+    With the detections of all classes by falling score, each right or wrong
+    within its class, :math:`\frac{1}{n} \sum p_i` over the right ones, where
+    :math:`p_i` is the best precision at that recall or a higher one. None
+    without objects.
+    """
+    if not len(truth.boxes):
+        return None
+    found = found.above(LOWEST)
+    right, _ = match_by_class(truth, found)
+    hits = right[np.argsort(-found.scores, kind='stable')]
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(best[hits].sum() / len(truth.boxes))
+
+
+def match_by_class(
+    truth: Objects, found: Objects, threshold: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which boxes find an object of their class; which are found."""
+    right = np.zeros(len(found.boxes), bool)
+    seen = np.zeros(len(truth.boxes), bool)
+    for name in set(truth.names):
+        theirs = np.array([n == name for n in found.names], bool)
+        wanted = np.array([n == name for n in truth.names], bool)
+        right[theirs], seen[wanted] = match(
+            found.boxes[theirs],
+            found.scores[theirs],
+            truth.boxes[wanted],
+            threshold,
+        )
+    return right, seen
+
+
+def rank(
+    pictures: Sequence[Picture], runs: Sequence[str]
+) -> list[tuple[float, Picture]]:
+    """Pictures with a score, the worst first.
+
+    The score is the AP50 of a single run, or by how much the second one is
+    ahead of the first. Pictures without objects have none.
+    """
+    scored = []
+    for picture in pictures:
+        aps = [picture_ap(picture.truth, picture.found[r]) for r in runs[:2]]
+        if None not in aps:
+            score = aps[0] if len(aps) == 1 else aps[1] - aps[0]
+            scored.append((score, picture))
+    return sorted(scored, key=lambda pair: pair[0])
+
+
+# --------------------------------------------------------------- attention
+
+
+@dataclass
+class Attention:
+    """Where two networks look, (H, W) each, with a sum of 1.
+
+    ``elsewhere`` is the share of the student's attention that lies elsewhere
+    than the teacher's, from 0 to 1: half the sum of absolute differences.
+    """
+
+    student: np.ndarray
+    teacher: np.ndarray
+
+    @property
+    def elsewhere(self) -> float:
+        return float(abs(self.student - self.teacher).sum() / 2)
+
+
+def attend(run: WorkDir, ids: Sequence[Any]) -> dict[Any, Attention]:
+    """Compare a distilled student's features with its teacher's.
+
+    Args:
+        run: A run that distils.
+        ids: Of the images.
+
+    Raises:
+        ConfigError: If the teacher cannot be built.
+        CheckpointError: If its checkpoint is gone or does not fit.
+    """
+    model, loader = load(run, None)
+    dataset = loader.dataset
+    teacher = build_teacher(
+        run.config.distillation.teacher,
+        student=model,
+        student_classes=dataset.metainfo['classes'],
+    ).to(next(model.parameters()).device)
+    numbers = {
+        dataset.get_data_info(i)['img_id']: i for i in range(len(dataset))
+    }
+    found = {}
+    for image in ids:
+        batch = loader.collate_fn([dataset[numbers[image]]])
+        with torch.no_grad():
+            data = model.data_preprocessor(batch)
+            inputs, samples = data['inputs'], data['data_samples']
+            ours = model.extract_feat(inputs)
+            theirs = teacher(inputs, samples).maps
+        share = (
+            samples[0].img_shape[0] / inputs.shape[2],
+            samples[0].img_shape[1] / inputs.shape[3],
+        )
+        found[image] = Attention(
+            attention(ours, share), attention(theirs, share)
+        )
+    return found
+
+
+def attention(levels: Sequence[Tensor], share: Sequence[float]) -> np.ndarray:
+    r"""Where features are large: the same for any number of channels.
+
+    Of each level :math:`\mathrm{mean}_c F^2`, without padding, as a share of
+    its sum; then the mean over the levels, resized to the first (Zagoruyko &
+    Komodakis, "Paying More Attention to Attention", ICLR 2017, with a sum of
+    1 in place of their Euclidean norm).
+
+    Args:
+        levels: (1, C, H, W) each.
+        share: Of the height and the width that is no padding.
+    """
+    maps = []
+    size: tuple[int, ...] = ()
+    for level in levels:
+        rows, columns = (
+            max(round(n * s), 1)
+            for n, s in zip(level.shape[2:], share, strict=True)
+        )
+        energy = level.float()[..., :rows, :columns].square().mean(1, True)
+        size = size or tuple(energy.shape[2:])
+        energy = F.interpolate(
+            energy, size=size, mode='bilinear', align_corners=False
+        )
+        maps.append(energy / energy.sum().clamp(min=1e-30))
+    return torch.cat(maps).mean(0)[0].cpu().numpy()

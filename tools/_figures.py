@@ -1,0 +1,207 @@
+"""Drawings for a page: SVG that follows its colours, photos with boxes."""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import cv2
+import matplotlib
+import numpy as np
+from _evaluation import Attention, Objects, Picture, match_by_class
+from _report import SCORE
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+PALETTE = (
+    '#0072b2', '#d55e00', '#009e73', '#cc79a7',
+    '#e69f00', '#56b4e9', '#888888',
+)  # fmt: skip
+"""Okabe and Ito's colours, told apart also by the colour-blind."""
+INK = '#010203'
+"""Stands for the page's text colour, which is light in the dark."""
+POINTS = 600
+"""Of a curve; more are not seen."""
+WIDTH = 560
+"""Of a photo, in pixels at most."""
+
+
+@dataclass
+class Box:
+    """A rectangle to draw, in pixels of the file."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    kind: str
+    """right, wrong, missed or truth"""
+    text: str
+
+
+@dataclass
+class Panel:
+    """A photo's title and the boxes on it."""
+
+    title: str
+    boxes: list[Box]
+
+
+# ------------------------------------------------------------------- charts
+
+
+def curves(
+    lines: Mapping[str, Mapping[int, float]],
+    xlabel: str,
+    ylabel: str,
+    limits: tuple[float | None, float | None] = (0, None),
+) -> str:
+    """A line each; empty if there is nothing to draw."""
+    lines = {name: line for name, line in lines.items() if line}
+    if not lines:
+        return ''
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout='constrained')
+    for (name, line), color in zip(lines.items(), colors(lines), strict=True):
+        xs, ys = thinned(line)
+        marker = 'o' if len(xs) < 50 else None
+        axes.plot(xs, ys, color=color, label=name, marker=marker, ms=4)
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=limits)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, labelcolor=INK, fontsize='small')
+    return as_svg(figure, axes, f'{ylabel} by {xlabel}')
+
+
+def bars(groups: Mapping[str, Mapping[str, float | None]], ylabel: str) -> str:
+    """Groups of bars: name of a run to label to height."""
+    labels = list(next(iter(groups.values())))
+    figure, axes = plt.subplots(figsize=(6.4, 3.0), layout='constrained')
+    width = 0.8 / len(groups)
+    for number, (name, values) in enumerate(groups.items()):
+        heights = [values[label] or 0.0 for label in labels]
+        places = np.arange(len(labels)) + (number + 0.5) * width - 0.4
+        color = PALETTE[number % len(PALETTE)]
+        axes.bar(places, heights, width * 0.92, color=color, label=name)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set(ylabel=ylabel)
+    axes.legend(frameon=False, labelcolor=INK)
+    return as_svg(figure, axes, f'{ylabel}: {", ".join(labels)}')
+
+
+def colors(names: Sequence[str] | Mapping[str, object]) -> list[str]:
+    return [PALETTE[i % len(PALETTE)] for i in range(len(names))]
+
+
+def thinned(line: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    """A curve of at most :data:`POINTS` points: means of neighbours."""
+    step = -(-len(line) // POINTS)
+    xs, ys = list(line), list(line.values())
+    starts = range(0, len(xs), step)
+    means = [float(np.mean(ys[i : i + step])) for i in starts]
+    return [xs[min(i + step, len(xs)) - 1] for i in starts], means
+
+
+def as_svg(figure: plt.Figure, axes: plt.Axes, title: str) -> str:
+    """The figure as an inline element in the page's own colours and font."""
+    axes.grid(alpha=0.25, color=INK)
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.spines[['left', 'bottom']].set_color(INK)
+    axes.tick_params(colors=INK)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(INK)
+    with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': title}):
+        text = io.StringIO()
+        figure.savefig(
+            text,
+            format='svg',
+            transparent=True,
+            metadata={'Date': None, 'Creator': None},
+        )
+    plt.close(figure)
+    svg = text.getvalue()[text.getvalue().index('<svg') :]
+    svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.S)
+    # Names of groups would occur once in each figure of the page.
+    svg = re.sub(r' id="[a-z0-9.]+_\d+"', '', svg, flags=re.I)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1', svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1', svg, count=1)
+    label = f'<svg class="chart" role="img" aria-label="{html.escape(title)}"'
+    return svg.replace('<svg', label, 1).replace(INK, 'currentColor')
+
+
+# ------------------------------------------------------------------- photos
+
+
+def photo(picture: Picture) -> tuple[str, int, int]:
+    """A photo as a data URI, and its height and width in the file."""
+    image = cv2.imread(str(picture.path))
+    if image is None:
+        raise OSError(f'{picture.path} could not be read')
+    height, width = image.shape[:2]
+    if width > WIDTH:
+        size = (WIDTH, max(round(height * WIDTH / width), 1))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return encoded(image, '.jpg', cv2.IMWRITE_JPEG_QUALITY, 80), height, width
+
+
+def encoded(image: np.ndarray, kind: str, *options: int) -> str:
+    data = base64.b64encode(cv2.imencode(kind, image, options)[1]).decode()
+    mime = {'.jpg': 'jpeg', '.png': 'png'}[kind]
+    return f'data:image/{mime};base64,{data}'
+
+
+def panels(picture: Picture, runs: Sequence[str]) -> list[Panel]:
+    """Ground truth, then what each run has found."""
+    truth = picture.truth
+    title = f'ground truth: {len(truth.boxes)}'
+    every = range(len(truth.boxes))
+    drawn = [Panel(title, [as_box(truth, i, 'truth') for i in every])]
+    for run in runs:
+        found = picture.found[run].above(SCORE)
+        right, seen = match_by_class(truth, found)
+        boxes = [as_box(truth, i, 'missed') for i in np.flatnonzero(~seen)]
+        boxes += [as_box(found, i, 'wrong') for i in np.flatnonzero(~right)]
+        boxes += [as_box(found, i, 'right') for i in np.flatnonzero(right)]
+        title = f'{run}: {seen.sum()} found, {(~right).sum()} wrong'
+        drawn.append(Panel(title, boxes))
+    return drawn
+
+
+def as_box(objects: Objects, index: int, kind: str) -> Box:
+    left, top, right, bottom = objects.boxes[index].round(1).tolist()
+    text = objects.names[index]
+    if kind in ('right', 'wrong'):
+        text += f' {objects.scores[index]:.2f}'
+    width, height = round(right - left, 1), round(bottom - top, 1)
+    return Box(left, top, width, height, kind, text)
+
+
+# ------------------------------------------------------------ heat on photos
+
+
+def heat(seen: Attention) -> dict[str, str]:
+    """PNGs to lay over a photo: teacher, student, and their difference.
+
+    Both networks by one scale, yellow is high. In the difference, blue is
+    where the student looks more, red where the teacher does.
+    """
+    high = max(seen.student.max(), seen.teacher.max(), 1e-30)
+    apart = seen.student - seen.teacher
+    most = max(abs(apart).max(), 1e-30)
+    return {
+        'teacher': layer(plt.cm.viridis(seen.teacher / high), 0.65),
+        'student': layer(plt.cm.viridis(seen.student / high), 0.65),
+        'difference': layer(
+            plt.cm.RdBu(apart / most / 2 + 0.5),
+            0.85 * np.sqrt(abs(apart) / most),
+        ),
+    }
+
+
+def layer(colored: np.ndarray, alpha: np.ndarray | float) -> str:
+    """Colours (H, W, 4) from 0 to 1 as a PNG with that opacity."""
+    colored[..., 3] = alpha
+    bgra = (255 * colored[..., [2, 1, 0, 3]]).round().astype(np.uint8)
+    return encoded(bgra, '.png')
