@@ -2,6 +2,7 @@
 
 from .base import Method
 from .cwd import CWD
+from .dist import DIST
 from .dkd import DKD
 from .faster_rcnn import FasterRCNNDistillation
 from .fbkd import FBKD
@@ -20,6 +21,7 @@ from .tat import TaT
 
 __all__ = [
     'CWD',
+    'DIST',
     'DKD',
     'FBKD',
     'FGD',

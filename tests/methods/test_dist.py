@@ -1,0 +1,230 @@
+"""DIST on real detectors."""
+
+import math
+
+import pytest
+import tiny_dense
+import tiny_detectors as tiny
+import torch
+import toy
+from logit_pair import Pair, rows, seen_targets
+from scipy.stats import pearsonr
+
+from mmkd.methods.dist import inter_class, intra_class
+from mmkd.registry import METHODS
+from mmkd.utils import ConfigError, build_checked
+
+
+@pytest.fixture(autouse=True)
+def untrained(recwarn):
+    """Teachers here have random weights, of which a warning tells."""
+
+
+def distances(ours, theirs):
+    """1 - Pearson's correlation of the rows."""
+    return [
+        1 - pearsonr(a, b).statistic for a, b in zip(ours, theirs, strict=True)
+    ]
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+@pytest.fixture
+def probabilities():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(8, 5, generator=generator) for _ in range(2)]
+
+
+def test_between_classes(probabilities):
+    s, t = probabilities
+    weights = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1])
+    chosen = weights > 0
+    expected = mean(distances(s[chosen].tolist(), t[chosen].tolist()))
+    assert inter_class(s, t, weights).item() == pytest.approx(expected)
+
+
+def test_within_classes(probabilities):
+    s, t = probabilities
+    weights = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1])
+    chosen = weights > 0
+    expected = mean(distances(s[chosen].T.tolist(), t[chosen].T.tolist()))
+    zeros = torch.zeros(8).long()
+    assert intra_class(s, t, weights, zeros, 1).item() == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_within_classes_image_by_image(probabilities):
+    """The third image has no boxes."""
+    s, t = probabilities
+    images = torch.tensor([0, 0, 1, 0, 3, 3, 3, 1])
+    weights = torch.ones(8)
+    weights[7] = 0
+    weights[2] = 0
+    expected = []
+    for image in (0, 3):
+        chosen = (images == image) & (weights > 0)
+        expected += distances(s[chosen].T.tolist(), t[chosen].T.tolist())
+    assert intra_class(s, t, weights, images, 4).item() == pytest.approx(
+        mean(expected), rel=1e-5
+    )
+
+
+def test_by_hand():
+    """Rows (1, 2, 3) and (1, 3, 2) correlate by 1/2, and by -1 reversed."""
+    row = torch.tensor([[0.1, 0.2, 0.3]])
+    one = torch.ones(1)
+    half = torch.tensor([[0.1, 0.3, 0.2]])
+    assert inter_class(row, half, one).item() == pytest.approx(0.5, rel=1e-4)
+    assert inter_class(row, -row, one).item() == pytest.approx(2, rel=1e-4)
+    assert inter_class(row, 0.5 * row + 0.1, one).item() == pytest.approx(
+        0, abs=1e-5
+    )
+
+
+def test_constant_probabilities_have_a_finite_gradient():
+    s = torch.full((3, 4), 0.25, requires_grad=True)
+    t = torch.rand(3, 4)
+    ones, zeros = torch.ones(3), torch.zeros(3).long()
+    loss = inter_class(s, t, ones) + intra_class(s, t, ones, zeros, 1)
+    loss.backward()
+    assert loss.isfinite()
+    assert s.grad.isfinite().all()
+
+
+HEADS = {
+    'retinanet': tiny.retinanet(),
+    'fcos': tiny.fcos(),
+    'atss': tiny_dense.atss(),
+    'gfl': tiny.gfl(),
+}
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_the_positives_of_a_dense_head(name):
+    pair = Pair('DIST', HEADS[name], beta=2.0, gamma=3.0, temperature=2.0)
+    losses = pair.losses()
+    labels, _, _ = seen_targets(pair)
+    positive = (labels >= 0) & (labels < 3)
+    s, t = (
+        torch.cat(rows(model, pair.inputs), 1)[positive].div(2).sigmoid()
+        for model in (pair.student, pair.teacher)
+    )
+    inter = mean(distances(s.tolist(), t.tolist()))
+    intra = mean(distances(s.T.tolist(), t.T.tolist()))
+    assert {k: v.item() for k, v in losses.items()} == pytest.approx(
+        dict(inter=8 * inter, intra=12 * intra), rel=1e-3
+    )
+    sum(losses.values()).backward()
+    assert pair.student.backbone.conv1.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in pair.teacher.parameters())
+
+
+def test_image_by_image():
+    """With objects in one image, both are the same; in two, they differ."""
+    alone = Pair('DIST', tiny.gfl(), per_image=True)
+    joint = Pair('DIST', tiny.gfl())
+    assert torch.equal(
+        alone.losses(objects=(3, 0))['intra'],
+        joint.losses(objects=(3, 0))['intra'],
+    )
+    losses = alone.losses(objects=(3, 2))
+    labels, _, _ = seen_targets(alone)
+    s, t = (
+        torch.cat(rows(model, alone.inputs), 1).sigmoid()
+        for model in (alone.student, alone.teacher)
+    )
+    expected = []
+    for image, positive in enumerate((labels >= 0) & (labels < 3)):
+        expected += distances(
+            s[image, positive].T.tolist(), t[image, positive].T.tolist()
+        )
+    assert losses['intra'].item() == pytest.approx(mean(expected), rel=1e-3)
+    assert losses['intra'] != joint.losses(objects=(3, 2))['intra']
+
+
+def test_the_rois_of_a_two_stage_detector():
+    """Softmax with the background, on two of the three classes."""
+    pair = Pair(
+        'DIST', tiny.faster_rcnn(), teacher_classes=('cow', 'sky', 'cat')
+    )
+    found, head = [], pair.student.roi_head.bbox_head
+    original = head.loss_and_target
+
+    def record(*args, **kwargs):
+        found.append(kwargs)
+        return original(*args, **kwargs)
+
+    head.loss_and_target = record
+    losses = pair.losses()
+    del head.loss_and_target
+    with torch.no_grad():
+        theirs = pair.teacher.roi_head._bbox_forward(
+            pair.teacher.extract_feat(pair.inputs), found[0]['rois']
+        )['cls_score']
+    s = found[0]['cls_score'].detach()[:, [0, 2, 3]].double().softmax(-1)
+    t = theirs[:, [2, 0, 3]].double().softmax(-1)
+    assert {k: v.item() for k, v in losses.items()} == pytest.approx(
+        dict(
+            inter=mean(distances(s.tolist(), t.tolist())),
+            intra=mean(distances(s.T.tolist(), t.T.tolist())),
+        ),
+        rel=1e-3,
+    )
+
+
+@pytest.mark.parametrize('config', [tiny.gfl(), tiny.retinanet()])
+def test_an_equal_student_has_nothing_to_learn(config):
+    pair = Pair('DIST', config)
+    for module in pair.teacher.bbox_head.children():
+        if isinstance(module, torch.nn.Conv2d):
+            # Scores of .01 are so small that the epsilon is felt.
+            torch.nn.init.zeros_(module.bias)
+    pair.equal()
+    for loss in pair.losses().values():
+        assert loss.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_images_without_objects():
+    losses = Pair('DIST', tiny.gfl()).losses(objects=(0, 0))
+    assert [loss.item() for loss in losses.values()] == [0, 0]
+    assert not any(math.isnan(loss) for loss in losses.values())
+
+
+@pytest.mark.parametrize('config', [tiny.gfl(), tiny.faster_rcnn()])
+def test_zero_weight_is_the_stock_loss(config):
+    pair = Pair('DIST', config, loss_weight=0.0)
+    assert toy.same(pair.step(), pair.stock_losses())
+
+
+# ------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(temperature=0), r'DIST.temperature must be above 0, got 0'),
+        (dict(beta=-1), r'DIST.beta must be at least 0, got -1'),
+        (dict(gamma=-0.5), r'DIST.gamma must be at least 0, got -0.5'),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_checked(METHODS, dict(type='mmkd.DIST', **options), 'dist')
+
+
+def test_one_class_has_no_relations():
+    pair = Pair('DIST', tiny.gfl(), teacher_classes=('cat', 'sky', 'sea'))
+    with pytest.raises(
+        ConfigError, match=r'networks share 1 and no background'
+    ):
+        pair.losses()
+
+
+def test_pairs_that_do_not_fit():
+    with pytest.raises(
+        ConfigError, match=r'DIST: the priors of the two dense'
+    ):
+        Pair('DIST', tiny.retinanet(), tiny.gfl())
