@@ -25,6 +25,8 @@ INK = '#010203'
 """Stands for the page's text colour, which is light in the dark."""
 POINTS = 600
 """Of a curve; more are not seen."""
+CUT = 97
+"""Percentile of attention at which the colours end."""
 WIDTH = 560
 """Of a photo, in pixels at most."""
 
@@ -64,13 +66,12 @@ def curves(
     if not lines:
         return ''
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout='constrained')
-    for (name, line), color in zip(lines.items(), colors(lines), strict=True):
+    for number, (name, line) in enumerate(lines.items()):
         xs, ys = thinned(line)
         marker = 'o' if len(xs) < 50 else None
-        axes.plot(xs, ys, color=color, label=name, marker=marker, ms=4)
+        axes.plot(xs, ys, label=name, marker=marker, ms=4, **style(number))
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=limits)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, labelcolor=INK, fontsize='small')
     return as_svg(figure, axes, f'{ylabel} by {xlabel}')
 
 
@@ -82,16 +83,17 @@ def bars(groups: Mapping[str, Mapping[str, float | None]], ylabel: str) -> str:
     for number, (name, values) in enumerate(groups.items()):
         heights = [values[label] or 0.0 for label in labels]
         places = np.arange(len(labels)) + (number + 0.5) * width - 0.4
-        color = PALETTE[number % len(PALETTE)]
+        color = style(number)['color']
         axes.bar(places, heights, width * 0.92, color=color, label=name)
     axes.set_xticks(range(len(labels)), labels)
     axes.set(ylabel=ylabel)
-    axes.legend(frameon=False, labelcolor=INK)
     return as_svg(figure, axes, f'{ylabel}: {", ".join(labels)}')
 
 
-def colors(names: Sequence[str] | Mapping[str, object]) -> list[str]:
-    return [PALETTE[i % len(PALETTE)] for i in range(len(names))]
+def style(number: int) -> dict[str, str]:
+    """A colour, and once they are used up other strokes."""
+    turn, color = divmod(number, len(PALETTE))
+    return {'color': PALETTE[color], 'linestyle': ('-', '--', ':')[turn % 3]}
 
 
 def thinned(line: Mapping[int, float]) -> tuple[list[int], list[float]]:
@@ -105,6 +107,9 @@ def thinned(line: Mapping[int, float]) -> tuple[list[int], list[float]]:
 
 def as_svg(figure: plt.Figure, axes: plt.Axes, title: str) -> str:
     """The figure as an inline element in the page's own colours and font."""
+    figure.legend(
+        loc='outside lower center', ncols=3, frameon=False, labelcolor=INK
+    )
     axes.grid(alpha=0.25, color=INK)
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
@@ -185,17 +190,18 @@ def heat(seen: Attention) -> dict[str, str]:
     """PNGs to lay over a photo: teacher, student, and their difference.
 
     Both networks by one scale, yellow is high. In the difference, blue is
-    where the student looks more, red where the teacher does.
+    where the student looks more, red where the teacher does. The few highest
+    values are cut off: along an edge to padding they outshine all others.
     """
-    high = max(seen.student.max(), seen.teacher.max(), 1e-30)
     apart = seen.student - seen.teacher
-    most = max(abs(apart).max(), 1e-30)
+    high = np.percentile([seen.student, seen.teacher], CUT) + 1e-30
+    most = np.percentile(abs(apart), CUT) + 1e-30
+    share = (apart / most).clip(-1, 1)
     return {
         'teacher': layer(plt.cm.viridis(seen.teacher / high), 0.65),
         'student': layer(plt.cm.viridis(seen.student / high), 0.65),
         'difference': layer(
-            plt.cm.RdBu(apart / most / 2 + 0.5),
-            0.85 * np.sqrt(abs(apart) / most),
+            plt.cm.RdBu(share / 2 + 0.5), 0.85 * np.sqrt(abs(share))
         ),
     }
 

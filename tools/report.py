@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from _evaluation import Evaluation, Picture, attend, evaluate_runs, rank
-from _figures import bars, curves, heat, panels, photo
+from _figures import CUT, bars, curves, heat, panels, photo
 from _report import SCORE
 from _training import ROOT
 from _work_dir import WorkDir, read_work_dirs
@@ -138,6 +138,7 @@ def render(
         telemetry=[chart for chart in telemetry(runs) if chart],
         ranking=ranking(names),
         score=SCORE,
+        cut=CUT,
         pictures=pictures,
         attention=seen,
         attention_notes=notes,
