@@ -1,6 +1,7 @@
 """Distillation methods, one paper a file."""
 
 from .base import Method
+from .crosskd import CrossKD
 from .cwd import CWD
 from .dist import DIST
 from .dkd import DKD
@@ -29,6 +30,7 @@ __all__ = [
     'LD',
     'MGD',
     'PKD',
+    'CrossKD',
     'FasterRCNNDistillation',
     'FeatureHint',
     'Method',

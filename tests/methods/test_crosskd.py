@@ -1,0 +1,447 @@
+"""Cross-head distillation on real detectors."""
+
+import copy
+import math
+
+import pytest
+import tiny_dense
+import tiny_detectors as tiny
+import torch
+import toy
+from logit_pair import Pair, seen_targets
+
+from mmkd.distiller import blank_pass
+from mmkd.methods.crosskd import align_moments, from_layer, soft_focal
+from mmkd.registry import METHODS
+from mmkd.utils import ConfigError, build_checked
+
+DEEP = dict(bbox_head__stacked_convs=2)
+HEADS = {
+    'retinanet': (tiny.retinanet(**DEEP), 'retina_cls', 'retina_reg'),
+    'fcos': (tiny.fcos(**DEEP), 'conv_cls', 'conv_reg'),
+    'atss': (tiny_dense.atss(**DEEP), 'atss_cls', 'atss_reg'),
+    'gfl': (tiny.gfl(), 'gfl_cls', 'gfl_reg'),
+}
+
+
+@pytest.fixture(autouse=True)
+def untrained(recwarn):
+    """Teachers here have random weights, of which a warning tells."""
+
+
+# ------------------------------------------------------- a naive CrossKD
+
+
+def before_activation(tower, feature, layer):
+    """A tower's feature behind the norm of its layer (counted from 1)."""
+    for number, conv in enumerate(tower[:layer]):
+        feature = conv.conv(feature)
+        if conv.with_norm:
+            feature = conv.norm(feature)
+        if number < layer - 1:
+            feature = feature.relu()
+    return feature
+
+
+def aligned(ours, theirs, samples, how, size):
+    """Channel by channel and image by image, with plain statistics."""
+    if how is None:
+        return ours
+    result = torch.zeros_like(theirs)
+    if how == 'batch':
+        for c in range(theirs.shape[1]):
+            result[:, c] = restated(ours[:, c], theirs[:, c], ours[:, c])
+        return result
+    for image, sample in enumerate(samples):
+        height, width = ours.shape[2:]
+        rows = math.ceil(sample.img_shape[0] * height / size[0])
+        columns = math.ceil(sample.img_shape[1] * width / size[1])
+        for c in range(theirs.shape[1]):
+            s, t = ours[image, c], theirs[image, c]
+            result[image, c] = restated(
+                s[:rows, :columns], t[:rows, :columns], s
+            )
+    return result
+
+
+def restated(s, t, values):
+    deviations = [x.std(unbiased=False) for x in (s, t)]
+    if deviations[0] < 1e-5:  # one position: its mean is all there is
+        return values * 0 + t.mean()
+    return (values - s.mean()) / deviations[0] * deviations[1] + t.mean()
+
+
+def cross_heads(pair, names, layer, how):
+    """The cross-head predictions and the teacher's own, a map a level."""
+    student, teacher = (
+        copy.deepcopy(m).double() for m in (pair.student, pair.teacher)
+    )
+    inputs = pair.inputs.double()
+    head = teacher.bbox_head
+    strides = [step for step, _ in head.prior_generator.strides]
+    with torch.no_grad():
+        maps = zip(
+            student.extract_feat(inputs),
+            teacher.extract_feat(inputs),
+            strict=True,
+        )
+        own, cross = [], []
+        for level, (s, t) in enumerate(maps):
+            found = [[], []]
+            for tower, name in zip(
+                ('cls_convs', 'reg_convs'), names, strict=True
+            ):
+                convs = getattr(head, tower)
+                theirs = before_activation(convs, t, layer)
+                ours = before_activation(
+                    getattr(student.bbox_head, tower), s, layer
+                )
+                adapter = pair.method.adapters[tower]
+                ours = copy.deepcopy(adapter).double()(ours)
+                ours = aligned(
+                    ours, theirs, pair.samples, how, inputs.shape[2:]
+                )
+                for feature, kept in zip((ours, theirs), found, strict=True):
+                    if layer:
+                        feature = feature.relu()
+                    for conv in convs[layer:]:
+                        feature = before_activation([conv], feature, 1).relu()
+                    feature = getattr(head, name)(feature)
+                    if 'reg' in name and hasattr(head, 'scales'):
+                        feature = feature * head.scales[level].scale
+                    if name == 'conv_reg':
+                        feature = feature.exp()
+                    kept.append(feature)
+            cross.append(found[0])
+            own.append(found[1])
+    assert len(strides) == len(own)
+    return cross, own
+
+
+def flat(levels, part, channels):
+    return torch.cat(
+        [
+            level[part]
+            .permute(0, 2, 3, 1)
+            .reshape(len(level[part]), -1, channels)
+            for level in levels
+        ],
+        1,
+    )
+
+
+def focal(z, p):
+    sigma = 1 / (1 + math.exp(-z))
+    log = -p * math.log(sigma) - (1 - p) * math.log(1 - sigma)
+    return abs(sigma - p) * log
+
+
+def giou(a, b):
+    inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(
+        0.0, min(a[3], b[3]) - max(a[1], b[1])
+    )
+    union = sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)) - inter
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (
+        max(a[3], b[3]) - min(a[1], b[1])
+    )
+    return inter / max(union, 1e-6) - (hull - union) / max(hull, 1e-6)
+
+
+def reference(pair, names, layer, how='image', columns=(0, 1, 2)):
+    """The losses' definition, prior by prior."""
+    cross, own = cross_heads(pair, names, layer, how)
+    classes = pair.teacher.bbox_head.num_classes
+    z, z_t = (flat(x, 0, classes)[..., list(columns)] for x in (cross, own))
+    labels, weights, _ = seen_targets(pair)
+    weights = weights * inside(pair, own)
+    positives = ((labels >= 0) & (labels < 3)).sum().item()
+    confidence = z_t.sigmoid().amax(-1) * (weights > 0)
+    classes = boxes = 0.0
+    width = 68 if names[1] == 'gfl_reg' else 4
+    r, r_t = flat(cross, 1, width), flat(own, 1, width)
+    if width == 4:
+        r, r_t = decoded(pair, own, r), decoded(pair, own, r_t)
+    for image, prior in weights.nonzero().tolist():
+        for a, b in zip(
+            z[image, prior].tolist(),
+            z_t[image, prior].sigmoid().tolist(),
+            strict=True,
+        ):
+            classes += weights[image, prior].item() * focal(a, b)
+        s, t = r[image, prior], r_t[image, prior]
+        if width == 4:
+            distance = 1 - giou(s.tolist(), t.tolist())
+        else:
+            q, q_t = (x.view(4, 17).softmax(-1) for x in (s, t))
+            distance = (q_t * (q_t / q).log()).sum().item()
+        boxes += confidence[image, prior].item() * distance
+    if width == 4:
+        boxes = boxes / positives
+    else:
+        boxes = 4 * boxes / (4 * confidence.sum().item())
+    return dict(cls=classes / positives, box=boxes)
+
+
+def inside(pair, own):
+    """Padding of FCOS is trained on; that of the others has no weight."""
+    head = pair.teacher.bbox_head
+    points = hasattr(head, 'regress_ranges')
+    found = [[], []]
+    for level, (step, _) in zip(
+        own, head.prior_generator.strides, strict=True
+    ):
+        shape = level[0].shape[-2:]
+        for row in range(shape[0]):
+            for column in range(shape[1]):
+                x, y = ((v + 0.5 * points) * step for v in (column, row))
+                for image, sample in enumerate(pair.samples):
+                    height, width = sample.img_shape
+                    found[image] += [x < width and y < height] * (
+                        level[0].shape[1] // head.num_classes
+                    )
+    return torch.tensor(found)
+
+
+def decoded(pair, own, values):
+    head = pair.teacher.bbox_head
+    sizes = [level[0].shape[-2:] for level in own]
+    priors = torch.cat(head.prior_generator.grid_priors(sizes, device='cpu'))
+    return torch.stack(
+        [head.bbox_coder.decode(priors.double(), image) for image in values]
+    )
+
+
+@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('layer', [1, 2])
+def test_the_cross_head_losses(name, layer):
+    config, *names = HEADS[name]
+    pair = Pair('CrossKD', config, layer=layer)
+    losses = pair.losses()
+    expected = reference(pair, names, layer)
+    assert min(expected.values()) > 1e-4
+    assert {k: v.item() for k, v in losses.items()} == pytest.approx(
+        expected, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize('how', ['image', 'batch', None])
+@pytest.mark.parametrize('layer', [0, 1])
+def test_alignments(how, layer):
+    """From the neck's maps on there is no activation."""
+    config, *names = HEADS['gfl']
+    pair = Pair('CrossKD', config, layer=layer, align=how)
+    losses = pair.losses()
+    expected = reference(pair, names, layer, how)
+    assert {k: v.item() for k, v in losses.items()} == pytest.approx(
+        expected, rel=1e-3
+    )
+
+
+def test_other_widths_and_classes():
+    """A wider teacher that knows two of the classes, and two more."""
+    wide = tiny.gfl(
+        neck__out_channels=32,
+        bbox_head__in_channels=32,
+        bbox_head__feat_channels=64,
+        bbox_head__num_classes=4,
+    )
+    config, *names = HEADS['gfl']
+    pair = Pair(
+        'CrossKD',
+        config,
+        wide,
+        layer=1,
+        teacher_classes=('sky', 'cow', 'cat', 'sea'),
+    )
+    assert pair.method.adapters['cls_convs'].weight.shape == (64, 32, 1, 1)
+    losses = pair.losses()
+    assert {k: v.item() for k, v in losses.items()} == pytest.approx(
+        reference(pair, names, 1, columns=(1, 2)), rel=1e-3
+    )
+    sum(losses.values()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in pair.method.parameters())
+
+
+def test_weights_and_quality():
+    config, *names = HEADS['atss']
+    pair = Pair(
+        'CrossKD',
+        config,
+        layer=1,
+        cls_weight=2.0,
+        box_weight=3.0,
+        quality_weight=5.0,
+    )
+    losses = pair.losses()
+    expected = reference(pair, names, 1)
+    assert losses['cls'].item() == pytest.approx(2 * expected['cls'], rel=1e-3)
+    assert losses['box'].item() == pytest.approx(3 * expected['box'], rel=1e-3)
+    cross, own = cross_heads(pair, ('atss_cls', 'atss_centerness'), 1, 'image')
+    z, z_t = flat(cross, 1, 1)[..., 0], flat(own, 1, 1)[..., 0]
+    labels, _, _ = seen_targets(pair)
+    total = 0.0
+    positive = ((labels >= 0) & (labels < 3)).nonzero().tolist()
+    for image, prior in positive:
+        p, q = (x[image, prior].sigmoid().item() for x in (z, z_t))
+        total -= q * math.log(p) + (1 - q) * math.log(1 - p)
+    assert losses['quality'].item() == pytest.approx(
+        5 * total / len(positive), rel=1e-3
+    )
+
+
+def test_gradients_reach_the_student_alone():
+    """Its tower up to layer i, but neither its predictors nor the teacher."""
+    pair = Pair('CrossKD', tiny.gfl(), layer=1)
+    sum(pair.losses().values()).backward()
+    head = pair.student.bbox_head
+    for tower in (head.cls_convs, head.reg_convs):
+        assert tower[0].conv.weight.grad.abs().sum() > 0
+        assert tower[1].conv.weight.grad is None
+    assert head.gfl_cls.weight.grad is None
+    assert pair.student.backbone.conv1.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in pair.teacher.parameters())
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_an_equal_student_has_nothing_to_learn(name):
+    pair = Pair('CrossKD', HEADS[name][0], layer=2)
+    pair.equal()
+    for loss in pair.losses().values():
+        assert loss.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_the_teachers_head_is_left_as_it_was():
+    pair = Pair('CrossKD', tiny.gfl(), layer=1)
+    head = pair.teacher.bbox_head
+    before = dict(head._modules), copy.deepcopy(head.state_dict())
+    pair.losses()
+    assert head._modules == before[0]
+    assert toy.same(dict(head.state_dict()), dict(before[1]))
+
+
+def test_a_cut_head_shares_its_layers():
+    head = tiny.in_eval(tiny.build(tiny.gfl())).bbox_head
+    maps = [torch.randn(1, 16, n, n) for n in (8, 4, 2, 2, 2)]
+    entering = {
+        tower: [getattr(head, tower)[0](level) for level in maps]
+        for tower in ('cls_convs', 'reg_convs')
+    }
+    cut = from_layer(head, 1, entering)
+    assert len(head.cls_convs) == 2
+    assert cut.gfl_cls is head.gfl_cls
+    for found, expected in zip(cut(maps), head(maps), strict=True):
+        assert toy.same(list(found), list(expected))
+
+
+def test_what_a_layers_activation_does_in_place_is_not_seen():
+    """The tap behind a norm gives what enters the activation."""
+    model = tiny.build(tiny.gfl())
+    outputs = blank_pass(
+        model, ['bbox_head.cls_convs.0.norm'], torch.device('cpu')
+    )
+    assert outputs.features('bbox_head.cls_convs.0.norm')[0].min() < 0
+
+
+def test_alignment_by_hand():
+    """(1, 3) has mean 2 and deviation 1; (10, 30) has 20 and 10."""
+    sample = tiny.raw_batch(sizes=((1, 2),), objects=0)['data_samples']
+    ours = torch.tensor([[[[1.0, 3.0]]]])
+    theirs = torch.tensor([[[[30.0, 10.0]]]])
+    for how in ('image', 'batch'):
+        result = align_moments(ours, theirs, how, sample)
+        torch.testing.assert_close(result, torch.tensor([[[[10.0, 30.0]]]]))
+    assert torch.equal(align_moments(ours, theirs, None, sample), ours)
+
+
+def test_a_map_of_one_position_has_a_finite_gradient():
+    sample = tiny.raw_batch(sizes=((8, 8),), objects=0)['data_samples']
+    ours = torch.randn(1, 3, 1, 1, requires_grad=True)
+    theirs = torch.randn(1, 3, 1, 1)
+    result = align_moments(ours, theirs, 'image', sample)
+    torch.testing.assert_close(result, theirs)
+    result.sum().backward()
+    assert ours.grad.isfinite().all()
+
+
+def test_the_focal_loss_by_hand():
+    """Logit 0 against 3/4: |1/2 - 3/4| log 2."""
+    z = torch.zeros(1)
+    assert soft_focal(z, torch.tensor([0.75]), 1.0).item() == pytest.approx(
+        0.25 * math.log(2)
+    )
+    assert soft_focal(z, torch.tensor([0.5]), 1.0).item() == 0
+    assert soft_focal(z, torch.tensor([0.75]), 0.0).item() == pytest.approx(
+        math.log(2)
+    )
+
+
+@pytest.mark.parametrize('name', ['gfl', 'retinanet'])
+def test_images_without_objects(name):
+    losses = Pair('CrossKD', HEADS[name][0], layer=1).losses(objects=(0, 0))
+    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+
+
+def test_zero_weight_is_the_stock_loss():
+    pair = Pair('CrossKD', tiny.gfl(), layer=1, loss_weight=0.0)
+    assert toy.same(pair.step(), pair.stock_losses())
+
+
+def test_the_stock_losses_are_untouched():
+    pair = Pair('CrossKD', tiny.gfl(), layer=1)
+    losses = pair.step()
+    stock = pair.stock_losses()
+    assert toy.same({name: losses[name] for name in stock}, stock)
+
+
+# ------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(layer=-1), r'CrossKD.layer must be at least 0, got -1'),
+        (dict(beta=-1), r'CrossKD.beta must be at least 0, got -1'),
+        (dict(cls_weight=-1), r'CrossKD.cls_weight must be at least 0'),
+        (dict(box_weight=-1), r'CrossKD.box_weight must be at least 0'),
+        (dict(quality_weight=-1), r'CrossKD.quality_weight must be at le'),
+        (dict(align='level'), r"align must be one of .*, got 'level'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_checked(METHODS, dict(type='mmkd.CrossKD', **options), 'x')
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'options', 'message'),
+    [
+        (
+            tiny.gfl(),
+            tiny.gfl(),
+            dict(layer=3),
+            r"layer=3; the student's GFLHead has 2 layers in its .*_convs: s",
+        ),
+        (
+            tiny_dense.tood(),
+            tiny_dense.tood(),
+            dict(layer=1),
+            r"the student's TOODHead has no reg_convs of ConvModules that",
+        ),
+        (
+            tiny.gfl(),
+            tiny.gfl(),
+            dict(layer=1, quality_weight=1),
+            r"centerness or IoU, the teacher's GFLHead has none. Set it to 0",
+        ),
+        (
+            tiny.retinanet(),
+            tiny.gfl(),
+            dict(layer=1),
+            r'CrossKD: the priors of the two dense heads do not correspond',
+        ),
+        (tiny.faster_rcnn(), tiny.gfl(), {}, r'is FasterRCNN: it has no den'),
+    ],
+)
+def test_pairs_that_do_not_fit(student, teacher, options, message):
+    with pytest.raises(ConfigError, match=message):
+        Pair('CrossKD', student, teacher, **options)
