@@ -1,0 +1,12 @@
+# CWD (Shu et al., ICCV 2021): narrow GFL on BCCD.
+# Train the teacher first: tools/train.py configs/bccd/gfl_teacher.py
+# --work-dir work_dirs/bccd/gfl_teacher
+_base_ = ['../gfl_student.py']
+
+distillation = dict(
+    teacher=dict(
+        config='configs/bccd/gfl_teacher.py',
+        checkpoint='work_dirs/bccd/gfl_teacher/epoch_18.pth',
+    ),
+    methods=dict(cwd=dict(type='mmkd.CWD', temperature=1.0, loss_weight=10.0)),
+)

@@ -1,0 +1,15 @@
+# DKD (Zhao et al., CVPR 2022): narrow GFL on BCCD.
+# Train the teacher first: tools/train.py configs/bccd/gfl_teacher.py
+# --work-dir work_dirs/bccd/gfl_teacher
+_base_ = ['../gfl_student.py']
+
+distillation = dict(
+    teacher=dict(
+        config='configs/bccd/gfl_teacher.py',
+        checkpoint='work_dirs/bccd/gfl_teacher/epoch_18.pth',
+    ),
+    # the paper's for classifiers
+    methods=dict(
+        dkd=dict(type='mmkd.DKD', alpha=1.0, beta=8.0, temperature=4.0)
+    ),
+)

@@ -1,0 +1,13 @@
+# FBKD (Zhang and Ma, ICLR 2021): narrow GFL on BCCD.
+# Train the teacher first: tools/train.py configs/bccd/gfl_teacher.py
+# --work-dir work_dirs/bccd/gfl_teacher
+_base_ = ['../gfl_student.py']
+
+distillation = dict(
+    teacher=dict(
+        config='configs/bccd/gfl_teacher.py',
+        checkpoint='work_dirs/bccd/gfl_teacher/epoch_18.pth',
+    ),
+    # all options: the defaults of the class
+    methods=dict(fbkd=dict(type='mmkd.FBKD')),
+)

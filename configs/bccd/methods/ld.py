@@ -1,0 +1,16 @@
+# LD (Zheng et al., CVPR 2022): narrow GFL on BCCD.
+# Train the teacher first: tools/train.py configs/bccd/gfl_teacher.py
+# --work-dir work_dirs/bccd/gfl_teacher
+_base_ = ['../gfl_student.py']
+
+distillation = dict(
+    teacher=dict(
+        config='configs/bccd/gfl_teacher.py',
+        checkpoint='work_dirs/bccd/gfl_teacher/epoch_18.pth',
+    ),
+    methods=dict(
+        ld=dict(
+            type='mmkd.LD', temperature=10.0, main_weight=0.25, vlr_weight=0.25
+        )
+    ),
+)

@@ -1,0 +1,12 @@
+# PKD (Cao et al., NeurIPS 2022): narrow GFL on BCCD.
+# Train the teacher first: tools/train.py configs/bccd/gfl_teacher.py
+# --work-dir work_dirs/bccd/gfl_teacher
+_base_ = ['../gfl_student.py']
+
+distillation = dict(
+    teacher=dict(
+        config='configs/bccd/gfl_teacher.py',
+        checkpoint='work_dirs/bccd/gfl_teacher/epoch_18.pth',
+    ),
+    methods=dict(pkd=dict(type='mmkd.PKD', loss_weight=6.0)),
+)
