@@ -152,7 +152,7 @@ def test_the_formula(options):
         pointwise(),
         pointwise(width),
         temperature=0.3,
-        pooling=[4, 2],
+        pooling=[5, 4],
         loss_weight=2.0,
         **WEIGHTS,
         **options,
