@@ -1,6 +1,5 @@
 """One distillation step, read top-down in :meth:`Distiller.loss`."""
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from .checkpoint import ATTACHED
 from .methods import Method
 from .outputs import Outputs
+from .peers import Peer, build_peer
 from .registry import METHODS
-from .teacher import Teacher, TeacherOutputs, build_teacher
+from .teacher import Teacher, build_teacher
 from .utils import (
     ConfigError,
     build_checked,
@@ -41,8 +41,9 @@ class Distiller(nn.Module):
 
     Args:
         student: The stock detector.
-        teacher: The frozen detector.
+        teacher: The frozen detector, if there is one.
         methods: Name to method.
+        peers: Name to the networks that train beside the student.
     """
 
     student: Any
@@ -50,14 +51,16 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher,
+        teacher: Teacher | None,
         methods: Mapping[str, Method],
+        peers: Mapping[str, Peer] | None = None,
     ) -> None:
         super().__init__()
         # Past nn.Module's registration: the student is no child of its child.
         self.__dict__['student'] = student
-        self.teacher = teacher
+        self.teacher: Any = teacher
         self.methods = nn.ModuleDict(methods)
+        self.peers: Any = nn.ModuleDict(peers or {})
         self.scales = dict.fromkeys(methods, 1.0)
         """Factors of the methods' weights, set by schedules."""
         self.observers: list[Observer] = []
@@ -73,18 +76,14 @@ class Distiller(nn.Module):
             data_samples: Ground truth and meta data of each image.
 
         Returns:
-            The stock losses under their stock names and
-            ``<method>.loss_<part>`` beside them.
+            The stock losses under their stock names, ``<method>.loss_<part>``
+            and ``<peer>.<stock name>`` beside them.
         """
         active = self.active_methods()
-        student = Outputs(self.student, self._paths('student_paths'))
-        if active:
-            teacher = self.teacher(inputs, data_samples)
-            guides = self._guides(active, teacher, data_samples)
-            with guides, student.recording():
-                task_losses = self._stock_loss(inputs, data_samples)
-        else:
-            task_losses = self._stock_loss(inputs, data_samples)
+        student = self._outputs()
+        teacher = self.teacher and self.teacher(inputs, data_samples)
+        with self._steered(active, student, teacher, data_samples):
+            task_losses = self._stock_losses(inputs, data_samples)
         distilled: dict[str, dict[str, Tensor]] = {}
         for name, (method, weight) in active.items():
             task_losses = scaled(task_losses, method.task_factors(), weight)
@@ -99,6 +98,7 @@ class Distiller(nn.Module):
         losses = task_losses
         for part_losses in distilled.values():
             losses = {**losses, **part_losses}
+        losses = {**losses, **self._statistics(active)}
         return self._with_idle_parameters(losses, active)
 
     def active_methods(self) -> dict[str, tuple[Method, float]]:
@@ -111,20 +111,6 @@ class Distiller(nn.Module):
                 active[name] = (method, weight)
         return active
 
-    @contextmanager
-    def _guides(
-        self,
-        active: Mapping[str, tuple[Method, float]],
-        teacher: TeacherOutputs,
-        data_samples: Sequence[DetDataSample],
-    ) -> Iterator[None]:
-        with ExitStack() as stack:
-            for method, _ in active.values():
-                stack.enter_context(
-                    method.guide(self.student, teacher, data_samples)
-                )
-            yield
-
     def attach(self) -> None:
         """Become part of the student."""
         self.student.add_module(ATTACHED, self)
@@ -135,10 +121,60 @@ class Distiller(nn.Module):
         del self.student.loss
         delattr(self.student, ATTACHED)
 
-    def _stock_loss(
+    def _outputs(self) -> Outputs:
+        """Of the student and its peers, to be recorded."""
+        student = Outputs(self.student, self._paths('student_paths'))
+        paths = self._paths('peer_paths')
+        student.peers = {
+            name: Outputs(peer.model, paths)
+            for name, peer in self.peers.items()
+        }
+        return student
+
+    @contextmanager
+    def _steered(
+        self,
+        active: Mapping[str, tuple[Method, float]],
+        student: Outputs,
+        teacher: Any,
+        data_samples: Sequence[DetDataSample],
+    ) -> Iterator[None]:
+        """Record the networks; let methods steer their losses."""
+        with ExitStack() as stack:
+            for method, _ in active.values():
+                stack.enter_context(
+                    method.guide(student, teacher, data_samples)
+                )
+            for outputs in (student, *student.peers.values()):
+                if active:
+                    stack.enter_context(outputs.recording())
+            yield
+
+    def _stock_losses(
         self, inputs: Tensor, data_samples: Sequence[DetDataSample]
     ) -> Losses:
-        return type(self.student).loss(self.student, inputs, data_samples)
+        """The student's own losses and, as ``<peer>.<name>``, the peers'."""
+        losses: Losses = type(self.student).loss(
+            self.student, inputs, data_samples
+        )
+        others = {
+            name: peer.loss(inputs, data_samples)
+            for name, peer in self.peers.items()
+        }
+        for peer, each in others.items():
+            losses = {
+                **losses,
+                **{f'{peer}.{name}': loss for name, loss in each.items()},
+            }
+        return losses
+
+    @staticmethod
+    def _statistics(active: Mapping[str, tuple[Method, float]]) -> Losses:
+        return {
+            f'{name}.{key}': value
+            for name, (method, _) in active.items()
+            for key, value in method.statistics.items()
+        }
 
     def _paths(self, side: str) -> list[str]:
         return [p for m in self.methods.values() for p in getattr(m, side)]
@@ -198,7 +234,8 @@ def build_distiller(
     """Build teacher, methods and adapters for a student.
 
     Args:
-        cfg: ``distillation`` of the config: ``teacher`` and ``methods``.
+        cfg: ``distillation`` of the config: ``teacher``, ``peers`` and
+            ``methods``.
         student: The stock detector on its device.
         classes: The student's class names.
         seed: Seeds the adapters' weights. The global random state is left as
@@ -209,50 +246,101 @@ def build_distiller(
         CheckpointError: If the teacher's checkpoint does not fit.
         TapError: If a tap never fires.
     """
-    check_options('distillation', cfg, ('teacher', 'methods'))
-    for key in ('teacher', 'methods'):
-        if not cfg.get(key):
-            raise ConfigError(
-                f'distillation needs "{key}", got {sorted(cfg)}. Example: '
-                'distillation = dict(teacher=dict(config=..., '
-                'checkpoint=...), methods=dict(hint=dict('
-                "type='mmkd.FeatureHint')))"
-            )
-    _check_names(cfg['methods'])
+    _check_keys(cfg)
+    method_cfgs, peer_cfgs = cfg.get('methods') or {}, cfg.get('peers') or {}
+    _check_names('methods', method_cfgs)
+    _check_names('peers', peer_cfgs, taken=method_cfgs)
     device = next(student.parameters()).device
+    peers = {
+        name: build_peer(
+            name, c, student=student, classes=classes, seed=seed + number
+        ).to(device)
+        for number, (name, c) in enumerate(peer_cfgs.items(), 1)
+    }
     with isolated_random_state(seed):
         methods = {
             name: build_checked(METHODS, c, f'distillation.methods.{name}')
-            for name, c in cfg['methods'].items()
+            for name, c in method_cfgs.items()
         }
-        teacher = build_teacher(
-            cfg['teacher'],
-            student=student,
-            student_classes=classes,
-            paths=[p for m in methods.values() for p in m.teacher_paths],
-        ).to(device)
-        distiller = Distiller(student, teacher, methods)
-        blank = functools.partial(blank_pass, device=device)
-        student_outputs = blank(student, distiller._paths('student_paths'))
-        teacher_outputs = blank(teacher.model, teacher.paths)
-        for method in methods.values():
-            method.prepare(student_outputs, teacher_outputs)
+        _check_needs(methods, cfg)
+        teacher = None
+        if cfg.get('teacher'):
+            teacher = build_teacher(
+                cfg['teacher'],
+                student=student,
+                student_classes=classes,
+                paths=[p for m in methods.values() for p in m.teacher_paths],
+            ).to(device)
+        distiller = Distiller(student, teacher, methods, peers)
+        _prepare(distiller, device)
         _check_one_guide(methods)
     return distiller.to(device)
 
 
-def _check_names(methods: Any) -> None:
-    if not isinstance(methods, Mapping):
+def _prepare(distiller: Distiller, device: torch.device) -> None:
+    """Let the methods see what the networks make of a blank image."""
+
+    def blank(model: nn.Module, paths: Sequence[str]) -> Outputs:
+        return blank_pass(model, paths, device)
+
+    student = blank(distiller.student, distiller._paths('student_paths'))
+    paths = distiller._paths('peer_paths')
+    student.peers = {
+        name: blank(peer.model, paths)
+        for name, peer in distiller.peers.items()
+    }
+    teacher = distiller.teacher
+    theirs = teacher and blank(teacher.model, teacher.paths)
+    for method in distiller.methods.values():
+        cast(Method, method).prepare(student, theirs)
+
+
+def _check_keys(cfg: Mapping[str, Any]) -> None:
+    check_options('distillation', cfg, ('teacher', 'peers', 'methods'))
+    example = (
+        'Example: distillation = dict(teacher=dict(config=..., '
+        "checkpoint=...), methods=dict(hint=dict(type='mmkd.FeatureHint')))"
+    )
+    if not cfg.get('teacher') and not cfg.get('peers'):
         raise ConfigError(
-            'distillation.methods must be a dict of a name of your choice to '
-            f'a config, got {methods!r}.'
+            'distillation needs a "teacher" to learn from, or "peers" to '
+            f'train with; got {sorted(cfg)}. {example}'
         )
-    for name in methods:
+    if not cfg.get('methods') and not cfg.get('peers'):
+        raise ConfigError(
+            f'distillation needs "methods", got {sorted(cfg)}. {example}'
+        )
+
+
+def _check_needs(
+    methods: Mapping[str, Method], cfg: Mapping[str, Any]
+) -> None:
+    for name, method in methods.items():
+        if not cfg.get(method.needs):
+            raise ConfigError(
+                f'distillation.methods.{name} ({type(method).__name__}) '
+                f'needs distillation.{method.needs}, which is missing.'
+            )
+
+
+def _check_names(
+    key: str, parts: Any, taken: Mapping[str, Any] | None = None
+) -> None:
+    if not isinstance(parts, Mapping):
+        raise ConfigError(
+            f'distillation.{key} must be a dict of a name of your choice to '
+            f'a config, got {parts!r}.'
+        )
+    for name in parts:
         if not str(name).isidentifier() or hasattr(nn.ModuleDict(), name):
             raise ConfigError(
-                f'distillation.methods: "{name}" cannot be the name of a '
-                'method, it is also one of losses and weights. Choose a word '
-                'such as "hint".'
+                f'distillation.{key}: "{name}" cannot be a name, it is also '
+                'one of losses and weights. Choose a word such as "hint".'
+            )
+        if name in (taken or {}):
+            raise ConfigError(
+                f'distillation.{key}: "{name}" is the name of a method, too. '
+                'Choose another one.'
             )
 
 

@@ -155,6 +155,8 @@ class Outputs:
         self.paths = tuple(paths)
         self.note = ''
         """What to add to the message of a tap that never fired."""
+        self.peers: dict[str, Outputs] = {}
+        """What the networks have produced that train beside this one."""
         self.cache: dict[str, Any] = {}
         """What methods have derived in this step, for each other."""
         self._fired: dict[str, list[Any]] = {}

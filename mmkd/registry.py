@@ -21,3 +21,7 @@ MODELS = Registry(
 )
 # Methods are built by the Distiller, never by a detector's config.
 METHODS = Registry('method', scope='mmkd', locations=['mmkd.methods'])
+# How well a network's costs tell good candidates from bad, for CoLAD.
+INDICATORS = Registry(
+    'indicator', scope='mmkd', locations=['mmkd.assignment.colearning']
+)

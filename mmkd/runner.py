@@ -12,6 +12,7 @@ import torch.distributed as torch_dist
 from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
@@ -27,7 +28,8 @@ from .checkpoint import (
 )
 from .data_guard import check_images, explain_data_error
 from .distiller import Distiller, build_distiller
-from .hooks import LossCheckHook
+from .hooks import LossCheckHook, PeerValidationHook
+from .peers import Peer, add_to_optimizer, save_peers
 from .registry import HOOKS, RUNNERS
 from .resume import ExactResumeHook
 from .utils import ConfigError, build_checked
@@ -62,6 +64,7 @@ class DistillationRunner(Runner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._exact = ExactResumeHook()
         self._random_states: list[dict[str, Any]] = []
+        self._saved: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
         self.register_hook(self._exact)
         self._check_distillation_key()
@@ -104,16 +107,12 @@ class DistillationRunner(Runner):
             cfg, self.model, classes, self.seed or 0
         )
         self.distiller.attach()
-        teacher = self.distiller.teacher
-        self.logger.info(
-            f'Distilling {type(teacher.model).__name__} into '
-            f'{type(self.model).__name__} with '
-            f'{", ".join(self.distiller.methods)}; classes: '
-            f"{teacher.class_map}; the teacher's normalisation "
-            f'{"differs" if teacher.renormalize.needed else "is equal"}'
-        )
-        if not any(isinstance(hook, LossCheckHook) for hook in self.hooks):
-            self.register_hook(LossCheckHook())
+        self.logger.info(_described(self.distiller))
+        for hook in (LossCheckHook, PeerValidationHook):
+            if hook is PeerValidationHook and not self._peers:
+                continue
+            if not any(isinstance(each, hook) for each in self.hooks):
+                self.register_hook(hook())
 
     def _detach(self) -> None:
         """Take the distiller from the student and its average (EMA)."""
@@ -214,6 +213,26 @@ class DistillationRunner(Runner):
             return torch.device('cuda', torch.cuda.current_device())
         return torch.device('cpu')
 
+    # -- peers -------------------------------------------------------------
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """Build the optimiser; peers' parameters join with their settings."""
+        built = isinstance(optim_wrapper, OptimWrapper)
+        if built or self.distiller is None or not self._peers:
+            return super().build_optim_wrapper(optim_wrapper)
+        modules = self.distiller._modules
+        peers = modules.pop('peers')
+        try:
+            wrapper = super().build_optim_wrapper(optim_wrapper)
+        finally:
+            modules['peers'] = peers
+        add_to_optimizer(wrapper, self._peers, self.cfg.optim_wrapper)
+        return wrapper
+
+    @property
+    def _peers(self) -> dict[str, Peer]:
+        return {} if self.distiller is None else dict(self.distiller.peers)
+
     # -- checkpoints -------------------------------------------------------
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
@@ -241,6 +260,7 @@ class DistillationRunner(Runner):
             checkpoint = kwargs['checkpoint']
             split_checkpoint(checkpoint)
             checkpoint[ATTACHED]['random_states'] = self._random_states
+            self._saved = checkpoint
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
         """Load weights; see :meth:`Runner.load_checkpoint`.
@@ -277,12 +297,16 @@ class DistillationRunner(Runner):
                     out_dir, osp.basename(path), *args, **kwargs
                 ),
             )
+            if not filename.startswith('best_'):
+                save_peers(out_dir, filename, self._peers, self._saved)
         except OSError as error:
             raise CheckpointError(
                 f'{path} could not be written: {error}. The checkpoints '
                 'before it are intact: mend the disk and continue with '
                 '--resume.'
             ) from error
+        finally:
+            self._saved = {}
 
     # -- exact resuming ----------------------------------------------------
 
@@ -356,3 +380,24 @@ class DistillationRunner(Runner):
                 'without resume.'
             ) from error
         self._exact.resume(self, self._random_states)
+
+
+def _described(distiller: Distiller) -> str:
+    """What is distilled, in a line of the log."""
+    student = type(distiller.student).__name__
+    methods = ', '.join(distiller.methods) or 'no methods'
+    text = f'Training {student} with {methods}'
+    if distiller.peers:
+        peers = (
+            f'{name} ({type(peer.model).__name__})'
+            for name, peer in distiller.peers.items()
+        )
+        text += f'; peers: {", ".join(peers)}'
+    teacher = distiller.teacher
+    if teacher is not None:
+        differs = 'differs' if teacher.renormalize.needed else 'is equal'
+        text += (
+            f'; the teacher is {type(teacher.model).__name__}, its classes '
+            f'are {teacher.class_map}, its normalisation {differs}'
+        )
+    return text

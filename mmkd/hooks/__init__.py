@@ -2,6 +2,7 @@
 
 from .batched_paa import BatchedPAAHook
 from .loss_check import LossCheckHook
+from .peer_validation import PeerValidationHook
 from .safe_checkpoint import SafeCheckpointHook
 from .teacher_check import TeacherCheckHook
 from .telemetry import TelemetryHook
@@ -10,6 +11,7 @@ from .weight_schedule import WeightScheduleHook
 __all__ = [
     'BatchedPAAHook',
     'LossCheckHook',
+    'PeerValidationHook',
     'SafeCheckpointHook',
     'TeacherCheckHook',
     'TelemetryHook',

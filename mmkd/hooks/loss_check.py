@@ -12,12 +12,14 @@ from mmkd.utils import ConfigError, distiller_of
 
 
 class NonFiniteLossError(RuntimeError):
-    """A distillation loss is NaN or infinite."""
+    """A distillation loss, or a peer's own, is NaN or infinite."""
 
 
 @HOOKS.register_module()
 class LossCheckHook(Hook):
     """Stops at a non-finite distillation loss, warns of one that stays 0.
+
+    A peer's own losses are watched, too: a network that diverges is named.
 
     The stop comes before the optimiser's step, so the weights and the last
     checkpoint are intact. On a GPU the flags travel to the host while the
@@ -34,6 +36,7 @@ class LossCheckHook(Hook):
         if patience < 1:
             raise ConfigError(f'patience must be at least 1, got {patience}')
         self.patience = patience
+        self._peers: tuple[str, ...] = ()
         self._names: list[str] = []
         self._finite: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
@@ -41,17 +44,23 @@ class LossCheckHook(Hook):
         self._seen = 0
 
     def before_train(self, runner: Runner) -> None:
-        distiller_of(runner).observers.append(self.observe)
+        distiller = distiller_of(runner)
+        self._peers = tuple(getattr(distiller, 'peers', ()))
+        distiller.observers.append(self.observe)
         wrapper = runner.optim_wrapper
         several = isinstance(wrapper, OptimWrapperDict)
         for each in wrapper.values() if several else [wrapper]:
             each.optimizer.register_step_pre_hook(lambda *_: self.check())
 
     def observe(
-        self, _: Losses, distilled: dict[str, dict[str, Tensor]]
+        self, task: Losses, distilled: dict[str, dict[str, Tensor]]
     ) -> None:
         """Note this step's losses without waiting for them."""
         losses = {k: v for part in distilled.values() for k, v in part.items()}
+        for name, loss in task.items():
+            if name.partition('.')[0] in self._peers and 'loss' in name:
+                levels = loss if isinstance(loss, list) else [loss]
+                losses[name] = torch.stack([v.mean() for v in levels]).sum()
         if not losses:
             return
         values = torch.stack([v.detach() for v in losses.values()])
@@ -62,6 +71,8 @@ class LossCheckHook(Hook):
             self._copied.record()
         if self._seen < self.patience:
             for name, value in zip(losses, values.abs(), strict=True):
+                if name.partition('.')[0] in self._peers:
+                    continue
                 largest = self._largest.get(name, value)
                 self._largest[name] = torch.maximum(largest, value)
 

@@ -57,7 +57,9 @@ class SafeCheckpointHook(CheckpointHook):
         if self.max_keep_ckpts > 0:
             if is_main_process():
                 for outdated in kept[: -self.max_keep_ckpts]:
-                    self._remove(self.filename_tmpl.format(outdated))
+                    name = self.filename_tmpl.format(outdated)
+                    for folder in ('', *peers_of(runner)):
+                        self._remove(osp.join(folder, name))
             kept = kept[-self.max_keep_ckpts :]
             self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
             runner.message_hub.update_info('keep_ckpt_ids', kept)
@@ -81,3 +83,9 @@ class SafeCheckpointHook(CheckpointHook):
         path = self.file_backend.join_path(self.out_dir, filename)
         if self.file_backend.isfile(path):
             self.file_backend.remove(path)
+
+
+def peers_of(runner: Runner) -> list[str]:
+    """The networks whose checkpoints lie beside the student's."""
+    distiller = getattr(runner, 'distiller', None)
+    return list(distiller.peers) if distiller is not None else []

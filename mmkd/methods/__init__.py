@@ -1,6 +1,7 @@
 """Distillation methods, one paper a file."""
 
 from .base import Method
+from .colad import CoLearningAssignment
 from .crosskd import CrossKD
 from .cwd import CWD
 from .dist import DIST
@@ -30,9 +31,13 @@ __all__ = [
     'LD',
     'MGD',
     'PKD',
+    'CoLearningAssignment',
     'CrossKD',
     'FasterRCNNDistillation',
     'FeatureHint',
+    'LabelAssignmentDistillation',
     'Method',
+    'SoLAD',
+    'SoftLabelDistillation',
     'TaT',
 ]

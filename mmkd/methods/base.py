@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ class Method(nn.Module):
         ConfigError: If the weight is negative.
     """
 
+    needs: ClassVar[str] = 'teacher'
+    """What it distils from: ``'teacher'``, or ``'peers'`` for a method that
+    ties networks that train together; its ``teacher`` may be None."""
+
     def __init__(self, *, loss_weight: float = 1.0) -> None:
         super().__init__()
         if not loss_weight >= 0:
@@ -36,6 +40,8 @@ class Method(nn.Module):
                 f'{loss_weight}'
             )
         self.loss_weight = loss_weight
+        self.statistics: dict[str, Tensor] = {}
+        """Of the last step, logged as ``<method>.<name>``."""
 
     @property
     def student_paths(self) -> Sequence[str]:
@@ -47,13 +53,19 @@ class Method(nn.Module):
         """Module paths that the method reads from the teacher."""
         return ()
 
+    @property
+    def peer_paths(self) -> Sequence[str]:
+        """Module paths that the method reads from every peer."""
+        return ()
+
     def prepare(self, student: Outputs, teacher: Outputs) -> None:
-        """Check that the pair fits and build the adapters.
+        """Check that the networks fit and build the adapters.
 
         Called once, before the optimiser is built.
 
         Args:
-            student: The student's outputs for one blank image.
+            student: The student's outputs for one blank image, with those of
+                its peers.
             teacher: The teacher's outputs for the same image.
         """
 
@@ -67,16 +79,16 @@ class Method(nn.Module):
 
     def guide(
         self,
-        student: Any,
+        student: Outputs,
         teacher: 'TeacherOutputs',
         data_samples: Sequence[DetDataSample],
     ) -> AbstractContextManager[None]:
-        """A context within which the student computes its own losses.
+        """A context within which the networks compute their own losses.
 
         For methods that steer these, such as an assignment of labels.
 
         Args:
-            student: The stock detector.
+            student: The student and its peers; nothing is recorded yet.
             teacher: The teacher's outputs for the batch.
             data_samples: The batch's ground truth and meta data.
         """

@@ -125,13 +125,14 @@ class LabelAssignmentDistillation(Method):
     @contextmanager
     def guide(
         self,
-        student: Any,
+        student: Outputs,
         teacher: 'TeacherOutputs',
         data_samples: Sequence[DetDataSample],
     ) -> Iterator[None]:
         classes = teacher.class_map
         check_all_classes_known(classes, type(self).__name__)
-        head, teacher_head = student.bbox_head, teacher.model.bbox_head
+        head = student.model.bbox_head
+        teacher_head = teacher.model.bbox_head
         with ExitStack() as stack:
             if is_paa(head):
                 costs = functools.partial(

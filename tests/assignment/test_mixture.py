@@ -1,12 +1,11 @@
 """The batched mixture fit against scikit-learn's, object by object."""
 
 import math
-import warnings
 
 import numpy as np
 import pytest
 import torch
-from sklearn.exceptions import ConvergenceWarning
+from paa_reference import reference
 from sklearn.mixture import GaussianMixture
 
 from mmkd.assignment import fit_mixtures, positive_samples
@@ -21,27 +20,6 @@ def padded(rows):
         values[i, : len(row)] = torch.tensor(sorted(row))
         mask[i, : len(row)] = True
     return values, mask
-
-
-def reference(row, dtype=np.float64):
-    """PAA's positives of one object by scikit-learn, as MMDetection does."""
-    x = np.asarray(row, dtype=dtype).reshape(-1, 1)
-    mixture = GaussianMixture(
-        2,
-        weights_init=np.array([0.5, 0.5]),
-        means_init=np.array([[x.min()], [x.max()]]),
-        precisions_init=np.array([[1.0], [1.0]]),
-        covariance_type='diag',
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', ConvergenceWarning)
-        mixture.fit(x)
-    cheap = np.flatnonzero(mixture.predict(x) == 0)
-    positive = np.zeros(len(x), dtype=bool)
-    if len(cheap):
-        best = mixture.score_samples(x)[cheap].argmax()
-        positive[cheap[: best + 1]] = True
-    return positive, mixture.n_iter_
 
 
 def random_rows(kind, number, seed):

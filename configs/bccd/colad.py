@@ -1,0 +1,14 @@
+# Co-learning: the small and the big PAA train together.
+_base_ = ['./paa_small.py']
+
+distillation = dict(
+    peers=dict(big=dict(config='configs/bccd/paa_big.py')),
+    methods=dict(
+        colad=dict(
+            type='mmkd.CoLearningAssignment',
+            box_weighting='none',
+            keep_single=True,
+        )
+    ),
+)
+custom_hooks = []

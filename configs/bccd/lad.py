@@ -1,0 +1,14 @@
+# Label-assignment distillation, big -> small PAA. Train the teacher first:
+# tools/train.py configs/bccd/paa_big.py --work-dir work_dirs/bccd/paa_big
+_base_ = ['./paa_small.py']
+
+distillation = dict(
+    teacher=dict(
+        config='configs/bccd/paa_big.py',
+        checkpoint='work_dirs/bccd/paa_big/epoch_12.pth',
+    ),
+    methods=dict(
+        lad=dict(type='mmkd.LabelAssignmentDistillation', box_weighting='none')
+    ),
+)
+custom_hooks = []

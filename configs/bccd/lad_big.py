@@ -1,0 +1,13 @@
+# LAD from a smaller teacher, small -> big PAA.
+_base_ = ['./paa_big.py']
+
+distillation = dict(
+    teacher=dict(
+        config='configs/bccd/paa_small.py',
+        checkpoint='work_dirs/bccd/paa_small/epoch_12.pth',
+    ),
+    methods=dict(
+        lad=dict(type='mmkd.LabelAssignmentDistillation', box_weighting='none')
+    ),
+)
+custom_hooks = []

@@ -1,0 +1,50 @@
+"""The metrics of the networks that train beside the student."""
+
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner, autocast
+
+from mmkd.registry import HOOKS
+from mmkd.utils import distiller_of, isolated_random_state
+
+
+@HOOKS.register_module()
+class PeerValidationHook(Hook):
+    """Evaluates every peer at each validation of the student.
+
+    The metrics are logged beside the student's, as ``<peer>/<metric>``:
+    ``save_best`` may name one. The runner registers the hook where there are
+    peers.
+    """
+
+    priority = 'ABOVE_NORMAL'  # before averaged weights (EMA) are taken back
+
+    def after_val_epoch(
+        self, runner: Runner, metrics: dict[str, float] | None = None
+    ) -> None:
+        if metrics is None or not runner.train_loop:
+            return
+        for name, peer in distiller_of(runner).peers.items():
+            with isolated_random_state():
+                theirs = evaluate(runner, peer.model)
+            for key, value in theirs.items():
+                metrics[f'{name}/{key}'] = value
+                runner.message_hub.update_scalar(f'val/{name}/{key}', value)
+
+
+@torch.no_grad()
+def evaluate(runner: Runner, model: Any) -> dict[str, float]:
+    """Metrics of a detector on the validation data."""
+    loop = runner.val_loop
+    training = model.training
+    model.eval()
+    try:
+        for batch in loop.dataloader:
+            with autocast(enabled=getattr(loop, 'fp16', False)):
+                results = model.val_step(batch)
+            loop.evaluator.process(data_samples=results, data_batch=batch)
+        return loop.evaluator.evaluate(len(loop.dataloader.dataset))
+    finally:
+        model.train(training)

@@ -1,0 +1,250 @@
+"""Networks that train beside the student, in the same step."""
+
+import copy
+import functools
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.dist import get_rank
+from mmengine.logging import MessageHub
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+
+from .checkpoint import ATTACHED, write_atomically
+from .teacher_source import (
+    build_trained,
+    check_class_count,
+    find_in_model_index,
+    load_config,
+)
+from .teacher_view import Renormalize
+from .utils import ConfigError, check_options, isolated_random_state
+
+PEER_OPTIONS = (
+    'name',
+    'config',
+    'checkpoint',
+    'cfg_options',
+    'optim_wrapper',
+    'trust_checkpoint',
+)
+
+
+class Peer(nn.Module):
+    """A detector that trains on the student's batches, by its own loss.
+
+    It sees the batch in its own normalisation and draws its random numbers
+    (samplers, dropout) from a stream of its own, so that the student's are
+    those of training alone.
+
+    Args:
+        model: The stock detector.
+        config: Its config.
+        student: The student, for the normalisation.
+        optim_wrapper: The peer's own optimiser settings; None for the
+            student's.
+        seed: Begins its stream of random numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        *,
+        student: Any,
+        optim_wrapper: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.config, self.optim_wrapper = config, optim_wrapper
+        self.seed = seed
+        self.renormalize = Renormalize(
+            student.data_preprocessor, model.data_preprocessor
+        )
+
+    def loss(
+        self, inputs: Tensor, data_samples: Sequence[DetDataSample]
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """The stock losses of the student's batch (B, 3, H, W)."""
+        iteration = MessageHub.get_current_instance().get_info('iter', 0)
+        # A stream that a resumed run takes up where it was.
+        stream = np.random.SeedSequence((self.seed, get_rank(), iteration))
+        with isolated_random_state(int(stream.generate_state(1)[0])):
+            return self.model.loss(
+                self.renormalize(inputs, data_samples), data_samples
+            )
+
+
+def build_peer(
+    name: str,
+    cfg: Mapping[str, Any],
+    *,
+    student: nn.Module,
+    classes: Sequence[str],
+    seed: int,
+) -> Peer:
+    """Build a network that trains beside the student.
+
+    Args:
+        name: The key in ``distillation.peers``.
+        cfg: ``config`` (a path, ``mmdet::…``, a config dict), or the
+            ``name`` of a model in MMDetection's index whose config and
+            weights it takes. ``checkpoint`` to start from, otherwise the
+            initialisation of the config. ``cfg_options`` overrides entries
+            of the config. ``optim_wrapper``: optimiser settings of its own,
+            with the student's kind of optimiser.
+        student: The student's detector.
+        classes: The class names of the training data.
+        seed: Seeds its weights and its random numbers.
+
+    Raises:
+        ConfigError: If the description is incomplete or does not fit.
+        CheckpointError: If the checkpoint does not fit the config exactly.
+    """
+    where = f'distillation.peers.{name}'
+    options = dict(cfg)
+    check_options(where, options, PEER_OPTIONS)
+    if 'name' in options:
+        options = {**find_in_model_index(options.pop('name')), **options}
+    if 'config' not in options:
+        raise ConfigError(
+            f'{where} needs a "config" (a path, "mmdet::…" or a dict), got '
+            f'{sorted(options)}.'
+        )
+    config = load_config(options['config'])
+    config.merge_from_dict(dict(options.get('cfg_options') or {}))
+    with isolated_random_state(seed):
+        if options.get('checkpoint'):
+            trust = bool(options.get('trust_checkpoint', False))
+            model, _ = build_trained(
+                config.model, options['checkpoint'], trust=trust
+            )
+        else:
+            register_all_modules(init_default_scope=False)
+            with DefaultScope.overwrite_default_scope('mmdet'):
+                model = MODELS.build(config.model)
+            model.init_weights()
+    check_class_count(model, classes, where)
+    return Peer(
+        model.train(),
+        config,
+        student=student,
+        optim_wrapper=options.get('optim_wrapper'),
+        seed=seed,
+    )
+
+
+def add_to_optimizer(
+    wrapper: OptimWrapper,
+    peers: Mapping[str, Peer],
+    student_cfg: Mapping[str, Any],
+) -> None:
+    """Let the student's optimiser train the peers, each with its settings.
+
+    Each network's gradient is clipped by its own norm, as in training alone.
+
+    Args:
+        wrapper: The student's, built without the peers.
+        peers: The networks to add.
+        student_cfg: The student's ``optim_wrapper``, for peers without.
+
+    Raises:
+        ConfigError: If a peer asks for another kind of optimiser, or clips
+            gradients where the student does not.
+    """
+    own = [p for g in wrapper.optimizer.param_groups for p in g['params']]
+    networks = [(own, wrapper.clip_grad_kwargs)]
+    for name, peer in peers.items():
+        cfg = copy.deepcopy(dict(peer.optim_wrapper or student_cfg))
+        theirs = build_optim_wrapper(peer.model, cfg)
+        where = f'distillation.peers.{name}.optim_wrapper'
+        kinds = [type(w.optimizer).__name__ for w in (wrapper, theirs)]
+        if kinds[0] != kinds[1]:
+            raise ConfigError(
+                f'{where}: the optimiser is {kinds[1]}, the '
+                f"student's {kinds[0]}. Use the same kind."
+            )
+        if theirs.clip_grad_kwargs and not wrapper.clip_grad_kwargs:
+            raise ConfigError(
+                f'{where} has clip_grad, the student has none. Give the '
+                "student's optim_wrapper clip_grad=dict(max_norm=...), too; "
+                'a large one clips nothing.'
+            )
+        for group in theirs.optimizer.param_groups:
+            wrapper.optimizer.add_param_group(group)
+        parameters = [
+            p for g in theirs.optimizer.param_groups for p in g['params']
+        ]
+        networks.append((parameters, theirs.clip_grad_kwargs))
+    if wrapper.clip_grad_kwargs:
+        wrapper._clip_grad = types.MethodType(_ClipEach(networks), wrapper)
+
+
+class _ClipEach:
+    """Clips the gradient of each network by itself."""
+
+    def __init__(
+        self, networks: Sequence[tuple[list[Tensor], dict | None]]
+    ) -> None:
+        self.networks = networks
+
+    def __call__(self, wrapper: OptimWrapper) -> None:
+        for index, (parameters, options) in enumerate(self.networks):
+            with_gradient = [p for p in parameters if p.grad is not None]
+            if not options or not with_gradient:
+                continue
+            norm = wrapper.clip_func(with_gradient, **options)
+            if index == 0 and isinstance(norm, torch.Tensor):
+                wrapper.message_hub.update_scalar(
+                    'train/grad_norm', float(norm)
+                )
+
+
+def save_peers(
+    folder: str,
+    filename: str,
+    peers: Mapping[str, Peer],
+    saved: Mapping[str, Any],
+) -> None:
+    """Write each peer's stock checkpoint, in a folder of its name.
+
+    Its config lies beside it: ``tools/test.py <peer>/config.py
+    <peer>/<filename>``.
+
+    Args:
+        folder: Of the student's checkpoint.
+        filename: The student's.
+        peers: By name.
+        saved: The student's checkpoint, split.
+    """
+    states = saved[ATTACHED]['state_dict']
+    for name, peer in peers.items():
+        prefix = f'{ATTACHED}.peers.{name}.model.'
+        config = peer.config.pretty_text
+        content = {
+            'meta': {**saved['meta'], 'cfg': config},
+            'state_dict': {
+                key.removeprefix(prefix): value
+                for key, value in states.items()
+                if key.startswith(prefix)
+            },
+        }
+        own = Path(folder, name)
+        own.mkdir(parents=True, exist_ok=True)
+        write = functools.partial(_write_text, config)
+        write_atomically(str(own / 'config.py'), write)
+        save = functools.partial(torch.save, content)
+        write_atomically(str(own / filename), save)
+
+
+def _write_text(text: str, path: str) -> None:
+    Path(path).write_text(text)
