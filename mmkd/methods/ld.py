@@ -56,10 +56,10 @@ class LD(Method):
     anchors of each level whose centres are nearest.
 
     The sums are those of the official code: they grow with the objects in
-    a process' batch (the code's had 3 images). With ``normalize`` each
-    region's sum (without the 1/4) is divided by its sum of weights, averaged
-    over the processes, as GFL's own DFL loss is; w then has to be of the
-    order of 100 times larger.
+    a process' batch (its configs have 2 or 3 images of COCO). With
+    ``normalize`` each region's sum (without the 1/4) is divided by its sum
+    of weights, averaged over the processes, as GFL's own DFL loss is; w then
+    has to be of the order of 100 times larger.
 
     Localization knows no classes: those of the networks may differ.
 
