@@ -11,14 +11,11 @@ from .fbkd import FBKD
 from .feature_hint import FeatureHint
 from .fgd import FGD
 from .kd import KD
-from .lad import (
-    LabelAssignmentDistillation,
-    SoftLabelDistillation,
-    SoLAD,
-)
+from .lad import LabelAssignmentDistillation
 from .ld import LD
 from .mgd import MGD
 from .pkd import PKD
+from .solad import SoftLabelDistillation, SoLAD
 from .tat import TaT
 
 __all__ = [

@@ -9,6 +9,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor
 
 from mmkd.assignment.colearning import Switched, find_indicator, switch
+from mmkd.assignment.fit import check_equal_priors, dense_head, is_paa
 from mmkd.assignment.paa import (
     Candidates,
     assigned_by,
@@ -20,13 +21,7 @@ from mmkd.registry import METHODS
 from mmkd.utils import ConfigError
 
 from .base import Method
-from .lad import (
-    BOX_WEIGHTINGS,
-    check_same_priors,
-    dense_head,
-    is_paa,
-    unweighted_boxes,
-)
+from .lad import BOX_WEIGHTINGS, unweighted_boxes
 
 
 @METHODS.register_module()
@@ -94,7 +89,7 @@ class CoLearningAssignment(Method):
                     f'{type(head).__name__}.'
                 )
             check_stock_paa(head, f'{name} ({role})')
-            check_same_priors(student, outputs, name)
+            check_equal_priors(student, outputs, name)
 
     @contextmanager
     def guide(

@@ -1,0 +1,137 @@
+"""Which networks can share an assignment."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mmengine.structures import InstanceData
+
+from mmkd.outputs import Outputs
+from mmkd.utils import ConfigError
+
+from .replay import reads_predictions, record_assignments, same_priors
+
+if TYPE_CHECKING:
+    from mmkd.teacher_view import ClassMap
+
+FITTING = (
+    'heads whose assignment reads predictions: PAA, TOOD, RTMDet, YOLOX, '
+    'DDOD, and any with an assigner that is given boxes and scores'
+)
+
+
+def is_paa(head: Any) -> bool:
+    """Whether a head separates candidates by their costs."""
+    return hasattr(head, 'paa_reassign') and hasattr(head, 'get_pos_loss')
+
+
+def dense_head(outputs: Outputs, method: str) -> Any:
+    """The head of a one-stage detector.
+
+    Raises:
+        ConfigError: If the detector has none that loops over priors.
+    """
+    model = outputs.model
+    head = getattr(model, 'bbox_head', None)
+    if head is None or not hasattr(head, 'prior_generator'):
+        raise ConfigError(
+            f'{method} fits one-stage detectors with priors; '
+            f'{type(model).__name__} has '
+            f'{type(head).__name__ if head else "no bbox_head"}. It fits '
+            f'{FITTING}.'
+        )
+    return head
+
+
+def check_dynamic(student: Outputs, teacher: Outputs, method: str) -> None:
+    """Check that both heads assign by predictions, and the same priors.
+
+    Lets each assign one object of the blank image.
+
+    Raises:
+        ConfigError: If a head's assignment is static, or priors differ.
+    """
+    check_equal_priors(student, teacher, method)
+    if is_paa(student.model.bbox_head):
+        return
+    recorded = [_blank_assignment(outputs) for outputs in (student, teacher)]
+    for role, outputs, record in zip(
+        ('student', 'teacher'), (student, teacher), recorded, strict=True
+    ):
+        if not reads_predictions(record):
+            raise ConfigError(
+                f'{method}: the assignment of the {role} '
+                f'({type(outputs.model.bbox_head).__name__}) is static, it '
+                'does not read predictions, so there is nothing to distil. '
+                f'It fits {FITTING}.'
+            )
+    if not same_priors(*recorded):
+        raise ConfigError(
+            f'{method}: the two heads assign different priors. Give both the '
+            'same prior (anchor) generator and allowed_border.'
+        )
+
+
+def _blank_assignment(outputs: Outputs) -> Any:
+    maps = outputs.raw('bbox_head')
+    device = maps[0][0].device
+    gt = InstanceData(
+        bboxes=torch.tensor([[32.0, 32.0, 160.0, 160.0]], device=device),
+        labels=torch.zeros(1, dtype=torch.long, device=device),
+    )
+    stride = outputs.model.bbox_head.prior_generator.strides[0]
+    size = tuple(
+        n * s for n, s in zip(maps[0][0].shape[-2:], stride[::-1], strict=True)
+    )
+    meta = dict(img_shape=size, pad_shape=size, batch_input_shape=size)
+    try:
+        return record_assignments(outputs.model.bbox_head, maps, [gt], [meta])
+    except (AttributeError, TypeError):  # a head with other losses
+        return {}
+
+
+def check_equal_priors(
+    student: Outputs, teacher: Outputs, method: str
+) -> None:
+    """Check that both heads predict at the same priors.
+
+    Raises:
+        ConfigError: If strides or priors at a position differ.
+    """
+    generators = [
+        o.model.bbox_head.prior_generator for o in (student, teacher)
+    ]
+    ours, theirs = (
+        generator.grid_priors(
+            [level.shape[-2:] for level in outputs.raw('bbox_head')[0]],
+            device=outputs.raw('bbox_head')[0][0].device,
+        )
+        for generator, outputs in zip(
+            generators, (student, teacher), strict=True
+        )
+    )
+    if len(ours) != len(theirs) or any(
+        a.shape != b.shape or not torch.allclose(a, b)
+        for a, b in zip(ours, theirs, strict=True)
+    ):
+        raise ConfigError(
+            f"{method}: the student's priors (strides "
+            f'{list(generators[0].strides)}, '
+            f'{generators[0].num_base_priors} a position) are not the '
+            f"teacher's (strides {list(generators[1].strides)}, "
+            f'{generators[1].num_base_priors} a position, or other shapes). '
+            'Give both the same prior (anchor) generator.'
+        )
+
+
+def check_all_classes_known(classes: 'ClassMap', method: str) -> None:
+    """Check that the teacher can judge each of the student's objects.
+
+    Raises:
+        ConfigError: If it does not know a class.
+    """
+    if len(classes.shared) < len(classes.student):
+        unknown = [n for n in classes.student if n not in classes.teacher]
+        raise ConfigError(
+            f'{method}: the teacher has to assign every object, but does not '
+            f'know {", ".join(unknown)}. Use a teacher of these classes.'
+        )
