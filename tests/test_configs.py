@@ -186,7 +186,7 @@ def steers(distilled):
 
 
 def innermost(dataset):
-    """Without repetitions and concatenations."""
-    while 'ann_file' not in dataset:
+    """Without repetitions and concatenations; mixing images stays."""
+    while 'ann_file' not in dataset and 'Mix' not in dataset.type:
         dataset = dataset.get('dataset') or dataset.datasets[0]
     return dataset

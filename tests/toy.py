@@ -146,6 +146,8 @@ def small_step(step: ConfigDict) -> None:
     for option in ('scale', 'img_scale', 'crop_size', 'size'):
         if option in step:
             step[option] = SCALE
+    if step.type == 'RandomAffine':
+        step.border = tuple(-side // 2 for side in SCALE)  # of a mosaic
     if step.type == 'RandomChoice':
         step.transforms = [[dict(type='Resize', scale=SCALE, keep_ratio=True)]]
 
