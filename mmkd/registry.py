@@ -17,7 +17,10 @@ HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope='mmkd', locations=['mmkd.hooks']
 )
 MODELS = Registry(
-    'model', parent=MMENGINE_MODELS, scope='mmkd', locations=['mmkd.losses']
+    'model',
+    parent=MMENGINE_MODELS,
+    scope='mmkd',
+    locations=['mmkd.losses', 'mmkd.heads'],
 )
 # Methods are built by the Distiller, never by a detector's config.
 METHODS = Registry('method', scope='mmkd', locations=['mmkd.methods'])

@@ -1,0 +1,5 @@
+"""Detection heads that stock configs can switch to."""
+
+from .cop import COPHead
+
+__all__ = ['COPHead']

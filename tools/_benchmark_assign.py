@@ -1,0 +1,254 @@
+"""Label assignment: the batched mixtures, LAD, and many objects."""
+
+import argparse
+import copy
+import statistics
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _benchmark import Trainer, build, interleaved, spread
+from _training import ROOT
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.runner import Runner
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from torch import Tensor, nn
+
+from mmkd.assignment import assigned_by, own_costs, positive_samples
+from mmkd.teacher_source import load_config
+
+OBJECTS, CANDIDATES = 112, (10, 45)
+RIVAL = 'lad/lad_r50-paa-r101_fpn_2xb8_coco_1x.py'
+
+
+def assign(
+    args: argparse.Namespace, device: str
+) -> tuple[dict[str, Any], str]:
+    """The fit against scikit-learn; an iteration against MMDetection's LAD."""
+    samples = {'random costs': random_costs(20)}
+    if args.costs:
+        samples['real costs'] = real_costs(args.costs)
+    fits = {name: compare(rows) for name, rows in samples.items()}
+    lines = [
+        f'{OBJECTS} objects of {CANDIDATES[0]} to {CANDIDATES[1]} candidates',
+        '',
+        '| | median s | range |',
+        '|---|---|---|',
+    ]
+    times = fit_times(samples['random costs'][0], args.repeat)
+    factors = [
+        s / b for b, s in zip(times['batched'], times['sklearn'], strict=True)
+    ]
+    lines += [
+        f'| {name} | {spread(values)} |' for name, values in times.items()
+    ]
+    lines += [
+        f'| scikit-learn / batched | {spread(factors)} |',
+        '',
+        '| partitions | objects | as float64 | as float32 | refused by '
+        'float32 | without positive |',
+        '|---|---|---|---|---|---|',
+    ]
+    lines += [
+        f'| {name} | {f["objects"]} | {f["float64"]:.2%} | {f["float32"]:.2%} '
+        f'| {f["refused"]} | {f["none"]} |'
+        for name, f in fits.items()
+    ]
+    lad = against_mmdet(args, device)
+    lines += ['', '| | median s | range |', '|---|---|---|']
+    lines += [f'| {name} | {spread(values)} |' for name, values in lad.items()]
+    return {'fit': times, 'partitions': fits, 'lad': lad}, '\n'.join(lines)
+
+
+# ------------------------------------------------------------------- the fit
+
+
+def random_costs(batches: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches of sorted costs with one or two bumps, and their masks."""
+    chance = np.random.default_rng(0)
+    made = []
+    for _ in range(batches):
+        rows = []
+        for number in range(OBJECTS):
+            n = chance.integers(CANDIDATES[0], CANDIDATES[1] + 1)
+            row = chance.gamma(2, 1, n) + 0.5
+            if number % 2:
+                row[: n // 3] = chance.normal(1.5, 0.3, n // 3).clip(0.1)
+            rows.append(np.sort(row))
+        made.append(padded(rows))
+    return made
+
+
+def padded(rows: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    costs = torch.full((len(rows), width), torch.inf)
+    for row, values in zip(costs, rows, strict=True):
+        row[: len(values)] = torch.as_tensor(values)
+    return costs, costs.isfinite()
+
+
+def real_costs(checkpoint: Path) -> list[tuple[Tensor, Tensor]]:
+    """What a trained PAA makes of BCCD's training images."""
+    register_all_modules()
+    cfg = Config.fromfile(ROOT / 'configs' / 'bccd' / 'paa_big.py')
+    model = MODELS.build({'_scope_': 'mmdet', **cfg.model})
+    weights = torch.load(checkpoint, map_location='cpu', weights_only=False)
+    model.load_state_dict(weights['state_dict'])
+    model.eval()
+    loader = Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader))
+    head, made = model.bbox_head, []
+    own = own_costs(head)
+
+    def costs(candidates: Any, logits: Tensor, deltas: Tensor) -> Tensor:
+        values = own(candidates, logits, deltas)
+        table, _ = candidates._cheapest(values, head.topk)
+        table = table.sort(dim=1).values
+        made.append((table, table.isfinite()))
+        return values
+
+    with torch.no_grad(), assigned_by(head, costs):
+        for batch in loader:
+            data = model.data_preprocessor(batch, True)
+            model.loss(data['inputs'], data['data_samples'])
+    return made
+
+
+def sklearn_positive(row: Tensor, dtype: type) -> np.ndarray:
+    """One object's positives as MMDetection finds them."""
+    x = row.numpy().astype(dtype).reshape(-1, 1)
+    mixture = GaussianMixture(
+        2,
+        weights_init=np.array([0.5, 0.5]),
+        means_init=np.array([x.min(), x.max()]).reshape(2, 1),
+        precisions_init=np.ones((2, 1)),
+        covariance_type='diag',
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', ConvergenceWarning)
+        mixture.fit(x)
+    cheap = np.flatnonzero(mixture.predict(x) == 0)
+    positive = np.zeros(len(x), dtype=bool)
+    if len(cheap):
+        best = mixture.score_samples(x)[cheap].argmax()
+        positive[cheap[: best + 1]] = True
+    return positive
+
+
+def compare(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """How many objects are parted as scikit-learn parts them."""
+    total = refused = empty = 0
+    same = {np.float64: 0, np.float32: 0}
+    for costs, mask in batches:
+        positive = positive_samples(costs, mask)
+        for row, inside, ours in zip(costs, mask, positive, strict=True):
+            if inside.sum() < 2:
+                continue
+            total += 1
+            empty += int(not ours.any())
+            for dtype in same:
+                try:
+                    theirs = sklearn_positive(row[inside], dtype)
+                except ValueError:
+                    refused += 1
+                    continue
+                same[dtype] += np.array_equal(theirs, ours[inside].numpy())
+    return {
+        'objects': total,
+        'float64': same[np.float64] / total,
+        'float32': same[np.float32] / max(total - refused, 1),
+        'refused': refused,
+        'none': empty,
+    }
+
+
+def fit_times(
+    batch: tuple[Tensor, Tensor], repeat: int
+) -> dict[str, list[float]]:
+    """Seconds of all objects of a batch, one thread."""
+    costs, mask = batch
+    rows = [row[inside] for row, inside in zip(costs, mask, strict=True)]
+
+    def loop() -> None:
+        for row in rows:
+            sklearn_positive(row, np.float64)
+
+    return interleaved(
+        {'batched': lambda: positive_samples(costs, mask), 'sklearn': loop},
+        'cpu',
+        repeat,
+    )
+
+
+# ------------------------------------------------------------ whole iterations
+
+
+def against_mmdet(
+    args: argparse.Namespace, device: str
+) -> dict[str, list[float]]:
+    """An iteration of LAD, of MMDetection's, of plain PAA; the teacher's."""
+    distiller, batch = build(args, device)
+    trainer = Trainer(distiller.student, batch, distiller)
+    trainer.see_teacher()
+    rival = Trainer(mmdet_lad(distiller).to(device), batch)
+    head = distiller.student.bbox_head
+
+    def plain() -> None:
+        with assigned_by(head, own_costs(head)):
+            trainer.plain()
+
+    times = interleaved(
+        {
+            'plain PAA, batched assignment': plain,
+            'teacher forward, no_grad': trainer.teacher,
+            'LAD': trainer.distilled,
+            "MMDetection's LAD": rival.step,
+        },
+        device,
+        args.repeat,
+    )
+    p, t, ours, theirs = times.values()
+    rounds = list(zip(p, t, ours, theirs, strict=True))
+    times["LAD / MMDetection's"] = [o / m for _, _, o, m in rounds]
+    times['LAD / (plain + teacher)'] = [o / (p + t) for p, t, o, _ in rounds]
+    return times
+
+
+def mmdet_lad(distiller: Any) -> nn.Module:
+    """MMDetection's LAD detector with the same two networks."""
+    student, teacher = distiller.student, distiller.teacher.model
+    cfg = load_config(f'mmdet::{RIVAL}').model
+    cfg.teacher_ckpt = None
+    for part in ('backbone', 'teacher_backbone'):
+        cfg[part].init_cfg = None
+    model = MODELS.build({'_scope_': 'mmdet', **cfg})
+    model.load_state_dict(student.state_dict(), strict=False)
+    model.teacher_model.load_state_dict(teacher.state_dict(), strict=False)
+    model.train()
+    return model
+
+
+def scale(args: argparse.Namespace, device: str) -> tuple[dict[str, Any], str]:
+    """The distilled iteration with few and with many objects an image."""
+    runs, keep = {}, []
+    for objects in args.objects:
+        each = argparse.Namespace(**{**vars(args), 'objects': objects})
+        distiller, batch = build(each, device)
+        trainer = Trainer(distiller.student, batch, distiller)
+        keep.append(trainer)
+        runs[str(objects)] = trainer.distilled
+    times = interleaved(runs, device, args.repeat)
+    first = next(iter(times.values()))
+    rows = ['| objects an image | median s | range | to the first |']
+    rows.append('|---|---|---|---|')
+    for objects, values in times.items():
+        ratio = statistics.median(
+            [v / f for v, f in zip(values, first, strict=True)]
+        )
+        rows.append(f'| {objects} | {spread(values)} | {ratio:.3f} |')
+    return {'seconds': times}, '\n'.join(rows)
