@@ -21,10 +21,9 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
 from mmkd.assignment import assigned_by, own_costs, positive_samples
-from mmkd.teacher_source import load_config
+from mmkd.teacher_source import find_in_model_index, load_config
 
 OBJECTS, CANDIDATES = 112, (10, 45)
-RIVAL = 'lad/lad_r50-paa-r101_fpn_2xb8_coco_1x.py'
 
 
 def assign(
@@ -195,7 +194,7 @@ def against_mmdet(
     distiller, batch = build(args, device)
     trainer = Trainer(distiller.student, batch, distiller)
     trainer.see_teacher()
-    rival = Trainer(mmdet_lad(distiller).to(device), batch)
+    rival = Trainer(mmdet_lad(args, distiller).to(device), batch)
     head = distiller.student.bbox_head
 
     def plain() -> None:
@@ -219,15 +218,26 @@ def against_mmdet(
     return times
 
 
-def mmdet_lad(distiller: Any) -> nn.Module:
-    """MMDetection's LAD detector with the same two networks."""
-    student, teacher = distiller.student, distiller.teacher.model
-    cfg = load_config(f'mmdet::{RIVAL}').model
-    cfg.teacher_ckpt = None
-    for part in ('backbone', 'teacher_backbone'):
-        cfg[part].init_cfg = None
-    model = MODELS.build({'_scope_': 'mmdet', **cfg})
-    model.load_state_dict(student.state_dict(), strict=False)
+def mmdet_lad(args: argparse.Namespace, distiller: Any) -> nn.Module:
+    """MMDetection's LAD detector of the same two networks."""
+    config = Config.fromfile(args.config)
+    description = dict(config.distillation.teacher)
+    if 'name' in description:
+        description = find_in_model_index(description['name'])
+    parts: dict[str, Any] = {}
+    for prefix, cfg in (
+        ('', config.model),
+        ('teacher_', load_config(description['config']).model),
+    ):
+        for part in ('backbone', 'neck', 'bbox_head'):
+            parts[prefix + part] = copy.deepcopy(cfg[part])
+        parts[f'{prefix}backbone'].init_cfg = None
+        parts[f'{prefix}bbox_head'].type = 'LADHead'
+    for part in ('train_cfg', 'test_cfg', 'data_preprocessor'):
+        parts[part] = copy.deepcopy(config.model[part])
+    model = MODELS.build(dict(type='mmdet.LAD', **parts))
+    model.load_state_dict(distiller.student.state_dict(), strict=False)
+    teacher = distiller.teacher.model
     model.teacher_model.load_state_dict(teacher.state_dict(), strict=False)
     model.train()
     return model
