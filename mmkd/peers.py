@@ -22,6 +22,7 @@ from .checkpoint import ATTACHED, write_atomically
 from .teacher_source import (
     build_trained,
     check_class_count,
+    class_names,
     find_in_model_index,
     load_config,
 )
@@ -111,6 +112,11 @@ def build_peer(
         CheckpointError: If the checkpoint does not fit the config exactly.
     """
     where = f'distillation.peers.{name}'
+    if name == 'student':
+        raise ConfigError(
+            f'{where}: "student" is the name of the model itself in losses. '
+            'Choose another one.'
+        )
     options = dict(cfg)
     check_options(where, options, PEER_OPTIONS)
     if 'name' in options:
@@ -134,6 +140,7 @@ def build_peer(
                 model = MODELS.build(config.model)
             model.init_weights()
     check_class_count(model, classes, where)
+    _check_class_names(config, classes, where)
     return Peer(
         model.train(),
         config,
@@ -141,6 +148,19 @@ def build_peer(
         optim_wrapper=options.get('optim_wrapper'),
         seed=seed,
     )
+
+
+def _check_class_names(
+    config: Config, classes: Sequence[str], where: str
+) -> None:
+    """Refuse a config that names as many, but other classes."""
+    names = class_names({}, config)
+    if names and len(names) == len(classes) and names != tuple(classes):
+        raise ConfigError(
+            f'{where}: its config names the classes {", ".join(names)}, but '
+            f'it trains on {", ".join(classes)}, in this order. Set '
+            'metainfo=dict(classes=...) of its data sets to these.'
+        )
 
 
 def add_to_optimizer(

@@ -75,7 +75,7 @@ class TeacherOutputs:
         """What methods have derived in this step, for each other."""
         self._renormalize = teacher.renormalize
         self._inputs, self._data_samples = inputs, data_samples
-        self._roi_scores: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._roi_results: dict[int, tuple[BoxSample, dict]] = {}
         self._roi_outputs: dict[int, Outputs] = {}
 
     @functools.cached_property
@@ -123,12 +123,13 @@ class TeacherOutputs:
             return self._outputs.features(path)
         stage = stage_of(student.model, student_path or '')
         stages = range(len(student.rois)) if stage is None else [stage]
-        for stage in stages:
-            self.score_rois(student.rois[stage], stage)
+        samples = [student.rois[stage] for stage in stages]
+        for sample, stage in zip(samples, stages, strict=True):
+            self.score_rois(sample, stage)
         return tuple(
             feature
-            for stage in stages
-            for feature in self._roi_outputs[stage].features(path)
+            for sample in samples
+            for feature in self._roi_outputs[id(sample)].features(path)
         )
 
     def score_anchors(self, sample: BoxSample) -> tuple[Tensor, Tensor]:
@@ -151,30 +152,30 @@ class TeacherOutputs:
         """The teacher's RoI head on the student's RoIs, on its own features.
 
         Args:
-            sample: The student's sampled RoIs.
+            sample: The student's sampled RoIs, or those of a peer.
             stage: The student's stage; a teacher with fewer uses its last.
 
         Returns:
             Logits (N, K+1) and deltas (N, 4 or 4K) in the teacher's coding.
         """
-        if stage not in self._roi_scores:
-            self._roi_scores[stage] = self._score_rois(sample.boxes, stage)
-        return self._roi_scores[stage]
+        if id(sample) not in self._roi_results:
+            self._run_roi_head(sample, stage)
+        result = self._roi_results[id(sample)][1]
+        return result['cls_score'], result['bbox_pred']
 
     @frozen_pass
-    def _score_rois(
-        self, rois: Tensor, stage: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def _run_roi_head(self, sample: BoxSample, stage: int) -> None:
         roi_head = self.model.roi_head
-        arguments: list[Any] = [self.maps, rois]
+        arguments: list[Any] = [self.maps, sample.boxes]
         if isinstance(roi_head.bbox_head, nn.ModuleList):
             arguments.insert(0, min(stage, len(roi_head.bbox_head) - 1))
         outputs = Outputs(self.model, self._outputs.paths)
         outputs.note = self._outputs.note
         with outputs.recording():
             result = roi_head._bbox_forward(*arguments)
-        self._roi_outputs[stage] = outputs
-        return result['cls_score'], result['bbox_pred']
+        # With the sample itself, so that its id stays its own.
+        self._roi_results[id(sample)] = (sample, result)
+        self._roi_outputs[id(sample)] = outputs
 
 
 class Teacher:

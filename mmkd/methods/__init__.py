@@ -14,6 +14,8 @@ from .kd import KD
 from .lad import LabelAssignmentDistillation
 from .ld import LD
 from .mgd import MGD
+from .mutual import MutualLearning
+from .one_teacher import OneTeacherSeveralStudents
 from .pkd import PKD
 from .solad import SoftLabelDistillation, SoLAD
 from .tat import TaT
@@ -34,6 +36,8 @@ __all__ = [
     'FeatureHint',
     'LabelAssignmentDistillation',
     'Method',
+    'MutualLearning',
+    'OneTeacherSeveralStudents',
     'SoLAD',
     'SoftLabelDistillation',
     'TaT',

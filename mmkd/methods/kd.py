@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.class_logits import check_class_logits, class_logits
+from mmkd.class_logits import ClassLogits, check_class_logits, class_logits
 from mmkd.losses.kl import sigmoid_kl, softmax_kl
 from mmkd.outputs import Outputs
 from mmkd.registry import METHODS
@@ -70,18 +70,18 @@ class KD(Method):
         teacher: 'TeacherOutputs',
         data_samples: Sequence[DetDataSample],
     ) -> dict[str, Tensor]:
-        losses = {}
-        for pair in class_logits(student, teacher, data_samples):
-            if pair.sigmoid:
-                divergence = sigmoid_kl(
-                    pair.student, pair.teacher, self.temperature
-                ).sum(-1)
-            else:
-                divergence = softmax_kl(
-                    pair.student, pair.teacher, self.temperature
-                )
-            losses[f'{pair.prefix}cls'] = pair.average(divergence)
-        return losses
+        return {
+            f'{pair.prefix}cls': class_kl(pair, self.temperature)
+            for pair in class_logits(student, teacher, data_samples)
+        }
+
+
+def class_kl(pair: ClassLogits, temperature: float) -> Tensor:
+    """The loss of :class:`KD` for one pair of logits, a scalar."""
+    if pair.sigmoid:
+        divergence = sigmoid_kl(pair.student, pair.teacher, temperature)
+        return pair.average(divergence.sum(-1))
+    return pair.average(softmax_kl(pair.student, pair.teacher, temperature))
 
 
 def check_temperature(temperature: float, method: str) -> float:

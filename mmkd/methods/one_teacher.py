@@ -1,0 +1,143 @@
+"""One teacher, several students that also learn from each other."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from mmdet.structures import DetDataSample
+from torch import Tensor
+
+from mmkd.class_logits import check_class_logits, class_logits
+from mmkd.outputs import Outputs
+from mmkd.peer_view import as_teacher, check_mutual, networks_of
+from mmkd.registry import METHODS
+from mmkd.utils import ConfigError, nearest
+
+from .base import Method
+from .kd import check_temperature, class_kl
+from .mutual import mutual_losses, sum_of
+
+if TYPE_CHECKING:
+    from mmkd.teacher import TeacherOutputs
+
+
+@METHODS.register_module()
+class OneTeacherSeveralStudents(Method):
+    r"""K students learn from one teacher and from each other.
+
+    .. math::
+        L_{S_k} = L_{task} + \alpha T^2 \, \mathrm{KL}(p_T \| p_{S_k})
+            + \frac{\beta}{K - 1} \sum_{j \ne k} T^2 \,
+              \mathrm{KL}(\mathrm{sg}[p_{S_j}] \| p_{S_k})
+
+    The students are the model and ``distillation.peers``. The teacher is
+    ``distillation.teacher``, trained before and frozen (offline), or the
+    peer that ``teacher`` names, which trains in the same step by its own
+    task loss alone (online). The first KL is exactly
+    :class:`~mmkd.methods.kd.KD` for each student, the second exactly
+    :class:`~mmkd.methods.mutual.MutualLearning` among them, with their
+    weights and normalisers: :math:`\alpha = 0` is DML, :math:`\beta = 0` is
+    KD of K students that do not know each other.
+
+    Logged as ``<method>.loss_kd_<network>`` and ``loss_mutual_<network>``;
+    ``student`` is the model. :class:`~mmkd.hooks.ensemble_validation.
+    EnsembleValidationHook` tells how good the students are as an ensemble,
+    which is what the paper evaluates.
+
+    Source: Niyaz, Bathula, "Augmenting Knowledge Distillation with
+    Peer-to-Peer Mutual Learning for Model Compression", ISBI 2022,
+    https://arxiv.org/abs/2110.11023. There the teacher trains together with
+    its students. UNVERIFIED: no code is public, and neither the weights nor
+    T are given; the form of the loss above is a reading of the text.
+
+    Args:
+        alpha: Weight of the teacher, at least 0.
+        beta: Weight of the other students, at least 0.
+        temperature: T, above 0.
+        teacher: Name of the peer that teaches; None for
+            ``distillation.teacher``.
+        loss_weight: Weight of the method; 0: every network trains alone.
+
+    Raises:
+        ConfigError: If an option is out of range, the teacher is missing,
+            there are no other students, or the networks do not fit.
+    """
+
+    needs: ClassVar[str] = 'peers'
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        temperature: float = 1.0,
+        teacher: str | None = None,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(loss_weight=loss_weight)
+        name = type(self).__name__
+        for option, value in (('alpha', alpha), ('beta', beta)):
+            if not value >= 0:
+                raise ConfigError(
+                    f'{name}.{option} must be at least 0, got {value}'
+                )
+        self.alpha, self.beta, self.teacher = alpha, beta, teacher
+        self.temperature = check_temperature(temperature, name)
+
+    @property
+    def student_paths(self) -> Sequence[str]:
+        return ('neck',)  # what RoI heads score the others' RoIs on
+
+    @property
+    def peer_paths(self) -> Sequence[str]:
+        return ('neck',)
+
+    def prepare(self, student: Outputs, teacher: Outputs | None) -> None:
+        name = type(self).__name__
+        if self.teacher is not None and self.teacher not in student.peers:
+            raise ConfigError(
+                f'{name}.teacher: there is no peer "{self.teacher}". '
+                f'{nearest(self.teacher, student.peers)}'
+            )
+        students = self._students(student)
+        if self.beta:
+            if len(students) < 2:
+                raise ConfigError(
+                    f'{name}.beta is the weight of other students, and there '
+                    'are none: add one to distillation.peers, or set it to 0.'
+                )
+            check_mutual(students, name)
+        if self.alpha:
+            source = student.peers[self.teacher] if self.teacher else teacher
+            if source is None:
+                raise ConfigError(
+                    f'{name}.alpha is the weight of a teacher, and there is '
+                    'none: add distillation.teacher, name one of the peers '
+                    'with the option teacher, or set alpha to 0.'
+                )
+            for each in students.values():
+                check_class_logits(each, source, name)
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: 'TeacherOutputs',
+        data_samples: Sequence[DetDataSample],
+    ) -> dict[str, Tensor]:
+        students = self._students(student)
+        losses = {}
+        if self.alpha:
+            if self.teacher is not None:
+                teacher = as_teacher(student.peers[self.teacher])
+            for name, each in students.items():
+                pairs = class_logits(each, teacher, data_samples)
+                kd = sum_of([class_kl(p, self.temperature) for p in pairs])
+                losses[f'kd_{name}'] = self.alpha * kd
+        if self.beta:
+            mutual = mutual_losses(students, data_samples, self.temperature)
+            for name, loss in mutual.items():
+                losses[f'mutual_{name}'] = self.beta * loss
+        return losses
+
+    def _students(self, student: Outputs) -> Mapping[str, Outputs]:
+        networks = networks_of(student)
+        return {n: o for n, o in networks.items() if n != self.teacher}

@@ -1,0 +1,146 @@
+"""What networks that train together show each other."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
+
+from .class_logits import ClassLogits, check_class_logits, class_logits
+from .outputs import BoxSample, Outputs, box_heads
+from .teacher_view import ClassMap
+from .utils import ConfigError
+
+if TYPE_CHECKING:
+    from .teacher import TeacherOutputs
+
+
+class PeerView:
+    """A network in training in the place of a teacher, with its gradients.
+
+    It has the parts of :class:`~mmkd.teacher.TeacherOutputs` that logits
+    are read from. Whoever uses it as a target stops the gradient.
+
+    Args:
+        outputs: What the network has produced in this step.
+    """
+
+    def __init__(self, outputs: Outputs) -> None:
+        self.model = outputs.model
+        self.cache = outputs.cache
+        # They train on the same labels: the classes are the same.
+        names = [str(number) for number in range(_class_count(self.model))]
+        self.class_map = ClassMap(names, names)
+        self._outputs = outputs
+        self._roi_scores: dict[int, tuple[BoxSample, Any]] = {}
+
+    @property
+    def dense(self) -> Any:
+        """What a one-stage detector's head returned in its own loss."""
+        return self._outputs.raw('bbox_head')
+
+    @property
+    def maps(self) -> tuple[Tensor, ...]:
+        """What the heads saw: the levels of the tap ``'neck'``."""
+        return self._outputs.features('neck')
+
+    def score_rois(
+        self, sample: BoxSample, stage: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's RoI head on another's RoIs, on its own features.
+
+        Returns:
+            Logits (N, K+1) and deltas (N, 4 or 4K), with gradient.
+        """
+        # With the sample itself, so that its id stays its own.
+        if id(sample) not in self._roi_scores:
+            head = self.model.roi_head
+            cascade = isinstance(head.bbox_head, nn.ModuleList)
+            arguments = [self.maps, sample.boxes]
+            result = head._bbox_forward(*[stage] * cascade, *arguments)
+            self._roi_scores[id(sample)] = (sample, result)
+        result = self._roi_scores[id(sample)][1]
+        return result['cls_score'], result['bbox_pred']
+
+
+def as_teacher(outputs: Outputs) -> 'TeacherOutputs':
+    """The same view for all that read it in a step."""
+    if 'view' not in outputs.cache:
+        outputs.cache['view'] = PeerView(outputs)
+    return cast('TeacherOutputs', outputs.cache['view'])
+
+
+def networks_of(student: Outputs) -> dict[str, Outputs]:
+    """The networks that train together by name; the first is the student."""
+    return {'student': student, **student.peers}
+
+
+def mutual_logits(
+    learner: Outputs,
+    target: Outputs,
+    data_samples: Sequence[DetDataSample],
+) -> list[ClassLogits]:
+    """Pair two networks' class logits of the same priors or RoIs.
+
+    Two-stage networks are compared on the RoIs of both: the learner's,
+    which the target scores on its own features, and the target's, which the
+    learner scores, with a gradient; both are divided by the number of all.
+
+    Returns:
+        One-stage: one pair. Two-stage: two a stage, the learner's RoIs
+        first. ``student`` of each is the learner.
+    """
+    pairs = class_logits(learner, as_teacher(target), data_samples)
+    if not box_heads(learner.model):
+        return pairs
+    swapped = class_logits(target, as_teacher(learner), data_samples)
+    joined = []
+    for own, other in zip(pairs, swapped, strict=True):
+        other = dataclasses.replace(
+            other, student=other.teacher, teacher=other.student
+        )
+        number = own.avg_factor + other.avg_factor
+        for pair in (own, other):
+            joined.append(dataclasses.replace(pair, avg_factor=number))
+    return joined
+
+
+def check_mutual(networks: Mapping[str, Outputs], method: str) -> None:
+    """Check that all networks' class logits can be compared.
+
+    Args:
+        networks: By name, with their outputs for a blank image.
+        method: The method that asks, for the message.
+
+    Raises:
+        ConfigError: If the classes' number, kind or places differ; names the
+            networks.
+    """
+    (first, ours), *others = networks.items()
+    for name, theirs in others:
+        try:
+            check_class_logits(ours, theirs, method)
+            _check_counts(ours.model, theirs.model)
+        except ConfigError as error:
+            raise ConfigError(
+                f'{method}: the networks "{first}" and "{name}" cannot learn '
+                f'from each other. {error} ("teacher" stands for "{name}".)'
+            ) from error
+
+
+def _check_counts(ours: Any, theirs: Any) -> None:
+    for what, count in (
+        ('classes', _class_count),
+        ('stages of RoI heads', lambda model: len(box_heads(model))),
+    ):
+        if count(ours) != count(theirs):
+            raise ConfigError(
+                f'The student has {count(ours)} {what}, the teacher '
+                f'{count(theirs)}; give both as many.'
+            )
+
+
+def _class_count(model: Any) -> int:
+    heads = box_heads(model) or [model.bbox_head]
+    return heads[0].num_classes
