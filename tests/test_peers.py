@@ -16,11 +16,10 @@ from mmkd.utils import ConfigError
 
 pytestmark = pytest.mark.usefixtures('shared_data')
 
-PAA = 'paa/paa_r50_fpn_1x_coco.py'
 COLAD = dict(type='mmkd.CoLearningAssignment')
 
 
-def config(work_dir, *, methods=None, peer=None, base=PAA, **options):
+def config(work_dir, *, methods=None, peer=None, base=toy.PAA, **options):
     """A student and a wider peer on real photos."""
     cfg = toy.plain(work_dir, base, **options)
     cfg.runner_type = toy.RUNNER
@@ -128,7 +127,7 @@ def test_at_zero_weight_every_network_trains_as_alone(tmp_path, norm):
     )
     runner = toy.train(together)
 
-    alone = toy.plain(tmp_path / 'alone', PAA, images=4)
+    alone = toy.plain(tmp_path / 'alone', toy.PAA, images=4)
     alone.optim_wrapper.clip_grad.max_norm = norm
     alone.runner_type = toy.RUNNER
     student = toy.train(alone).model
@@ -136,7 +135,7 @@ def test_at_zero_weight_every_network_trains_as_alone(tmp_path, norm):
         dict(student.state_dict()), dict(runner.model.state_dict())
     )
 
-    beside = toy.plain(tmp_path / 'beside', PAA, images=4)
+    beside = toy.plain(tmp_path / 'beside', toy.PAA, images=4)
     beside.runner_type = toy.RUNNER
     beside.model = Config(peer_cfg).model
     beside.optim_wrapper = optim
@@ -171,7 +170,7 @@ def test_two_stage_peers_do_not_shift_the_student(tmp_path):
 
 def test_two_processes_are_one(tmp_path):
     """Each process' share averaged: the mean of the halves' gradients."""
-    cfg = toy.plain(tmp_path, PAA)
+    cfg = toy.plain(tmp_path, toy.PAA)
     # A map of one position has no groups to normalise.
     cfg.model.bbox_head.norm_cfg = dict(type='GN', num_groups=8)
     peer = dict(config=peer_config(cfg))

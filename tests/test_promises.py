@@ -249,8 +249,12 @@ class TestZeroWeightIsStock:
             (toy.FASTER_RCNN, toy.HINT, ADAMW),
             (toy.RETINANET, toy.HINT, None),
             (toy.RETINANET, toy.HINT, ADAMW),
+            (toy.PAA, toy.LAD, None),
         ],
-        ids=['frcnn-sgd', 'hint-adamw', 'one-stage-sgd', 'one-stage-adamw'],
+        ids=[
+            *('frcnn-sgd', 'hint-adamw', 'one-stage-sgd'),
+            *('one-stage-adamw', 'lad-sgd'),
+        ],
     )
     def test_two_epochs(self, tmp_path, stock_run, base, method, optimizer):
         expected, weights = stock_run(base, optimizer)

@@ -39,9 +39,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / 'shared' / 'data'
 FASTER_RCNN = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
+PAA = 'paa/paa_r50_fpn_1x_coco.py'
 RUNNER = 'mmkd.DistillationRunner'
 HINT = dict(type='mmkd.FeatureHint')
 FRCNN = dict(type='mmkd.FasterRCNNDistillation')
+LAD = dict(type='mmkd.LabelAssignmentDistillation')
 
 # What a tiny run spends most of its time on otherwise: laying out the text of
 # its config, asking for the machine, and collecting garbage among imports.
