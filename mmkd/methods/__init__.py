@@ -4,6 +4,7 @@ from .base import Method
 from .colad import CoLearningAssignment
 from .crosskd import CrossKD
 from .cwd import CWD
+from .dcm import DCM
 from .dist import DIST
 from .dkd import DKD
 from .faster_rcnn import FasterRCNNDistillation
@@ -22,6 +23,7 @@ from .tat import TaT
 
 __all__ = [
     'CWD',
+    'DCM',
     'DIST',
     'DKD',
     'FBKD',

@@ -1,0 +1,178 @@
+"""Dense cross-layer mutual distillation (DCM)."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
+
+from mmkd.auxiliary import AuxiliaryHead
+from mmkd.dense import check_dense
+from mmkd.outputs import Outputs
+from mmkd.peer_view import check_mutual, networks_of
+from mmkd.registry import METHODS
+from mmkd.utils import ConfigError
+
+from .base import Method
+from .kd import check_temperature
+from .mutual import mutual_kl, sum_of
+
+if TYPE_CHECKING:
+    from mmkd.teacher import TeacherOutputs
+
+STAGES = ('backbone.layer2', 'backbone.layer3')
+
+
+@METHODS.register_module()
+class DCM(Method):
+    r"""Two networks teach each other between all of their depths.
+
+    Each of the two, the student and its one peer, has auxiliary heads on
+    earlier stages of its backbone beside the stock head h = 3:
+
+    .. math::
+        L = \sum_{h=1}^{6} L_{task, h}
+            + \sum_{a=1}^{3} \sum_{b=1}^{3} \left(
+              \mathrm{KL}(\mathrm{sg}[p^2_b] \| p^1_a)
+              + \mathrm{KL}(\mathrm{sg}[p^1_a] \| p^2_b) \right)
+
+    which are 3 same-stage and 6 cross-stage pairs in both directions, 18
+    terms; none within one network. No gradient is stopped on its way into
+    the backbones. KL, weights and normaliser are those of
+    :class:`~mmkd.methods.mutual.MutualLearning`, with the learning head's
+    own assignment.
+
+    What carries over to detectors: heads at three depths with the full task
+    each, all pairs of logits, all weights 1, and that the auxiliary heads are
+    gone from the stock checkpoints. What does not: the paper's auxiliary
+    classifiers end in one vector an image, behind copies of the building
+    blocks of the later stages. A dense head needs maps of all strides: here
+    each auxiliary head is a copy of the network's own dense head, freshly
+    initialised, on a pyramid of convolutions from that one stage
+    (:class:`~mmkd.auxiliary.StagePyramid`), so that its priors are those of
+    the stock head and every pair of logits corresponds. It is shallower than
+    the paper's. Two-stage detectors are left out: their RoIs differ from
+    head to head.
+
+    Logged as ``<method>.loss_aux<n>_<network>``, the task loss of auxiliary
+    head n, and ``loss_kl_<network>``, the 9 terms that a network learns by.
+
+    Source: Yao, Sun, "Knowledge Transfer via Dense Cross-Layer Mutual-
+    Distillation", ECCV 2020, https://arxiv.org/abs/2008.07816, and its code
+    sundw2014/DCM, for classification. Detectors are ours.
+
+    Args:
+        stages: Module paths of the student's earlier stages, shallow first.
+        peer_stages: Those of the peer, as many; None for the same paths.
+        kl_weight: Weight of the 18 terms, at least 0; at 0 the heads
+            supervise their backbones, and nobody teaches anybody.
+        temperature: T, above 0; 1 in the paper.
+        loss_weight: Weight of the method, auxiliary task losses included.
+
+    Raises:
+        ConfigError: If an option is out of range, there is not exactly one
+            peer, or the heads are not dense or do not fit.
+        TapError: If a stage does not exist.
+    """
+
+    needs: ClassVar[str] = 'peers'
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[str] = STAGES,
+        peer_stages: Sequence[str] | None = None,
+        kl_weight: float = 1.0,
+        temperature: float = 1.0,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(loss_weight=loss_weight)
+        self.temperature = check_temperature(temperature, 'DCM')
+        if not kl_weight >= 0:
+            raise ConfigError(
+                f'DCM.kl_weight must be at least 0, got {kl_weight}'
+            )
+        self.kl_weight = kl_weight
+        self.stages = tuple(stages)
+        self.peer_stages = tuple(peer_stages or stages)
+        if not stages or len(self.stages) != len(self.peer_stages):
+            raise ConfigError(
+                'DCM needs as many stages of the peer as of the student, at '
+                f'least one: stages={self.stages}, '
+                f'peer_stages={self.peer_stages}'
+            )
+        self.auxiliary: Any = nn.ModuleDict()
+
+    @property
+    def student_paths(self) -> Sequence[str]:
+        return ('neck', *self.stages)
+
+    @property
+    def peer_paths(self) -> Sequence[str]:
+        return ('neck', *self.peer_stages)
+
+    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+        networks = networks_of(student)
+        if len(networks) != 2:
+            raise ConfigError(
+                'DCM ties two networks, the student and one peer; there are '
+                f'{len(student.peers)} in distillation.peers.'
+            )
+        for name, outputs in networks.items():
+            check_dense(outputs, name, 'DCM')
+        check_mutual(networks, 'DCM')
+        for name, outputs in networks.items():
+            levels = outputs.features('neck')
+            self.auxiliary[name] = nn.ModuleList(
+                AuxiliaryHead(stage, levels, outputs.model.bbox_head)
+                for stage in self._stage_maps(name, outputs)
+            )
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: 'TeacherOutputs',
+        data_samples: Sequence[DetDataSample],
+    ) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        heads: dict[str, list[Outputs]] = {}
+        for name, outputs in networks_of(student).items():
+            heads[name] = []
+            sizes = [level.shape[-2:] for level in outputs.features('neck')]
+            stages = self._stage_maps(name, outputs)
+            for n, (head, stage) in enumerate(
+                zip(self.auxiliary[name], stages, strict=True), 1
+            ):
+                task_loss, produced = head.loss(stage, sizes, data_samples)
+                losses[f'aux{n}_{name}'] = task_loss
+                heads[name].append(produced)
+            heads[name].append(outputs)
+        if self.kl_weight:
+            losses |= self._divergences(heads, data_samples)
+        return losses
+
+    def _divergences(
+        self,
+        heads: Mapping[str, Sequence[Outputs]],
+        data_samples: Sequence[DetDataSample],
+    ) -> dict[str, Tensor]:
+        """All pairs of two networks' heads, summed for each that learns."""
+        (one, ours), (other, theirs) = heads.items()
+        return {
+            f'kl_{name}': self.kl_weight
+            * sum_of(
+                [
+                    mutual_kl(a, b, data_samples, self.temperature)
+                    for a in learners
+                    for b in targets
+                ]
+            )
+            for name, learners, targets in (
+                (one, ours, theirs),
+                (other, theirs, ours),
+            )
+        }
+
+    def _stage_maps(self, name: str, outputs: Outputs) -> list[Tensor]:
+        paths = self.stages if name == 'student' else self.peer_stages
+        return [outputs.features(path)[-1] for path in paths]
