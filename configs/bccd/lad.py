@@ -5,7 +5,7 @@ _base_ = ['./paa_small.py']
 distillation = dict(
     teacher=dict(
         config='configs/bccd/paa_big.py',
-        checkpoint='work_dirs/bccd/paa_big/epoch_12.pth',
+        checkpoint='work_dirs/bccd/paa_big/epoch_8.pth',
     ),
     methods=dict(
         lad=dict(type='mmkd.LabelAssignmentDistillation', box_weighting='none')

@@ -4,7 +4,7 @@ _base_ = ['./paa_big.py']
 distillation = dict(
     teacher=dict(
         config='configs/bccd/paa_small.py',
-        checkpoint='work_dirs/bccd/paa_small/epoch_12.pth',
+        checkpoint='work_dirs/bccd/paa_small/epoch_8.pth',
     ),
     methods=dict(
         lad=dict(type='mmkd.LabelAssignmentDistillation', box_weighting='none')

@@ -1,10 +1,27 @@
 # PAA with a ResNet-18 of half width, towers of two layers: the big network.
-_base_ = ['./gfl_teacher.py']
+_base_ = ['../_base_/schedule_bccd_adamw.py', '../_base_/bccd.py']
 
+runner_type = 'mmkd.DistillationRunner'
 model = dict(
     type='PAA',
+    data_preprocessor=dict(
+        type='DetDataPreprocessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_size_divisor=32,
+    ),
+    # no init_cfg, no download: trained from scratch
+    backbone=dict(type='ResNet', depth=18, base_channels=32, norm_eval=False),
+    neck=dict(
+        type='FPN',
+        in_channels=[32, 64, 128, 256],
+        out_channels=64,
+        start_level=1,
+        add_extra_convs='on_output',
+        num_outs=5,
+    ),
     bbox_head=dict(
-        _delete_=True,
         type='PAAHead',
         reg_decoded_bbox=True,
         score_voting=True,
@@ -36,21 +53,23 @@ model = dict(
     ),
     train_cfg=dict(
         assigner=dict(
-            _delete_=True,
             type='MaxIoUAssigner',
             pos_iou_thr=0.1,
             neg_iou_thr=0.1,
             min_pos_iou=0,
             ignore_iof_thr=-1,
         ),
+        allowed_border=-1,
+        pos_weight=-1,
+        debug=False,
+    ),
+    test_cfg=dict(
+        nms_pre=1000,
+        min_bbox_size=0,
+        score_thr=0.05,
+        nms=dict(type='nms', iou_threshold=0.6),
+        max_per_img=100,
     ),
 )
-train_cfg = dict(max_epochs=12, val_interval=12)
-param_scheduler = [
-    dict(
-        type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=100
-    ),
-    dict(type='MultiStepLR', by_epoch=True, milestones=[9, 11], gamma=0.1),
-]
 # Stock PAA stops with an error of scikit-learn's where costs are close.
 custom_hooks = [dict(type='mmkd.BatchedPAAHook')]

@@ -1,0 +1,22 @@
+# One teacher and two students that also learn from each other, all trained
+# together. alpha=0 leaves mutual learning, beta=0 distillation alone.
+_base_ = ['../gfl_student.py']
+
+distillation = dict(
+    peers=dict(
+        second=dict(config='configs/bccd/gfl_student.py'),
+        big=dict(config='configs/bccd/gfl_teacher.py'),
+    ),
+    methods=dict(
+        several=dict(
+            type='mmkd.OneTeacherSeveralStudents',
+            teacher='big',
+            alpha=1.0,
+            beta=1.0,
+            temperature=1.0,
+        )
+    ),
+)
+custom_hooks = [
+    dict(type='mmkd.EnsembleValidationHook', members=['student', 'second'])
+]
