@@ -39,6 +39,7 @@ setup(
     extras_require={
         'mmdet': read_requirements('mmdet'),
         'report': read_requirements('report'),
+        'ensemble': read_requirements('ensemble'),
         'dev': read_requirements('dev'),
     },
     classifiers=[

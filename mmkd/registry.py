@@ -20,7 +20,7 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmkd',
-    locations=['mmkd.losses', 'mmkd.heads'],
+    locations=['mmkd.losses', 'mmkd.heads', 'mmkd.ensemble'],
 )
 # Methods are built by the Distiller, never by a detector's config.
 METHODS = Registry('method', scope='mmkd', locations=['mmkd.methods'])

@@ -152,7 +152,7 @@ main() {
     ensure_mmcv
     say 'installing mmengine, mmdet and the tools'
     install -r requirements/mmdet.txt -r requirements/report.txt \
-        -r requirements/dev.txt
+        -r requirements/ensemble.txt -r requirements/dev.txt
     # The headless OpenCV goes on top of the other one, as it needs no libGL.
     install --quiet --force-reinstall --no-deps opencv-python-headless
     # Its requirements are installed already: nothing is to move torch.

@@ -3,6 +3,7 @@
 Examples:
     python tools/test.py configs/faster_rcnn_kd_r50.py epoch_12.pth
     python tools/test.py CONFIG CHECKPOINT --json-prefix work_dirs/kd/val
+    python tools/test.py ENSEMBLE_CONFIG  # its members have checkpoints
 """
 
 import argparse
@@ -27,7 +28,11 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='checkpoint file; none for an mmkd.EnsembleDetector',
+    )
     parser.add_argument('--work-dir', help='folder of logs and metrics')
     parser.add_argument(
         '--out', help='pickle of the predictions, for offline evaluation'
@@ -71,14 +76,27 @@ def load_config(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         name = osp.splitext(osp.basename(args.config))[0]
         cfg.work_dir = osp.join('work_dirs', name)
-    if not osp.exists(args.checkpoint) and '://' not in args.checkpoint:
-        raise ConfigError(f'the checkpoint {args.checkpoint} does not exist')
+    check_checkpoint(cfg, args.checkpoint)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         cfg = trigger_visualization_hook(cfg, args)
     if args.json_prefix:
         set_json_prefix(cfg, args.json_prefix)
     return cfg
+
+
+def check_checkpoint(cfg: Config, path: str | None) -> None:
+    """Only an ensemble, whose members have theirs, does without."""
+    ensemble = cfg.model.type == 'mmkd.EnsembleDetector'
+    if path is None and not ensemble:
+        raise ConfigError('the checkpoint is missing: CONFIG CHECKPOINT')
+    if path is not None and ensemble:
+        raise ConfigError(
+            f'an ensemble takes no checkpoint, got {path}: its members name '
+            'theirs in the config'
+        )
+    if path and not osp.exists(path) and '://' not in path:
+        raise ConfigError(f'the checkpoint {path} does not exist')
 
 
 def set_json_prefix(cfg: Config, prefix: str) -> None:

@@ -1,6 +1,7 @@
 """Hooks around distillation."""
 
 from .batched_paa import BatchedPAAHook
+from .ensemble_validation import EnsembleValidationHook
 from .loss_check import LossCheckHook
 from .peer_validation import PeerValidationHook
 from .safe_checkpoint import SafeCheckpointHook
@@ -10,6 +11,7 @@ from .weight_schedule import WeightScheduleHook
 
 __all__ = [
     'BatchedPAAHook',
+    'EnsembleValidationHook',
     'LossCheckHook',
     'PeerValidationHook',
     'SafeCheckpointHook',
