@@ -1,0 +1,25 @@
+# One teacher, two students that also learn from each other (ISBI 2022): GFL
+# R101 teaches two GFL R50, all trained together, COCO 1x. Neither T nor the
+# weights are published. The pair of students is evaluated as an ensemble.
+_base_ = ['mmdet::gfl/gfl_r50_fpn_1x_coco.py']
+
+runner_type = 'mmkd.DistillationRunner'
+distillation = dict(
+    peers=dict(
+        second=dict(config='mmdet::gfl/gfl_r50_fpn_1x_coco.py'),
+        # For a frozen one: distillation.teacher, and without teacher= below.
+        r101=dict(config='mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py'),
+    ),
+    methods=dict(
+        several=dict(
+            type='mmkd.OneTeacherSeveralStudents',
+            teacher='r101',
+            alpha=1.0,
+            beta=1.0,
+            temperature=1.0,
+        )
+    ),
+)
+custom_hooks = [
+    dict(type='mmkd.EnsembleValidationHook', members=['student', 'second'])
+]
