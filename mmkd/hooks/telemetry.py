@@ -61,17 +61,11 @@ class TelemetryHook(Hook):
         report = {'task/grad_norm': norm(task_gradient)}
         for name, losses in distilled.items():
             own = gradient(tuple(losses.values()), self._parameters)
-            dot = sum(
-                (a * b).sum()
-                for a, b in zip(task_gradient, own, strict=True)
-                if a is not None and b is not None
-            )
-            product = norm(own) * report['task/grad_norm']
             report[f'{name}/loss'] = torch.stack(
                 [loss.detach() for loss in losses.values()]
             ).sum()
             report[f'{name}/grad_norm'] = norm(own)
-            report[f'{name}/cosine'] = dot / product.clamp(min=1e-30)
+            report[f'{name}/cosine'] = cosine(task_gradient, own)
         self._report = report
 
     def after_train_iter(
@@ -118,3 +112,13 @@ def norm(gradients: Iterable[Tensor | None]) -> Tensor:
     """The Euclidean norm over all tensors together."""
     norms = [g.float().norm() for g in gradients if g is not None]
     return torch.stack(norms).norm() if norms else torch.tensor(0.0)
+
+
+def cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
+    """The cosine of two gradients; 0 where one is 0."""
+    dot = sum(
+        (x * y).sum()
+        for x, y in zip(a, b, strict=True)
+        if x is not None and y is not None
+    )
+    return dot / (norm(a) * norm(b)).clamp(min=1e-30)

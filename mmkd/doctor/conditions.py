@@ -1,0 +1,406 @@
+"""What a loss must not depend on: padding, order of classes, precision."""
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+from mmengine.model import MMDistributedDataParallel
+from torch import Tensor, nn
+
+from mmkd.hooks.telemetry import gradient, norm, student_parameters
+from mmkd.outputs import Outputs, box_heads, intercepted, replaced
+from mmkd.teacher_view import ClassMap
+from mmkd.utils import isolated_random_state
+
+from .patient import SEED, Patient, steers
+from .report import some
+
+SECTION = 'Conditions'
+MARGIN = 8
+"""Cells beyond an image that convolutions of a method may still see."""
+TOLERANCE = 1e-2
+"""Relative change of a loss from which on it depends on something."""
+OVER_POSITIONS = (nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
+
+
+class Recording:
+    """One step's outputs of both networks, on which methods can run again."""
+
+    def __init__(self, patient: Patient, inputs: Tensor, samples: Any) -> None:
+        distiller = patient.distiller
+        patient.restore(patient.student)
+        self.samples = samples
+        self.methods: dict[str, Any] = {
+            name: (method, weight)
+            for name, (method, weight) in distiller.active_methods().items()
+            if method.needs == 'teacher' and not steers(method)
+        }
+        self.student = Outputs(
+            patient.student, distiller._paths('student_paths')
+        )
+        with isolated_random_state(SEED), self.student.recording():
+            type(patient.student).loss(
+                patient.student, inputs, copy.deepcopy(samples)
+            )
+        self.teacher = distiller.teacher(inputs, samples)
+
+    def losses(self, only: str | None = None) -> dict[str, float]:
+        """Every method's losses, each with the same random numbers."""
+        return {k: float(v.detach()) for k, v in self._losses(only).items()}
+
+    def gradients(self) -> dict[str, list[Tensor | None]]:
+        """The gradients of the same in the student."""
+        parameters = student_parameters(self.student.model)
+        losses = self._losses()
+        return {k: gradient([v], parameters) for k, v in losses.items()}
+
+    def _losses(self, only: str | None = None) -> dict[str, Tensor]:
+        self.student.cache.clear()
+        self.teacher.cache.clear()
+        losses = {}
+        for name, (method, weight) in self.methods.items():
+            if only not in (None, name):
+                continue
+            with isolated_random_state(SEED):
+                found = method(self.student, self.teacher, self.samples)
+            for part, loss in found.items():
+                losses[f'{name}.loss_{part}'] = weight * loss
+        return losses
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change all that is recorded; nothing is computed anew."""
+        student, teacher = self.student, self.teacher
+        student._fired = mapped(change, student._fired)
+        vars(student).pop('anchors', None)
+        if vars(student).get('rois'):
+            for sample in student.rois:
+                sample.logits = mapped(change, sample.logits)
+                sample.deltas = mapped(change, sample.deltas)
+        parts = vars(teacher)
+        for name in ('maps', 'rpn', 'dense'):
+            if name in parts:
+                parts[name] = mapped(change, parts[name])
+        for name in ('features', 'score_rois'):
+            read = getattr(teacher, name)
+            setattr(teacher, name, functools.partial(_read, change, read))
+
+
+def _read(
+    change: Callable[[Tensor], Tensor],
+    read: Callable[..., Any],
+    *arguments: Any,
+    **options: Any,
+) -> Any:
+    return mapped(change, read(*arguments, **options))
+
+
+def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Nested containers with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: mapped(change, v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(change, v) for v in value)
+    return value
+
+
+def differing(
+    a: Mapping[str, float], b: Mapping[str, float], tolerance: float
+) -> list[str]:
+    """Names of the losses that differ, with both values."""
+    return [
+        f'{name} ({a[name]:.4g} and {b[name]:.4g})'
+        for name in a
+        if not abs(a[name] - b[name])
+        <= tolerance * max(abs(a[name]), abs(b[name]))
+    ]
+
+
+def distance(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
+    """The norm of the difference of two gradients, relative to the first."""
+    difference = [
+        x if y is None else y if x is None else x - y
+        for x, y in zip(a, b, strict=True)
+    ]
+    return float(norm(difference) / norm(a).clamp(min=1e-30))
+
+
+# ------------------------------------------------------------------- padding
+
+
+def check_padding(patient: Patient) -> None:
+    """What lies on the padding of tapped maps changes no loss.
+
+    One image is padded to twice its width, and what both networks gave for
+    the padding, beyond the reach of a few convolutions, is overwritten.
+    """
+    if patient.distiller.teacher is None:
+        return
+    value = float(getattr(patient.student.data_preprocessor, 'pad_value', 0))
+    width = patient.inputs.shape[-1]
+    inputs = F.pad(patient.inputs[:1], (0, width), value=value)
+    sample = copy.deepcopy(patient.samples[0])
+    sample.set_metainfo(dict(batch_input_shape=tuple(inputs.shape[2:])))
+    recording = Recording(patient, inputs, [sample])
+    if not recording.methods:
+        return
+    clean = recording.losses()
+    padded = sample.metainfo.get('pad_shape', sample.img_shape)
+    overwrite = functools.partial(
+        _overwrite, inputs.shape[-1], max(padded[1], sample.img_shape[1])
+    )
+    recording.change(overwrite)
+    judged = []
+    for name in recording.methods:
+        before = {k: v for k, v in clean.items() if _of(k) == name}
+        with _normalising(patient) as fired:
+            changed = differing(before, recording.losses(name), TOLERANCE)
+        if changed and fired:
+            patient.report.say(
+                SECTION,
+                f'padding: {name} is not judged, it runs layers of the '
+                f'networks that span positions ({some(sorted(fired))})',
+            )
+            continue
+        judged.append(name)
+        if changed:
+            patient.report.find(
+                f'{some(changed)}: what lies on the padding changes the '
+                'loss, so it depends on which images share a batch. Leave '
+                'positions on padding out of sums, means and softmax.'
+            )
+    if judged and not patient.report.findings:
+        patient.report.say(SECTION, 'padding changes no loss')
+
+
+def _of(loss: str) -> str:
+    """The method of a loss's name."""
+    return loss.partition('.')[0]
+
+
+def _overwrite(full: int, width: int, maps: Tensor) -> Tensor:
+    """Noise beyond ``width`` of the ``full`` pixels of maps (1, C, H, W)."""
+    if maps.dim() != 4 or len(maps) != 1 or maps.shape[-1] < 2:
+        return maps
+    first = math.ceil(width * maps.shape[-1] / full) + MARGIN
+    generator = torch.Generator().manual_seed(SEED)
+    noise = torch.randn(maps.shape, generator=generator).to(maps)
+    result = maps.clone()
+    result[..., first:] += 5 * (1 + maps.detach().std()) * noise[..., first:]
+    return result
+
+
+@contextmanager
+def _normalising(patient: Patient) -> Iterator[set[str]]:
+    """Names of the networks' layers over positions that run within."""
+    fired: set[str] = set()
+
+    def record(name: str, *_: Any) -> None:
+        fired.add(name)
+
+    with ExitStack() as stack:
+        for model in (
+            patient.stock,
+            patient.student,
+            *patient.networks.values(),
+        ):
+            for name, module in model.named_modules():
+                if isinstance(module, OVER_POSITIONS):
+                    note = functools.partial(record, name)
+                    stack.enter_context(intercepted(module, 'forward', note))
+        yield fired
+
+
+# ---------------------------------------------------------- order of classes
+
+
+def check_class_order(patient: Patient) -> None:
+    """A teacher that lists its classes in another order teaches the same.
+
+    Asked only where student and teacher differ in their classes; otherwise
+    a method may compare class by class.
+    """
+    teacher = patient.distiller.teacher
+    if teacher is None or teacher.class_map.identical:
+        return
+    recording = Recording(patient, patient.inputs, patient.samples)
+    if not recording.methods:
+        return
+    plain = recording.gradients()
+    count = len(teacher.classes)
+    order = torch.arange(count).roll(1)
+    layers = classifiers(teacher.model, count)
+    if not layers:
+        return
+    classes = ClassMap(
+        teacher.class_map.student, [teacher.classes[i] for i in order]
+    ).to(patient.device)
+    with ExitStack() as stack:
+        for layer in layers:
+            for name in ('weight', 'bias'):
+                value = getattr(layer, name)
+                if value is not None:
+                    stack.enter_context(_permuted(value, order))
+        stack.enter_context(replaced(teacher, 'class_map', classes))
+        recording.teacher = teacher(patient.inputs, patient.samples)
+        renamed = recording.gradients()
+    # Not the losses: a student that has learnt nothing yet is as far from
+    # one class as from another.
+    changed = [
+        name
+        for name in plain
+        if distance(plain[name], renamed[name]) > TOLERANCE
+    ]
+    if changed:
+        patient.report.find(
+            f'{some(changed)}: the order in which the teacher lists its '
+            'classes changes the loss. Compare classes through '
+            'teacher.class_map, by name.'
+        )
+    else:
+        patient.report.say(SECTION, "the teacher's order of classes is free")
+
+
+def classifiers(model: nn.Module, classes: int) -> list[Any]:
+    """The last layers of class scores, of A anchors times K (or K + 1)."""
+    heads = box_heads(model) or [getattr(model, 'bbox_head', None)]
+    return [
+        module
+        for head in heads
+        if head is not None
+        for name, module in head.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+        and 'cls' in name
+        and 'convs' not in name.partition('.')[0]
+        and (
+            module.weight.shape[0] % classes == 0
+            or module.weight.shape[0] == classes + 1
+        )
+    ]
+
+
+@contextmanager
+def _permuted(parameter: Tensor, order: Tensor) -> Iterator[None]:
+    """Another order of classes in a classifier's weight or bias."""
+    kept = parameter.detach().clone()
+    classes = len(order)
+    anchors = max(len(kept) // classes, 1)
+    scores = kept[: anchors * classes].unflatten(0, (anchors, classes))
+    with torch.no_grad():
+        parameter[: anchors * classes] = scores[:, order].flatten(0, 1)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(kept)
+
+
+# ----------------------------------------------------------------- precision
+
+
+def check_half_precision(patient: Patient) -> None:
+    """No loss is NaN or infinite in half precision, nor a gradient NaN."""
+    for dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix('torch.')
+        if _plain_runs(patient, dtype):
+            broken = _broken_step(patient, dtype)
+            how = f'{name}: all losses are finite'
+        elif patient.distiller.teacher is not None:
+            # MMCV's operators on the CPU, for instance.
+            broken = _broken_recording(patient, dtype)
+            how = (
+                f'{name}: all losses are finite (of halved outputs; the '
+                f'plain step cannot run in it on {patient.device.type})'
+            )
+        else:
+            continue
+        if broken:
+            patient.report.find(
+                f'{some(broken)}: NaN or infinite in {name}. Compute sums, '
+                'squares, exponentials and divisions of the method in '
+                'float32 (.float()).'
+            )
+        else:
+            patient.report.say(SECTION, how)
+
+
+def _plain_runs(patient: Patient, dtype: torch.dtype) -> bool:
+    patient.restore(patient.stock)
+    try:
+        with torch.no_grad(), torch.autocast(patient.device.type, dtype):
+            step = patient._step(patient.stock)
+    except Exception:  # an operator without it raises what it likes
+        return False
+    return bool(step.total.isfinite())
+
+
+def _broken_step(patient: Patient, dtype: torch.dtype) -> list[str]:
+    with torch.autocast(patient.device.type, dtype):
+        step = patient.distilled_step()
+    parameters = student_parameters(patient.student)
+    broken = []
+    for losses in step.distilled.values():
+        for name, loss in losses.items():
+            gradients = gradient([loss], parameters)
+            nan = any(g is not None and g.isnan().any() for g in gradients)
+            if nan or not loss.isfinite():
+                broken.append(name)
+    return broken
+
+
+def _broken_recording(patient: Patient, dtype: torch.dtype) -> list[str]:
+    recording = Recording(patient, patient.inputs, patient.samples)
+    recording.losses()  # computes what the methods read of the teacher
+    recording.change(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    with torch.autocast(patient.device.type, dtype):
+        losses = recording.losses()
+    return [name for name, loss in losses.items() if not math.isfinite(loss)]
+
+
+# --------------------------------------------------------------- distributed
+
+
+def check_distributed(patient: Patient) -> None:
+    """In a distributed run every loss is what it is in a single process."""
+    if torch_dist.is_initialized():
+        return
+    plain = _values(patient.distilled_step().distilled)
+    torch_dist.init_process_group(
+        'gloo', store=torch_dist.HashStore(), rank=0, world_size=1
+    )
+    try:
+        wrapper = MMDistributedDataParallel(
+            module=patient.student,
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=False,
+        )
+        wrapped = _values(patient.distributed_step(wrapper).distilled)
+    finally:
+        torch_dist.destroy_process_group()
+    lost = {**dict.fromkeys(plain, 0.0), **wrapped}
+    changed = differing(plain, lost, TOLERANCE)
+    if changed:
+        patient.report.find(
+            f'{some(changed)}: not the same in one process and wrapped for '
+            'distributed training.'
+        )
+    else:
+        patient.report.say(
+            SECTION, 'wrapped for distributed training, losses are the same'
+        )
+
+
+def _values(distilled: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    return {
+        name: float(loss.detach())
+        for losses in distilled.values()
+        for name, loss in losses.items()
+    }

@@ -1,0 +1,269 @@
+"""What the other networks see, in which mode, and of which classes."""
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+
+from mmkd.hooks.teacher_check import evaluate_teacher
+from mmkd.outputs import intercepted
+from mmkd.teacher import Teacher
+from mmkd.teacher_source import check_class_count, class_names, load_config
+from mmkd.utils import ConfigError, isolated_random_state
+
+from .patient import Patient
+from .report import Report, some
+from .weights import resolved
+
+PIXEL_TOLERANCE = 1e-2
+"""Of normalised values: far above rounding, far below a wrong mean."""
+
+
+def check_precision(runner: Any, images: int, report: Report) -> None:
+    """The teacher's metrics on the first validation images."""
+    teacher = runner.distiller.teacher
+    if teacher is None:
+        return
+    if runner.cfg.get('val_dataloader') is None:
+        raise ConfigError('--eval needs a val_dataloader and val_evaluator.')
+    images = min(images, len(runner.val_dataloader.dataset))
+    with isolated_random_state():
+        metrics = evaluate_teacher(runner, teacher, images)
+    shown = '  '.join(f'{k}: {v:.4g}' for k, v in metrics.items())
+    report.say('Teacher', f'on {images} validation images: {shown or "none"}')
+    report.values['teacher'] = {k: float(v) for k, v in metrics.items()}
+    if not any(value > 0 for value in metrics.values()):
+        report.find(
+            f'the teacher detects nothing on {images} validation images: '
+            'its checkpoint, classes, channel order or mean and std are '
+            'wrong, or it is untrained.'
+        )
+
+
+# ------------------------------------------------------------------- classes
+
+
+def check_classes(runner: Any, report: Report) -> None:
+    """Which class is which, and whether that is known or assumed."""
+    distiller = runner.distiller
+    dataset = runner.train_loop.dataloader.dataset
+    names = tuple(dataset.metainfo['classes'])
+    _note(report, check_class_count, distiller.student, names, 'the student')
+    teacher = distiller.teacher
+    if teacher is None:
+        return
+    classes = teacher.class_map
+    report.say('Classes', str(classes))
+    _note(
+        report,
+        check_class_count,
+        teacher.model,
+        classes.teacher,
+        'the teacher',
+    )
+    if tuple(classes.student) != names:
+        report.find(
+            f'the class map has other classes than the training data: {names}'
+            f' in the data, {tuple(classes.student)} in the map.'
+        )
+    _check_sources(runner.cfg.distillation.teacher, teacher, report)
+    pairs = zip(
+        classes.student_index.tolist(),
+        classes.teacher_index.tolist(),
+        strict=True,
+    )
+    wrong = [
+        f'{classes.student[s]} to {teacher.classes[t]}'
+        for s, t in pairs
+        if classes.student[s] != teacher.classes[t]
+    ]
+    if wrong or classes.identical != (classes.student == teacher.classes):
+        report.find(
+            'the class map does not join equal names: '
+            f'{some(wrong) or "it takes different lists for identical"}.'
+        )
+
+
+def _note(report: Report, check: Any, *arguments: Any) -> None:
+    try:
+        check(*arguments)
+    except ConfigError as error:
+        report.find(str(error))
+
+
+def _check_sources(cfg: Any, teacher: Teacher, report: Report) -> None:
+    """Compare the names in the teacher's checkpoint and in its config."""
+    options = resolved(cfg)
+    config = load_config(options['config'])
+    config.merge_from_dict(dict(options.get('cfg_options') or {}))
+    described = class_names({}, config)
+    meta: dict[str, Any] = {}
+    if options.get('checkpoint'):
+        content = CheckpointLoader.load_checkpoint(
+            options['checkpoint'], map_location='cpu'
+        )
+        meta = content.get('meta') or {}
+    recorded = class_names(meta, type(config)(dict(model={})))
+    if described is None and recorded is None:
+        report.find(
+            "neither the teacher's checkpoint nor its config names its "
+            "classes; the student's are assumed. Name them through "
+            'test_dataloader.dataset.metainfo=dict(classes=...) in its '
+            'config.'
+        )
+    elif described and recorded and described != recorded:
+        differ = [
+            f'{i}: {a} / {b}'
+            for i, (a, b) in enumerate(zip(recorded, described, strict=False))
+            if a != b
+        ]
+        report.find(
+            f"the teacher's checkpoint was trained on {len(recorded)} "
+            f'classes, its config has {len(described)} or another order '
+            f'(checkpoint / config: {some(differ)}). The names in the '
+            'checkpoint are used; give the config it was trained with.'
+        )
+
+
+# -------------------------------------------------------------------- pixels
+
+
+@contextmanager
+def watched(patient: Patient) -> Iterator[None]:
+    """Check what enters each network's backbone, and in which mode."""
+    seen: dict[str, list[tuple[Tensor, list[str]]]] = {}
+    with ExitStack() as stack:
+        for name, model in patient.networks.items():
+            seen[name] = []
+            record = functools.partial(_record, model, seen[name])
+            stack.enter_context(intercepted(model.backbone, 'forward', record))
+        yield
+    for name, model in patient.networks.items():
+        if not seen[name]:
+            patient.report.find(
+                f'the {name} never ran: no method reads it in a step.'
+            )
+        _check_pixels(patient, name, model, [x for x, _ in seen[name]])
+        active = [mode for _, modes in seen[name] for mode in modes]
+        if name == 'teacher' and active:
+            patient.report.find(
+                f'the teacher ran with {len(set(active))} modules in '
+                f'training mode ({some(list(dict.fromkeys(active)))}): '
+                'dropout, DropPath or batch statistics are active. Put the '
+                'whole network in eval mode.'
+            )
+
+
+def _record(
+    model: nn.Module,
+    seen: list[tuple[Tensor, list[str]]],
+    _: Any,
+    inputs: Tensor,
+    *__: Any,
+    **___: Any,
+) -> None:
+    modes = [
+        f'{name} ({type(module).__name__})'
+        for name, module in model.named_modules()
+        if module.training
+    ]
+    seen.append((inputs.detach().clone(), modes))
+
+
+def _check_pixels(
+    patient: Patient, name: str, model: Any, seen: list[Tensor]
+) -> None:
+    """Compare with what the network's own preprocessor makes of the batch."""
+    raw = copy.deepcopy(patient.raw)
+    data = model.data_preprocessor(raw, training=False)
+    expected, ours = data['inputs'], patient.inputs
+    height, width = (
+        min(a, b)
+        for a, b in zip(expected.shape[2:], ours.shape[2:], strict=True)
+    )
+    expected = expected[..., :height, :width]
+    equal = expected.shape == ours[..., :height, :width].shape and _close(
+        expected, ours[..., :height, :width]
+    )
+    patient.report.say(
+        'Pixels',
+        f'{name:<9} sees '
+        + ("the student's batch" if equal else 'it normalised in its own way'),
+    )
+    for inputs in seen:
+        if inputs.shape != ours.shape:
+            patient.report.say(
+                'Pixels', f'{name:<9} ran on {tuple(inputs.shape)}, unchecked'
+            )
+            continue
+        inputs = inputs[..., :height, :width]
+        if not _close(inputs, expected):
+            patient.report.find(
+                f'the {name} sees other pixels than it was trained on: '
+                + _cause(inputs, expected, ours[..., :height, :width])
+            )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a.float() - b.float()).abs().max() <= PIXEL_TOLERANCE)
+
+
+def _cause(seen: Tensor, expected: Tensor, student: Tensor) -> str:
+    if _close(seen.flip(1), expected):
+        return 'its channels are in the reverse order.'
+    if _close(seen, student):
+        return "the student's mean, std or channel order, not its own."
+    worst = (seen.float() - expected.float()).abs().max()
+    return (
+        'they are not those of its own data_preprocessor (largest '
+        f'difference {worst:.3g}).'
+    )
+
+
+# --------------------------------------------------------------------- modes
+
+
+def check_modes(patient: Patient) -> None:
+    """Frozen, not optimised, and the same answer twice."""
+    teacher = patient.distiller.teacher
+    if teacher is None:
+        return
+    model, report = teacher.model, patient.report
+    trained = {
+        id(p)
+        for group in patient.runner.optim_wrapper.optimizer.param_groups
+        for p in group['params']
+    }
+    for what, names in (
+        (
+            'requires a gradient',
+            [n for n, p in model.named_parameters() if p.requires_grad],
+        ),
+        (
+            'is in the optimiser',
+            [n for n, p in model.named_parameters() if id(p) in trained],
+        ),
+    ):
+        if names:
+            report.find(f'the teacher {what}: {some(names)}.')
+    own = patient.distiller.named_parameters()
+    lost = [n for n, p in own if p.requires_grad and id(p) not in trained]
+    if lost:
+        report.find(
+            f'the optimiser does not train {len(lost)} parameters of the '
+            f'methods ({some(lost)}).'
+        )
+    view = []
+    for seed in range(2):
+        with isolated_random_state(seed):
+            view.append(teacher(patient.inputs, patient.samples).maps)
+    if any(not torch.equal(a, b) for a, b in zip(*view, strict=True)):
+        report.find(
+            'the teacher answers differently to the same batch: something '
+            'random is active in it.'
+        )

@@ -1,0 +1,218 @@
+"""What is examined: a run at its first iteration, and steps of it."""
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
+
+from mmkd.checkpoint import ATTACHED
+from mmkd.distiller import Distiller, Losses
+from mmkd.methods import Method
+from mmkd.outputs import replaced
+from mmkd.utils import isolated_random_state
+
+from .report import Report
+
+SEED = 0
+
+
+@dataclass
+class Step:
+    """One step's losses, still with their graph."""
+
+    task: dict[str, Tensor]
+    """Stock name to scalar."""
+    distilled: dict[str, dict[str, Tensor]]
+    """Method to its losses, as weighted."""
+    total: Tensor
+    random_state: Tensor
+    """PyTorch's, after the step."""
+
+
+@dataclass
+class Patient:
+    """A run whose training is about to begin."""
+
+    runner: Any
+    stock: Any
+    """A stock student, built from the config, with the run's weights."""
+    raw: Any
+    """A batch of the train loader."""
+    inputs: Tensor
+    samples: Sequence[DetDataSample]
+    report: Report
+
+    @classmethod
+    def of(cls, runner: Any, stock: nn.Module, report: Report) -> 'Patient':
+        """Take the first batch of a run's train loader."""
+        raw = next(iter(runner.train_loop.dataloader))
+        runner.distiller.student.train()
+        inputs, samples = preprocessed(runner.distiller.student, raw)
+        stock = stock.to(inputs.device).train()
+        return cls(runner, stock, raw, inputs, samples, report)
+
+    def on(self, raw: Any) -> 'Patient':
+        """The same with another batch."""
+        inputs, samples = preprocessed(self.student, raw)
+        other = copy.copy(self)
+        other.raw, other.inputs, other.samples = raw, inputs, samples
+        return other
+
+    def __post_init__(self) -> None:
+        self.state = cloned(self.student)
+        # Some heads count in plain attributes what they have seen.
+        self.counts = {
+            model: noted(model) for model in (self.student, self.stock)
+        }
+
+    @property
+    def distiller(self) -> Distiller:
+        return self.runner.distiller
+
+    @property
+    def student(self) -> Any:
+        return self.distiller.student
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.device
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The teacher and the peers, by name."""
+        networks = {n: p.model for n, p in self.distiller.peers.items()}
+        if self.distiller.teacher is not None:
+            networks = {'teacher': self.distiller.teacher.model, **networks}
+        return networks
+
+    @property
+    def steers(self) -> bool:
+        """Whether a method changes the student's own losses."""
+        methods: Any = self.distiller.methods.values()
+        return any(steers(m) or m.task_factors() for m in methods)
+
+    def plain_step(self) -> Step | None:
+        """The stock student's; None if that cannot run, which is said."""
+        self.restore(self.stock)
+        try:
+            return self._step(self.stock)
+        except Exception as error:  # stock code, any reason
+            self.report.say('Losses', f'the plain step fails: {error!r}')
+            return None
+
+    def distilled_step(self, scale: float = 1.0) -> Step:
+        """The student's with every method's weight times ``scale``."""
+        distiller = self.distiller
+        self.restore(self.student)
+        scales = dict.fromkeys(distiller.methods, scale)
+        with replaced(distiller, 'scales', scales):
+            return self._step(self.student)
+
+    def distributed_step(self, wrapper: nn.Module) -> Step:
+        """The distilled step through a wrapper of the student."""
+        self.restore(self.student)
+        return self._step(wrapper)
+
+    def restore(self, model: nn.Module) -> None:
+        """Put a student back to where training would begin, in place."""
+        model.load_state_dict(
+            {k: self.state[k] for k in model.state_dict() if k in self.state}
+        )
+        for module, attributes in self.counts[model]:
+            vars(module).update(copy.deepcopy(attributes))
+
+    def _step(self, model: nn.Module) -> Step:
+        seen: dict[str, Any] = {}
+        observe = functools.partial(_keep, seen)
+        self.distiller.observers.append(observe)
+        try:
+            with isolated_random_state(SEED):
+                losses = model(
+                    self.inputs, copy.deepcopy(self.samples), mode='loss'
+                )
+                state = torch.get_rng_state()
+        finally:
+            self.distiller.observers.remove(observe)
+        return Step(
+            summed(seen.get('task', losses)),
+            seen.get('distilled', {}),
+            self.student.parse_losses(losses)[0],
+            state,
+        )
+
+
+def _keep(
+    seen: dict[str, Any],
+    task: Losses,
+    distilled: dict[str, dict[str, Tensor]],
+) -> None:
+    seen.update(task=task, distilled=distilled)
+
+
+def steers(method: Method) -> bool:
+    """Whether a method has a guide of the student's own loss."""
+    return type(method).guide is not Method.guide
+
+
+def summed(losses: Losses) -> dict[str, Tensor]:
+    """The losses that count, a scalar each."""
+    return {
+        name: torch.stack(
+            [v.mean() for v in (x if isinstance(x, list) else [x])]
+        ).sum()
+        for name, x in losses.items()
+        if 'loss' in name
+    }
+
+
+def preprocessed(model: Any, raw: Any) -> tuple[Tensor, list[DetDataSample]]:
+    """A batch behind a network's data preprocessor.
+
+    Without its batch augmentations: they would hide which pixels another
+    network should see.
+    """
+    preprocessor = model.data_preprocessor
+    augments = getattr(preprocessor, 'batch_augments', None)
+    if augments is not None:
+        preprocessor.batch_augments = None
+    try:
+        data = preprocessor(copy.deepcopy(raw), training=True)
+    finally:
+        if augments is not None:
+            preprocessor.batch_augments = augments
+    return data['inputs'], data['data_samples']
+
+
+def noted(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """The numbers in plain attributes of every module."""
+    return [
+        (module, copy.deepcopy(found))
+        for module in model.modules()
+        if (found := {k: v for k, v in vars(module).items() if numbers(v)})
+    ]
+
+
+def numbers(value: Any) -> bool:
+    """Whether a value is a number, or a list of them."""
+    if isinstance(value, list):
+        return all(map(numbers, value))
+    return isinstance(value, int | float)
+
+
+def cloned(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's state dict."""
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def own_state(student: nn.Module) -> dict[str, Tensor]:
+    """The student's part of its state dict while it is distilled."""
+    return {
+        k: v
+        for k, v in student.state_dict().items()
+        if not k.startswith(f'{ATTACHED}.')
+    }

@@ -1,0 +1,366 @@
+"""One step: what meets what, which way it pulls, and what it costs."""
+
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mmkd.checkpoint import ATTACHED
+from mmkd.hooks.telemetry import cosine, gradient, norm, student_parameters
+from mmkd.methods import Method
+from mmkd.outputs import Outputs, TapError, intercepted
+
+from .patient import Patient, Step, cloned, own_state, steers
+from .report import some, table
+
+EXPLODED = 1000.0
+"""A method's gradient norm over the task's, from which on it is a finding."""
+MORE_BATCHES = 3
+"""A loss that is 0 on the first batch is looked at on as many others."""
+ROUNDS = 3
+
+
+# ---------------------------------------------------------------------- taps
+
+
+def describe_taps(patient: Patient) -> None:
+    """A row for each tapped module: what it gives, and who reads it."""
+    calls: dict[str, tuple] = {}
+    with ExitStack() as stack:
+        for name, method in patient.distiller.methods.items():
+            record = functools.partial(_keep, calls, name)
+            stack.enter_context(intercepted(method, 'forward', record))
+        patient.distilled_step()
+    rows = [['method', 'network', 'tap', 'channels', 'size', 'stride']]
+    methods: dict[str, Any] = dict(patient.distiller.methods.items())
+    for name, (student, teacher) in calls.items():
+        method = methods[name]
+        paths = [*method.student_paths]
+        for path in paths or student._fired:
+            read = functools.partial(student.features, path)
+            rows.append([name, 'student', path, *_shape(read, patient)])
+        theirs = [*method.teacher_paths] if teacher is not None else []
+        for number, path in enumerate(theirs):
+            beside = paths[number] if number < len(paths) else None
+            read = functools.partial(teacher.features, path, student, beside)
+            rows.append([name, 'teacher', path, *_shape(read, patient)])
+    if len(rows) > 1:
+        patient.report.say('Taps', *table(rows))
+    for name, method in methods.items():
+        layers = [m for m in method.modules() if own_parameters(m)]
+        if layers:
+            kinds = [type(layer).__name__ for layer in layers]
+            parts = (f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))
+            count = sum(p.numel() for p in method.parameters())
+            text = f'{name} trains {", ".join(parts)}: {count} parameters'
+            patient.report.say('Taps', text)
+
+
+def _keep(
+    calls: dict[str, tuple],
+    name: str,
+    _: Any,
+    student: Outputs,
+    teacher: Any,
+    *__: Any,
+) -> None:
+    calls[name] = (student, teacher)
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that are of no child."""
+    return list(module.parameters(recurse=False))
+
+
+def _shape(
+    read: Callable[[], tuple[Tensor, ...]], patient: Patient
+) -> list[str]:
+    """Channels, sizes and strides of what a module gave."""
+    try:
+        features = read()
+    except TapError:
+        return ['did not run', '-', '-']
+    maps = [f for f in features if f.dim() == 4]
+    if not maps:
+        shapes = [str(tuple(f.shape)) for f in features]
+        return [some(shapes), '-', '-']
+    channels = dict.fromkeys(str(m.shape[1]) for m in maps)
+    sizes = dict.fromkeys(f'{m.shape[2]}x{m.shape[3]}' for m in maps)
+    width = patient.inputs.shape[-1]
+    strides = dict.fromkeys(f'{width / m.shape[3]:.3g}' for m in maps)
+    return [' '.join(channels), ' '.join(sizes), ' '.join(strides)]
+
+
+# -------------------------------------------------------------------- losses
+
+
+def check_losses(patient: Patient) -> None:
+    """Each loss's value, gradient norm, and cosine with the task's."""
+    step = patient.distilled_step()
+    report = patient.report
+    parameters = student_parameters(patient.student)
+    task = gradient(step.task.values(), parameters)
+    scale = float(norm(task))
+    shown: dict[str, dict[str, float]] = {
+        'task': {
+            'value': sum(float(x.detach()) for x in step.task.values()),
+            'gradient': scale,
+            'cosine': 1.0,
+        }
+    }
+    for losses in step.distilled.values():
+        for name, loss in losses.items():
+            own = gradient([loss], parameters)
+            shown[name] = {
+                'value': float(loss.detach()),
+                'gradient': float(norm(own)),
+                'cosine': float(cosine(own, task)),
+            }
+    images, _, height, width = patient.inputs.shape
+    rows = [['loss', 'value', 'gradient', 'cosine with the task']]
+    for name, row in shown.items():
+        rows.append([name, *(f'{v:.4g}' for v in row.values())])
+    report.say('Losses', f'of {images} images, {height}x{width}', *table(rows))
+    report.values['losses'] = shown
+    for name, method in patient.distiller.methods.items():
+        if steers(cast(Method, method)):
+            report.say('Losses', f"{name} steers the student's own losses")
+    _check_reached(patient, step)
+    _judge(patient, shown, scale)
+
+
+def _judge(
+    patient: Patient, shown: Mapping[str, Mapping[str, float]], scale: float
+) -> None:
+    find = patient.report.find
+    for name, row in shown.items():
+        if not all(map(_finite, (row['value'], row['gradient']))):
+            find(f'{name}: its value or gradient is NaN or infinite.')
+        elif name == 'task':
+            continue
+        elif row['value'] == 0 or row['gradient'] == 0:
+            if _stays_zero(patient, name):
+                what = 'value' if row['value'] == 0 else 'gradient'
+                find(
+                    f'{name} teaches nothing: its {what} is exactly 0 on '
+                    f'{1 + MORE_BATCHES} batches.'
+                )
+        elif scale and row['gradient'] > EXPLODED * scale:
+            find(
+                f'{name} explodes: its gradient is {row["gradient"]:.3g}, '
+                f"the task's {scale:.3g}. Lower its loss_weight or warm it "
+                'up (mmkd.WeightScheduleHook).'
+            )
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float('inf')
+
+
+def _stays_zero(patient: Patient, name: str) -> bool:
+    """Whether a loss or its gradient is 0 on other batches, too."""
+    loader = iter(patient.runner.train_loop.dataloader)
+    parameters = student_parameters(patient.student)
+    for _ in range(MORE_BATCHES):
+        raw = next(loader, None)
+        if raw is None:
+            break
+        step = patient.on(raw).distilled_step()
+        loss = {k: v for d in step.distilled.values() for k, v in d.items()}
+        if name in loss and float(norm(gradient([loss[name]], parameters))):
+            return False
+    return True
+
+
+def _check_reached(patient: Patient, step: Step) -> None:
+    """Every trainable parameter gets a gradient, as in the plain step."""
+    named = {
+        name: p
+        for name, p in patient.student.named_parameters()
+        if p.requires_grad
+    }
+    gradients = gradient([step.total], list(named.values()))
+    without = [
+        name
+        for name, each in zip(named, gradients, strict=True)
+        if each is None
+    ]
+    if not without:
+        return
+    patient.report.say(
+        'Gradient', f'{len(without)} parameters get none: {some(without)}'
+    )
+    plain = patient.plain_step()
+    idle: set[str] = set()
+    if plain is not None:
+        stock = dict(patient.stock.named_parameters())
+        trained = {k: p for k, p in stock.items() if p.requires_grad}
+        got = gradient([plain.total], list(trained.values()))
+        idle = {
+            k for k, each in zip(trained, got, strict=True) if each is None
+        }
+    new = [name for name in without if name not in idle]
+    if new:
+        patient.report.find(
+            f'{len(new)} trainable parameters get no gradient ({some(new)}): '
+            'distributed training would wait for them for ever.'
+        )
+
+
+# --------------------------------------------------------------- zero weight
+
+
+def check_zero_weight(patient: Patient) -> None:
+    """With every weight at 0, a step is the stock student's, bit for bit."""
+    plain = patient.plain_step()
+    if plain is None:
+        return
+    # At once: the next step puts the weights back in place.
+    reference = _signature(plain, patient.stock)
+    again = patient.plain_step()
+    assert again is not None
+    noise = _difference(reference, _signature(again, patient.stock))[1]
+    state = cloned(patient.stock)
+    zero = patient.distilled_step(scale=0.0)
+    found = _signature(zero, patient.student)
+    after = own_state(patient.student)
+    name, worst = _difference(reference, found)
+    shown = 'bit for bit' if worst == 0 else f'up to {worst:.1e}'
+    section = 'Zero weight'
+    if worst > 10 * noise:
+        patient.report.find(
+            'with every method at weight 0 the step is not the plain one: '
+            f'{name} differs by {worst:.2g} (relative). A method or the '
+            'runner changes the student.'
+        )
+    else:
+        patient.report.say(section, f'the plain step, {shown}')
+    changed = [k for k in state if not torch.equal(state[k], after[k])]
+    if changed and noise == 0:
+        patient.report.find(
+            'a step at weight 0 leaves other buffers than the plain one: '
+            f'{some(changed)}.'
+        )
+    if not torch.equal(plain.random_state, zero.random_state):
+        patient.report.find(
+            'distillation draws from the global random numbers even at '
+            "weight 0: the student's samplers and dropout draw others than "
+            'in the plain run.'
+        )
+    if not patient.steers:
+        _check_own_losses(patient, plain, 10 * noise)
+
+
+def _check_own_losses(patient: Patient, plain: Step, allowed: float) -> None:
+    """At full weight, the student's own losses are still the stock ones."""
+    full = patient.distilled_step()
+    name, worst = _difference(plain.task, full.task)
+    if worst > allowed:
+        patient.report.find(
+            f"the student's own {name} changes by {worst:.2g} (relative) "
+            'when methods are active, though none of them steers it: '
+            'something draws random numbers before it or changes the '
+            'student.'
+        )
+
+
+def _signature(step: Step, model: nn.Module) -> dict[str, Tensor]:
+    """Losses and gradients of the student's own parameters, by name."""
+    named = {
+        k: p
+        for k, p in model.named_parameters()
+        if p.requires_grad and not k.startswith(f'{ATTACHED}.')
+    }
+    gradients = gradient([step.total], list(named.values()))
+    return {
+        **{k: v.detach() for k, v in step.task.items()},
+        **{
+            f'the gradient of {k}': g
+            for k, g in zip(named, gradients, strict=True)
+            if g is not None
+        },
+    }
+
+
+def _difference(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor]
+) -> tuple[str, float]:
+    """The entry that differs most, and by how much relative to its norm.
+
+    Entries that only ``b`` has (losses of peers) are left out.
+    """
+    worst = ('', 0.0)
+    for name, value in a.items():
+        if name not in b or b[name].shape != value.shape:
+            return name, float('inf')
+        if torch.equal(value, b[name]):
+            continue
+        distance = (value - b[name]).float().norm()
+        share = float(distance / value.float().norm().clamp(min=1e-12))
+        if not share <= worst[1]:
+            worst = (name, share)
+    return worst
+
+
+# ---------------------------------------------------------------------- cost
+
+
+def check_cost(patient: Patient) -> None:
+    """Time and memory of forward and backward, plain and distilled."""
+    if patient.plain_step() is None:
+        return
+    runs: dict[str, Callable[[], Any]] = {
+        'plain': patient.plain_step,
+        'distilled': patient.distilled_step,
+    }
+    seconds: dict[str, list[float]] = {kind: [] for kind in runs}
+    memory = dict.fromkeys(runs, 0.0)
+    for _ in range(ROUNDS):
+        for kind, run in runs.items():
+            reset_peak(patient.device)
+            start = time.perf_counter()
+            run().total.backward()
+            if patient.device.type == 'cuda':
+                torch.cuda.synchronize()
+            seconds[kind].append(time.perf_counter() - start)
+            memory[kind] = max(memory[kind], peak(patient.device))
+            for model in (patient.stock, patient.student):
+                model.zero_grad(set_to_none=True)
+    times = {kind: statistics.median(s) for kind, s in seconds.items()}
+    more = times['distilled'] / times['plain'] - 1
+    patient.report.say(
+        'Cost of forward and backward',
+        f'time    plain {times["plain"]:.3f} s, distilled '
+        f'{times["distilled"]:.3f} s ({more:+.0%})',
+        f'memory  plain {memory["plain"]:.0f} MiB, distilled '
+        f'{memory["distilled"]:.0f} MiB (the process, teacher loaded)',
+    )
+    patient.report.values['seconds'] = times
+    patient.report.values['peak_mib'] = memory
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to measure the peak of memory anew (Linux, CUDA)."""
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path('/proc/self/clear_refs').write_text('5')
+
+
+def peak(device: torch.device) -> float:
+    """MiB since :func:`reset_peak`; 0 where it cannot be measured."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2**20
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/self/status').read_text().splitlines():
+            if line.startswith('VmHWM:'):
+                return int(line.split()[1]) / 2**10
+    return 0.0
