@@ -168,20 +168,24 @@ def test_two_stage_peers_do_not_shift_the_student(tmp_path):
     assert toy.same(plain.gradients, beside.gradients)
 
 
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.parametrize('method', ['colad', 'lad'])
+def test_two_processes_are_one(tmp_path, method):
     """Each process' share averaged: the mean of the halves' gradients."""
-    cfg = toy.plain(tmp_path, toy.PAA)
+    cfg = toy.plain(tmp_path / 'two', toy.PAA, images=4)
     # A map of one position has no groups to normalise.
     cfg.model.bbox_head.norm_cfg = dict(type='GN', num_groups=8)
-    peer = dict(config=peer_config(cfg))
-    model = cfg.model
-    cfg = config(tmp_path / 'two', peer=peer, images=4)
-    cfg.model = model
+    cfg.model.backbone.norm_eval = True
+    cfg.runner_type = toy.RUNNER
+    cfg.distillation = dict(
+        peers=dict(big=dict(config=peer_config(cfg))),
+        methods=dict(co=COLAD),
+    )
+    if method == 'lad':
+        cfg.distillation = dict(
+            teacher=toy.untrained(cfg), methods=dict(co=toy.LAD)
+        )
     cfg.custom_imports = dict(imports=['toy'])
     cfg.env_cfg.dist_cfg = dict(backend='gloo', timeout=300)
-    cfg.model.backbone.norm_eval = True
-    peer = cfg.distillation.peers.big.config
-    peer['model']['backbone']['norm_eval'] = True
     for step in cfg.train_dataloader.dataset.pipeline:
         if step.type == 'Resize':
             step.keep_ratio = False
@@ -262,3 +266,31 @@ class TestBadPeers:
         )
         with pytest.raises(ConfigError, match='Use the same kind'):
             toy.train(cfg)
+
+
+def test_a_methods_layers_are_clipped_by_themselves(tmp_path):
+    """However large their gradient, the networks' steps stay as they are."""
+    norms = []
+
+    class Norms(Hook):
+        def before_train(self, runner):
+            optimizer = runner.optim_wrapper.optimizer
+            optimizer.register_step_pre_hook(lambda *_: self.note(runner))
+
+        def note(self, runner):
+            distiller = runner.distiller
+            own = [
+                p
+                for name, p in runner.model.named_parameters()
+                if not name.startswith('distillation')
+            ]
+            for part in (own, list(distiller.methods.parameters())):
+                grads = [p.grad.flatten() for p in part if p.grad is not None]
+                norms.append(torch.cat(grads).norm().item())
+
+    dcm = dict(type='mmkd.DCM', kl_weight=0, loss_weight=1000)
+    cfg = config(tmp_path, base=toy.RETINANET, methods=dict(dcm=dcm), images=4)
+    cfg.optim_wrapper.clip_grad = dict(max_norm=0.1)
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    toy.train(cfg, Norms())
+    assert norms == pytest.approx([0.1] * len(norms), rel=1e-3)
