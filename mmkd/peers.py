@@ -3,7 +3,7 @@
 import copy
 import functools
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,22 +167,29 @@ def add_to_optimizer(
     wrapper: OptimWrapper,
     peers: Mapping[str, Peer],
     student_cfg: Mapping[str, Any],
+    adapters: Iterable[Tensor] = (),
 ) -> None:
     """Let the student's optimiser train the peers, each with its settings.
 
-    Each network's gradient is clipped by its own norm, as in training alone.
+    Each network's gradient is clipped by its own norm, as in training alone,
+    and that of the methods' own layers by theirs.
 
     Args:
         wrapper: The student's, built without the peers.
         peers: The networks to add.
         student_cfg: The student's ``optim_wrapper``, for peers without.
+        adapters: The methods' own parameters.
 
     Raises:
         ConfigError: If a peer asks for another kind of optimiser, or clips
             gradients where the student does not.
     """
-    own = [p for g in wrapper.optimizer.param_groups for p in g['params']]
-    networks = [(own, wrapper.clip_grad_kwargs)]
+    trained = [p for g in wrapper.optimizer.param_groups for p in g['params']]
+    apart = {id(parameter) for parameter in adapters}
+    own = [p for p in trained if id(p) not in apart]
+    layers = [p for p in trained if id(p) in apart]
+    clipping = wrapper.clip_grad_kwargs
+    networks = [(own, clipping), (layers, clipping)]
     for name, peer in peers.items():
         cfg = copy.deepcopy(dict(peer.optim_wrapper or student_cfg))
         theirs = build_optim_wrapper(peer.model, cfg)

@@ -226,7 +226,12 @@ class DistillationRunner(Runner):
             wrapper = super().build_optim_wrapper(optim_wrapper)
         finally:
             modules['peers'] = peers
-        add_to_optimizer(wrapper, self._peers, self.cfg.optim_wrapper)
+        add_to_optimizer(
+            wrapper,
+            self._peers,
+            self.cfg.optim_wrapper,
+            adapters=self.distiller.methods.parameters(),
+        )
         return wrapper
 
     @property
