@@ -10,6 +10,7 @@ from .dkd import DKD
 from .faster_rcnn import FasterRCNNDistillation
 from .fbkd import FBKD
 from .feature_hint import FeatureHint
+from .ffsd import FFSD
 from .fgd import FGD
 from .kd import KD
 from .lad import LabelAssignmentDistillation
@@ -27,6 +28,7 @@ __all__ = [
     'DIST',
     'DKD',
     'FBKD',
+    'FFSD',
     'FGD',
     'KD',
     'LD',

@@ -1,0 +1,23 @@
+# FFSD (Li et al., arXiv 2103.14473): two common students are fused, and the
+# leader, which alone is meant for use, learns from the fusion. T = 2, the
+# weights and the ramp over 5 epochs are the paper's, for classification;
+# module_weight is 1000 there, where it has an optimiser of its own. Here all
+# layers of the method are clipped together.
+_base_ = ['../gfl_student.py']
+
+distillation = dict(
+    peers=dict(
+        first=dict(config='configs/bccd/gfl_student.py'),
+        second=dict(config='configs/bccd/gfl_student.py'),
+    ),
+    methods=dict(
+        ffsd=dict(
+            type='mmkd.FFSD',
+            temperature=2.0,
+            feature_weight=10.0,
+            diversity_weight=1e-5,
+            module_weight=1.0,
+            ramp_epochs=5,
+        )
+    ),
+)
