@@ -1,5 +1,6 @@
 """Which networks can share an assignment."""
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,21 +73,27 @@ def check_dynamic(student: Outputs, teacher: Outputs, method: str) -> None:
 
 
 def _blank_assignment(outputs: Outputs) -> Any:
-    maps = outputs.raw('bbox_head')
+    head, maps = outputs.model.bbox_head, outputs.raw('bbox_head')
     device = maps[0][0].device
     gt = InstanceData(
         bboxes=torch.tensor([[32.0, 32.0, 160.0, 160.0]], device=device),
         labels=torch.zeros(1, dtype=torch.long, device=device),
     )
-    stride = outputs.model.bbox_head.prior_generator.strides[0]
+    stride = head.prior_generator.strides[0]
     size = tuple(
         n * s for n, s in zip(maps[0][0].shape[-2:], stride[::-1], strict=True)
     )
     meta = dict(img_shape=size, pad_shape=size, batch_input_shape=size)
+    # Some heads count in their loss what they have seen (DDOD).
+    counts = copy.deepcopy(
+        {k: v for k, v in vars(head).items() if k[0] != '_'}
+    )
     try:
-        return record_assignments(outputs.model.bbox_head, maps, [gt], [meta])
+        return record_assignments(head, maps, [gt], [meta])
     except (AttributeError, TypeError):  # a head with other losses
         return {}
+    finally:
+        vars(head).update(counts)
 
 
 def check_equal_priors(

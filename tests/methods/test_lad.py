@@ -391,6 +391,17 @@ def test_an_object_with_one_candidate(keep):
 
 
 @pytest.mark.parametrize('name', HEADS)
+def test_building_leaves_the_head_as_it_was(name):
+    """DDOD counts the positives that its loss has seen."""
+    fresh = dense.build(HEADS[name](), seed=1).bbox_head
+    head = Pair(HEADS[name]()).student.bbox_head
+    names = [n for n, v in vars(fresh).items() if isinstance(v, int | list)]
+    assert {n: vars(head)[n] for n in names if n != 'initial_epoch'} == {
+        n: vars(fresh)[n] for n in names if n != 'initial_epoch'
+    }
+
+
+@pytest.mark.parametrize('name', HEADS)
 def test_switched_off_is_stock(name):
     pair = Pair(HEADS[name](), loss_weight=0)
     batch = pair.batch()
