@@ -8,13 +8,12 @@ from pathlib import Path
 import mmdet
 import numpy as np
 import torch
-from mmdet.structures import DetDataSample
-from mmdet.structures.mask import BitmapMasks
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from mmengine.structures import InstanceData
 from torch.nn import BatchNorm2d
+
+from mmkd.shrink import noise_batch as raw_batch
 
 CLASSES = ('cat', 'dog', 'cow')
 BACKBONE = dict(
@@ -229,47 +228,6 @@ def in_eval(model, **options):
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()
-
-
-def raw_batch(
-    sizes=((96, 128), (96, 128)), objects=2, classes=3, seed=0, masks=False
-):
-    """Raw uint8 images and ground truth, as a data loader gives them."""
-    random = np.random.default_rng(seed)
-    counts = [objects] * len(sizes) if isinstance(objects, int) else objects
-    inputs, samples = [], []
-    for number, ((height, width), count) in enumerate(
-        zip(sizes, counts, strict=True)
-    ):
-        image = random.integers(0, 256, (3, height, width), dtype=np.uint8)
-        inputs.append(torch.from_numpy(image))
-        corner = random.uniform(2, 30, (count, 2))
-        size = random.uniform(24, 60, (count, 2))
-        boxes = torch.from_numpy(np.hstack([corner, corner + size])).float()
-        instances = InstanceData(
-            bboxes=boxes,
-            labels=torch.from_numpy(random.integers(0, classes, count)),
-        )
-        if masks:
-            instances.masks = BitmapMasks(
-                random.integers(0, 2, (count, height, width), dtype=np.uint8),
-                height,
-                width,
-            )
-        sample = DetDataSample(
-            metainfo=dict(
-                img_id=number,
-                img_shape=(height, width),
-                ori_shape=(height, width),
-                scale_factor=(1.0, 1.0),
-            )
-        )
-        sample.gt_instances = instances
-        sample.ignored_instances = InstanceData(
-            bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long)
-        )
-        samples.append(sample)
-    return dict(inputs=inputs, data_samples=samples)
 
 
 def batch_for(model, **options):

@@ -27,13 +27,18 @@ from mmdet.datasets import CocoDataset
 from mmdet.models.task_modules.samplers import RandomSampler
 from mmdet.registry import TASK_UTILS
 from mmdet.utils import register_all_modules
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
 from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS, METRICS, MODELS, RUNNERS, DefaultScope
 from mmengine.runner import Runner
+
+from mmkd import shrink
+from mmkd.shrink import SCALE, small_model, small_step
+
+__all__ = ['SCALE', 'small_model', 'small_step']
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / 'shared' / 'data'
@@ -62,96 +67,9 @@ def stock(name: str) -> Config:
     return get_config(f'mmdet::{name}')
 
 
-WIDTHS = {64: 8, 96: 16, 128: 16, 256: 32, 512: 32, 1024: 32, 2048: 64}
-SCALE = (128, 96)
-
-
-def small_model(model: Any) -> ConfigDict:
-    """A copy of a model's config that fetches nothing and is narrow.
-
-    What is built on no ResNet has small variants of its own, and stays.
-    """
-    narrow = model.backbone.type in ('ResNet', 'ResNeXt')
-    small = ConfigDict(_shrink(model, narrow=narrow))
-    if 'roi_head' in small:
-        few_boxes(small)
-    if small.get('bbox_head', {}).get('type') == 'DDODHead':
-        small.bbox_head.use_dcn = False  # larger than the smallest maps
-    if 'decoder' in small:
-        small.bbox_head.embed_dims = 32
-        small.num_queries = 20
-    return small
-
-
-def _shrink(cfg: Any, key: str = '', *, narrow: bool) -> Any:
-    if isinstance(cfg, Mapping):
-        result = {
-            k: _shrink(v, k, narrow=narrow)
-            for k, v in cfg.items()
-            if k != 'pretrained'
-        }
-        init = result.get('init_cfg')
-        if isinstance(init, dict) and init['type'] == 'Pretrained':
-            result['init_cfg'] = None
-        if key == 'backbone' and narrow:
-            result.update(type='ResNet', depth=18, base_channels=8)
-            result.update(frozen_stages=-1, norm_eval=False)
-            for option in ('groups', 'base_width', 'dcn', 'style'):
-                result.pop(option, None)
-        return result
-    if isinstance(cfg, list | tuple):
-        if narrow and key == 'in_channels':
-            return [8, 16, 32, 64][-len(cfg) :]  # the ResNet's stages
-        return type(cfg)(_shrink(item, key, narrow=narrow) for item in cfg)
-    wide = key.endswith(('channels', 'channel', 'dims', 'num_feats'))
-    return WIDTHS[cfg] if narrow and wide and cfg in WIDTHS else cfg
-
-
-def few_boxes(model: ConfigDict) -> None:
-    """Fewer proposals and sampled boxes, where the detector has them."""
-    few = dict(nms_pre=50, max_per_img=30)
-    rcnn = model.train_cfg.rcnn
-    for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
-        if 'sampler' in stage:
-            stage.sampler.num = 16
-    if 'rpn_proposal' in model.train_cfg:
-        model.train_cfg.rpn_proposal.update(few)
-    if model.test_cfg.get('rpn'):
-        model.test_cfg.rpn.update(few)
-
-
 def small_data(cfg: Config, *, images: int = 8, batch: int = 2) -> None:
     """Let a COCO config read a few real photos at 128 x 96."""
-    for split in ('train', 'val', 'test'):
-        loader = cfg[f'{split}_dataloader']
-        loader.update(
-            batch_size=batch, num_workers=0, persistent_workers=False
-        )
-        small_dataset(loader.dataset, images if split == 'train' else 4)
-    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
-        evaluator.ann_file = (
-            f'{DATA}/coco_tiny/annotations/instances_val2017.json'
-        )
-
-
-def small_dataset(dataset: ConfigDict, images: int) -> None:
-    for step in dataset.get('pipeline', ()):
-        small_step(step)
-    if 'dataset' in dataset:
-        small_dataset(dataset.dataset, images)
-    else:
-        dataset.data_root = f'{DATA}/coco_tiny/'
-        dataset.indices = images
-
-
-def small_step(step: ConfigDict) -> None:
-    for option in ('scale', 'img_scale', 'crop_size', 'size'):
-        if option in step:
-            step[option] = SCALE
-    if step.type == 'RandomAffine':
-        step.border = tuple(-side // 2 for side in SCALE)  # of a mosaic
-    if step.type == 'RandomChoice':
-        step.transforms = [[dict(type='Resize', scale=SCALE, keep_ratio=True)]]
+    shrink.small_data(cfg, DATA / 'coco_tiny', images=images, batch=batch)
 
 
 def plain(

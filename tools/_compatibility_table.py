@@ -1,0 +1,155 @@
+"""The page that :mod:`compatibility` writes of its verdicts."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from _families import SKIPPED, Pair
+from _trial import FAILS, METHODS, UNFIT, WORKS
+
+from mmkd.shrink import SCALE
+
+KINDS = tuple(METHODS)
+SHORT = {WORKS: 'works', UNFIT: 'does not fit', FAILS: '**fails**'}
+INTRODUCTION = """# Compatibility
+
+Written by `python tools/compatibility.py`; what stands here was run, and
+running it again writes it again. At toy scale (narrow layers where the
+backbone is a ResNet, photos of {width}x{height} pixels) the student of a
+stock config is trained two plain iterations on the CPU, then two with each
+kind of distillation from an untrained detector of the same config.
+
+| kind | method |
+|:--|:--|
+{methods}
+
+The verdicts:
+
+* **works**: both iterations ran, every loss was finite, the method's losses
+  gave the student a gradient, and the first step was not that of plain
+  training.
+* **does not fit**: mmkd refused the pair, with a reason (below).
+* **fails**: anything else.
+
+That a method works says nothing about what it gains.
+"""
+
+
+def page(pairs: Sequence[Pair], content: dict[str, Any]) -> str:
+    """The page, in Markdown."""
+    trials = content['trials']
+    done = [pair for pair in pairs if pair.name in trials]
+    same = [pair for pair in done if pair.student == pair.teacher]
+    mixed = [pair for pair in done if pair.student != pair.teacher]
+    missing = [pair.name for pair in pairs if pair.name not in trials]
+    parts = [
+        introduction(),
+        '## Counts\n\n' + counts(same, trials),
+        '## Families\n\n' + table(same, trials),
+        '## Teachers of another kind\n\nTeacher to student.\n\n'
+        + table(mixed, trials),
+        '## Reasons\n\n' + reasons(done, trials),
+        '## Left out\n\n' + left_out(),
+        '## Versions\n\n' + listed(content['versions'].items()),
+    ]
+    if missing:
+        parts[1] += (
+            f'\n\n**Not done: {len(missing)} of {len(pairs)} configs and '
+            'pairs have not been tried yet** (below); running the command '
+            'again goes on with them.'
+        )
+        parts.append(
+            '## Not reached\n\n' + '\n'.join(f'* {n}' for n in missing)
+        )
+    return '\n\n'.join(part.strip() for part in parts) + '\n'
+
+
+def introduction() -> str:
+    methods = '\n'.join(
+        f'| {kind} | `{method["type"]}` |' for kind, method in METHODS.items()
+    )
+    return INTRODUCTION.format(
+        width=SCALE[0], height=SCALE[1], methods=methods
+    )
+
+
+def counts(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
+    """Of the families, a family being all its configs."""
+    runs = [p for p in pairs if status(trials[p.name], 'plain') == WORKS]
+    families = {p.student.partition('/')[0] for p in runs}
+    failed = {
+        p.student.partition('/')[0]
+        for p in runs
+        if status(trials[p.name], 'features') != WORKS
+    }
+    share = 100 * (1 - len(failed) / len(families)) if families else 0
+    every = {p.student.partition('/')[0] for p in pairs}
+    lines = [
+        f'**Features are distilled in {len(families) - len(failed)} of '
+        f'{len(families)} families ({share:.1f} %)** whose plain step runs '
+        f'here; {len(every)} families were tried with {len(pairs)} configs.',
+        '',
+        '| | works | does not fit | fails |',
+        '|:--|--:|--:|--:|',
+    ]
+    for step in ('plain', *KINDS):
+        found = [status(trials[p.name], step) for p in pairs]
+        numbers = [found.count(s) for s in (WORKS, UNFIT, FAILS)]
+        lines.append(f'| {step} | ' + ' | '.join(map(str, numbers)) + ' |')
+    return '\n'.join(lines)
+
+
+def table(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
+    head = '| | plain | ' + ' | '.join(KINDS) + ' |'
+    lines = [head, '|:--|' + ':--|' * (len(KINDS) + 1)]
+    for pair in pairs:
+        cells = [
+            SHORT.get(status(trials[pair.name], step) or '', '–')
+            for step in ('plain', *KINDS)
+        ]
+        lines.append(f'| {pair.name} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def reasons(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
+    """Of each failure, then of each refusal, and how the plain step ran."""
+    failed, refused, plain = [], {}, []
+    for pair in pairs:
+        for step, verdict in trials[pair.name].items():
+            text = verdict['reason'].replace('|', '\\|')
+            if verdict['status'] == FAILS:
+                failed.append((f'{pair.name}, {step}', text))
+            elif verdict['status'] == UNFIT:
+                refused.setdefault((step, text), []).append(pair.name)
+        data = trials[pair.name].get('plain', {}).get('data', 'photos')
+        if data != 'photos':
+            plain.append((pair.name, data))
+    return '\n\n'.join(
+        [
+            '### Fails\n\n' + (listed(failed) or 'Nothing.'),
+            '### Does not fit\n\n'
+            + listed(
+                (f'{step} ({", ".join(names)})', text)
+                for (step, text), names in sorted(refused.items())
+            ),
+            '### On noise instead of photos\n\n'
+            + (listed(plain) or 'Nothing.'),
+        ]
+    )
+
+
+def left_out() -> str:
+    by_reason: dict[str, list[str]] = {}
+    for folder, why in SKIPPED.items():
+        by_reason.setdefault(why, []).append(folder)
+    return listed(
+        (f'{why[0].upper()}{why[1:]}', ', '.join(folders))
+        for why, folders in by_reason.items()
+    )
+
+
+def listed(items: Iterable[tuple[str, str]]) -> str:
+    return '\n'.join(f'* {name}: {text}' for name, text in items)
+
+
+def status(steps: dict[str, Any], step: str) -> str | None:
+    return steps.get(step, {}).get('status')
