@@ -21,8 +21,13 @@ from torch import Tensor, nn
 # its loss holds, too.
 STANDARD_TAPS = ('rpn_head', 'bbox_head')
 # Where dense heads assign objects to priors: PAA's second, final assignment,
-# what nearly all call, and YOLOX's for one image.
-ASSIGNING = ('paa_reassign', 'get_targets', '_get_targets_single')
+# DDOD's of the classes, what nearly all call, and YOLOX's for one image.
+ASSIGNING = (
+    'paa_reassign',
+    'get_cls_targets',
+    'get_targets',
+    '_get_targets_single',
+)
 
 
 class TapError(RuntimeError):

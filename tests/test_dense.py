@@ -66,6 +66,7 @@ HEADS = {
     'vfnet': (vfnet, True, 4, False, 1),
     'rtmdet': (tiny_dense.rtmdet, True, 4, False, 1),
     'yolox': (tiny_dense.yolox, True, 4, True, 1),
+    'ddod': (tiny_dense.ddod, True, 4, True, 1),
     'yolof': (yolof, True, 4, False, 5),
     'yolov3': (yolov3, True, 4, True, 3),
     'ssd': (ssd, False, 4, False, 6),
