@@ -326,7 +326,12 @@ def check_dense(outputs: Outputs, role: str, method: str) -> DenseOutputs:
 
 
 def check_same_priors(
-    student: Any, teacher: Any, method: str, *, centres: bool = False
+    student: Any,
+    teacher: Any,
+    method: str,
+    *,
+    centres: bool = False,
+    shapes: bool = False,
 ) -> None:
     """Check that the priors of two dense heads correspond one to one.
 
@@ -338,6 +343,7 @@ def check_same_priors(
         teacher: The teacher's head.
         method: The method that asks, for the message.
         centres: They must also stand at the same places, as boxes ask for.
+        shapes: They must be equal altogether, as assignments ask for.
 
     Raises:
         ConfigError: If they do not.
@@ -351,8 +357,10 @@ def check_same_priors(
         ),
         ('priors a point', ours.num_base_priors, theirs.num_base_priors),
     ]
-    if centres:
-        facts.append(('first centres', _first(ours), _first(theirs)))
+    if shapes:
+        facts.append(('first priors', _first(ours), _first(theirs)))
+    elif centres:
+        facts.append(('first centres', _centres(ours), _centres(theirs)))
     for what, mine, other in facts:
         if list(mine) != list(other):
             raise ConfigError(
@@ -370,10 +378,15 @@ def check_same_priors(
         )
 
 
-def _first(generator: Any) -> list[tuple[float, ...]]:
-    """The centre of each level's first prior, in pixels."""
+def _first(generator: Any) -> list[list[list[float]]]:
+    """The priors at each level's first position, in pixels."""
     ones = [(1, 1)] * generator.num_levels
-    levels = generator.grid_priors(ones, device='cpu')
+    return [p.tolist() for p in generator.grid_priors(ones, device='cpu')]
+
+
+def _centres(generator: Any) -> list[tuple[float, float]]:
+    """The centre of each level's first prior, in pixels."""
+    first = [priors[0] for priors in _first(generator)]
     if hasattr(generator, 'base_anchors'):
-        levels = [(level[:, :2] + level[:, 2:]) / 2 for level in levels]
-    return [tuple(level[0, :2].tolist()) for level in levels]
+        return [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in first]
+    return [(x, y) for x, y, *_ in first]

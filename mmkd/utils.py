@@ -66,11 +66,9 @@ def build_checked(
     options.pop('_scope_', None)  # of configs with a base in another package
     if isinstance(cls, str):
         cls = _find_class(registry, cls, where)
-    parameters = inspect.signature(cls).parameters.values()
-    if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-        check_options(
-            f'{where} ({cls.__name__})', options, (p.name for p in parameters)
-        )
+    known = _option_names(cls)
+    if known is not None:
+        check_options(f'{where} ({cls.__name__})', options, known)
     try:
         return cls(**options)
     except ConfigError:
@@ -78,6 +76,20 @@ def build_checked(
     except (TypeError, ValueError) as error:
         name = getattr(cls, '__name__', cls)
         raise ConfigError(f'{where} ({name}): {error}') from error
+
+
+def _option_names(cls: Callable[..., Any]) -> set[str] | None:
+    """What a class can be built with; None where it takes anything.
+
+    A class that ends in ``**options`` hands these on to its base.
+    """
+    names: set[str] = set()
+    for base in inspect.getmro(cls)[:-1] if isinstance(cls, type) else (cls,):
+        parameters = inspect.signature(base).parameters.values()
+        names.update(p.name for p in parameters)
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            return names
+    return None
 
 
 def _known_types(registry: Registry) -> list[str]:

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import statistics
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from _benchmark import Trainer, build, interleaved, spread
+from _paa_reference import reference
 from _training import ROOT
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.runner import Runner
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
 from mmkd.assignment import assigned_by, own_costs, positive_samples
@@ -118,27 +116,6 @@ def real_costs(checkpoint: Path) -> list[tuple[Tensor, Tensor]]:
     return made
 
 
-def sklearn_positive(row: Tensor, dtype: type) -> np.ndarray:
-    """One object's positives as MMDetection finds them."""
-    x = row.numpy().astype(dtype).reshape(-1, 1)
-    mixture = GaussianMixture(
-        2,
-        weights_init=np.array([0.5, 0.5]),
-        means_init=np.array([x.min(), x.max()]).reshape(2, 1),
-        precisions_init=np.ones((2, 1)),
-        covariance_type='diag',
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', ConvergenceWarning)
-        mixture.fit(x)
-    cheap = np.flatnonzero(mixture.predict(x) == 0)
-    positive = np.zeros(len(x), dtype=bool)
-    if len(cheap):
-        best = mixture.score_samples(x)[cheap].argmax()
-        positive[cheap[: best + 1]] = True
-    return positive
-
-
 def compare(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """How many objects are parted as scikit-learn parts them."""
     total = refused = empty = 0
@@ -152,7 +129,7 @@ def compare(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
             empty += int(not ours.any())
             for dtype in same:
                 try:
-                    theirs = sklearn_positive(row[inside], dtype)
+                    theirs, _ = reference(row[inside], dtype)
                 except ValueError:
                     refused += 1
                     continue
@@ -175,7 +152,7 @@ def fit_times(
 
     def loop() -> None:
         for row in rows:
-            sklearn_positive(row, np.float64)
+            reference(row)
 
     return interleaved(
         {'batched': lambda: positive_samples(costs, mask), 'sklearn': loop},

@@ -1,58 +1,20 @@
 # GFL with a ResNet-18 of half width: the one-stage teacher on BCCD. The model
 # is that of mmdet::gfl/gfl_r50_fpn_1x_coco.py, narrow, towers of two layers.
-_base_ = ['../_base_/schedule_bccd.py', '../_base_/bccd.py']
+_base_ = [
+    '../_base_/bccd_one_stage.py',
+    '../_base_/schedule_bccd.py',
+    '../_base_/bccd.py',
+]
 
 runner_type = 'mmkd.DistillationRunner'
 model = dict(
     type='GFL',
-    data_preprocessor=dict(
-        type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_size_divisor=32,
-    ),
-    # no init_cfg, no download: trained from scratch
-    backbone=dict(type='ResNet', depth=18, base_channels=32, norm_eval=False),
-    neck=dict(
-        type='FPN',
-        in_channels=[32, 64, 128, 256],
-        out_channels=64,
-        start_level=1,
-        add_extra_convs='on_output',
-        num_outs=5,
-    ),
     bbox_head=dict(
         type='GFLHead',
-        num_classes=3,
-        in_channels=64,
-        feat_channels=64,
-        stacked_convs=2,
-        # 8 channels a group, as in the stock head of 256
-        norm_cfg=dict(type='GN', num_groups=8, requires_grad=True),
-        anchor_generator=dict(
-            type='AnchorGenerator',
-            ratios=[1.0],
-            octave_base_scale=8,
-            scales_per_octave=1,
-            strides=[8, 16, 32, 64, 128],
-        ),
         loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True, beta=2.0),
         loss_dfl=dict(type='DistributionFocalLoss', loss_weight=0.25),
         loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
         reg_max=16,
     ),
-    train_cfg=dict(
-        assigner=dict(type='ATSSAssigner', topk=9),
-        allowed_border=-1,
-        pos_weight=-1,
-        debug=False,
-    ),
-    test_cfg=dict(
-        nms_pre=1000,
-        min_bbox_size=0,
-        score_thr=0.05,
-        nms=dict(type='nms', iou_threshold=0.6),
-        max_per_img=100,
-    ),
+    train_cfg=dict(assigner=dict(type='ATSSAssigner', topk=9)),
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from mmengine.structures import InstanceData
 
+from mmkd.dense import check_same_priors
 from mmkd.outputs import Outputs
 from mmkd.utils import ConfigError
 
@@ -51,8 +52,9 @@ def check_dynamic(student: Outputs, teacher: Outputs, method: str) -> None:
     Raises:
         ConfigError: If a head's assignment is static, or priors differ.
     """
-    check_equal_priors(student, teacher, method)
-    if is_paa(student.model.bbox_head):
+    head = student.model.bbox_head
+    check_same_priors(head, teacher.model.bbox_head, method, shapes=True)
+    if is_paa(head):
         return
     recorded = [_blank_assignment(outputs) for outputs in (student, teacher)]
     for role, outputs, record in zip(
@@ -94,40 +96,6 @@ def _blank_assignment(outputs: Outputs) -> Any:
         return {}
     finally:
         vars(head).update(counts)
-
-
-def check_equal_priors(
-    student: Outputs, teacher: Outputs, method: str
-) -> None:
-    """Check that both heads predict at the same priors.
-
-    Raises:
-        ConfigError: If strides or priors at a position differ.
-    """
-    generators = [
-        o.model.bbox_head.prior_generator for o in (student, teacher)
-    ]
-    ours, theirs = (
-        generator.grid_priors(
-            [level.shape[-2:] for level in outputs.raw('bbox_head')[0]],
-            device=outputs.raw('bbox_head')[0][0].device,
-        )
-        for generator, outputs in zip(
-            generators, (student, teacher), strict=True
-        )
-    )
-    if len(ours) != len(theirs) or any(
-        a.shape != b.shape or not torch.allclose(a, b)
-        for a, b in zip(ours, theirs, strict=True)
-    ):
-        raise ConfigError(
-            f"{method}: the student's priors (strides "
-            f'{list(generators[0].strides)}, '
-            f'{generators[0].num_base_priors} a position) are not the '
-            f"teacher's (strides {list(generators[1].strides)}, "
-            f'{generators[1].num_base_priors} a position, or other shapes). '
-            'Give both the same prior (anchor) generator.'
-        )
 
 
 def check_all_classes_known(classes: 'ClassMap', method: str) -> None:

@@ -70,11 +70,8 @@ class EnsembleValidationHook(Hook):
     ) -> None:
         if metrics is None or not hasattr(self, 'ensemble'):
             return
-        modes = [(m, m.training) for m in self.ensemble.modules()]
         with isolated_random_state():
             theirs = evaluate(runner, self.ensemble)
-        for module, mode in modes:
-            module.training = mode
         for key, value in theirs.items():
             metrics[f'ensemble/{key}'] = value
             runner.message_hub.update_scalar(f'val/ensemble/{key}', value)

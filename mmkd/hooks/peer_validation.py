@@ -38,7 +38,7 @@ class PeerValidationHook(Hook):
 def evaluate(runner: Runner, model: Any) -> dict[str, float]:
     """Metrics of a detector on the validation data."""
     loop = runner.val_loop
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for batch in loop.dataloader:
@@ -47,4 +47,5 @@ def evaluate(runner: Runner, model: Any) -> dict[str, float]:
             loop.evaluator.process(data_samples=results, data_batch=batch)
         return loop.evaluator.evaluate(len(loop.dataloader.dataset))
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode

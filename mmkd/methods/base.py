@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
@@ -34,14 +34,35 @@ class Method(nn.Module):
 
     def __init__(self, *, loss_weight: float = 1.0) -> None:
         super().__init__()
-        if not loss_weight >= 0:
-            raise ConfigError(
-                f'{type(self).__name__}.loss_weight must be at least 0, got '
-                f'{loss_weight}'
-            )
+        self.check_not_negative(loss_weight=loss_weight)
         self.loss_weight = loss_weight
         self.statistics: dict[str, Tensor] = {}
         """Of the last step, logged as ``<method>.<name>``."""
+
+    def check_positive(self, **options: float) -> None:
+        """Refuse options that are not above 0."""
+        for name, value in options.items():
+            self.check_option(value > 0, name, value, 'above 0')
+
+    def check_not_negative(self, **options: float) -> None:
+        """Refuse options that are not at least 0."""
+        for name, value in options.items():
+            self.check_option(value >= 0, name, value, 'at least 0')
+
+    def check_choice(self, known: Sequence[Any], **options: Any) -> None:
+        """Refuse options that are none of the known values."""
+        shown = ', '.join(map(repr, known))
+        for name, value in options.items():
+            self.check_option(value in known, name, value, f'one of {shown}')
+
+    def check_option(
+        self, valid: bool, name: str, value: Any, what: str
+    ) -> None:
+        """Refuse an option; ``what`` says what it must be."""
+        if not valid:
+            raise ConfigError(
+                f'{type(self).__name__}.{name} must be {what}, got {value!r}'
+            )
 
     @property
     def student_paths(self) -> Sequence[str]:

@@ -9,13 +9,14 @@ from mmdet.structures import DetDataSample
 from torch import Tensor
 
 from mmkd.assignment.colearning import Switched, find_indicator, switch
-from mmkd.assignment.fit import check_equal_priors, dense_head, is_paa
+from mmkd.assignment.fit import dense_head, is_paa
 from mmkd.assignment.paa import (
     Candidates,
     assigned_by,
     check_stock_paa,
     flat_predictions,
 )
+from mmkd.dense import check_same_priors
 from mmkd.outputs import Outputs, replaced
 from mmkd.registry import METHODS
 from mmkd.utils import ConfigError
@@ -70,13 +71,10 @@ class CoLearningAssignment(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        name = type(self).__name__
-        if box_weighting not in BOX_WEIGHTINGS:
-            raise ConfigError(
-                f'{name}.box_weighting must be one of '
-                f'{", ".join(BOX_WEIGHTINGS)}, got {box_weighting!r}'
-            )
-        self.indicator = find_indicator(indicator, f'{name}.indicator')
+        self.check_choice(BOX_WEIGHTINGS, box_weighting=box_weighting)
+        self.indicator = find_indicator(
+            indicator, f'{type(self).__name__}.indicator'
+        )
         self.box_weighting, self.keep_single = box_weighting, keep_single
 
     def prepare(self, student: Outputs, teacher: Outputs) -> None:
@@ -89,7 +87,7 @@ class CoLearningAssignment(Method):
                     f'{type(head).__name__}.'
                 )
             check_stock_paa(head, f'{name} ({role})')
-            check_equal_priors(student, outputs, name)
+            check_same_priors(student.model.bbox_head, head, name, shapes=True)
 
     @contextmanager
     def guide(

@@ -107,21 +107,14 @@ class CrossKD(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        for name, value in (
-            ('layer', layer),
-            ('beta', beta),
-            ('cls_weight', cls_weight),
-            ('box_weight', box_weight or 0),
-            ('quality_weight', quality_weight),
-        ):
-            if not value >= 0:
-                raise ConfigError(
-                    f'CrossKD.{name} must be at least 0, got {value}'
-                )
-        if align not in ALIGNMENTS:
-            raise ConfigError(
-                f'CrossKD.align must be one of {ALIGNMENTS}, got {align!r}'
-            )
+        self.check_not_negative(
+            layer=layer,
+            beta=beta,
+            cls_weight=cls_weight,
+            box_weight=box_weight or 0,
+            quality_weight=quality_weight,
+        )
+        self.check_choice(ALIGNMENTS, align=align)
         self.layer, self.beta, self.align = layer, beta, align
         self.cls_weight, self.box_weight = cls_weight, box_weight
         self.quality_weight = quality_weight

@@ -1,7 +1,7 @@
 """Channel-wise distillation (Shu et al., ICCV 2021)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmdet.structures import DetDataSample
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mmkd.outputs import Outputs
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
 from .feature_base import OUTSIDE, FeatureMethod, position_weights
 
@@ -40,13 +39,9 @@ class CWD(FeatureMethod):
 
     Args:
         temperature: T, above 0; softens the distributions.
-        source: See :class:`FeatureMethod`, as for the other options.
-        teacher_source: Module path in the teacher.
-        levels: The student's levels, from 0.
-        teacher_levels: The teacher's levels.
-        adapt: 1x1 convolutions: always, where needed (None), or never.
-        resize: Allow sizes that differ by a factor.
         loss_weight: Weight of the method.
+        **features: Which features meet, and how: the other options of
+            :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If an option is outside its range or the features
@@ -57,27 +52,11 @@ class CWD(FeatureMethod):
         self,
         *,
         temperature: float = 1.0,
-        source: str = 'neck',
-        teacher_source: str | None = None,
-        levels: Sequence[int] | None = None,
-        teacher_levels: Sequence[int] | None = None,
-        adapt: bool | None = None,
-        resize: bool = False,
         loss_weight: float = 10.0,
+        **features: Any,
     ) -> None:
-        super().__init__(
-            source=source,
-            teacher_source=teacher_source,
-            levels=levels,
-            teacher_levels=teacher_levels,
-            adapt=adapt,
-            resize=resize,
-            loss_weight=loss_weight,
-        )
-        if not temperature > 0:
-            raise ConfigError(
-                f'CWD.temperature must be above 0, got {temperature}'
-            )
+        super().__init__(loss_weight=loss_weight, **features)
+        self.check_positive(temperature=temperature)
         self.temperature = temperature
 
     def forward(

@@ -14,7 +14,6 @@ from mmkd.registry import METHODS
 from mmkd.utils import ConfigError
 
 from .base import Method
-from .kd import check_temperature
 from .mutual import mutual_kl, sum_of
 
 if TYPE_CHECKING:
@@ -87,12 +86,9 @@ class DCM(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        self.temperature = check_temperature(temperature, 'DCM')
-        if not kl_weight >= 0:
-            raise ConfigError(
-                f'DCM.kl_weight must be at least 0, got {kl_weight}'
-            )
-        self.kl_weight = kl_weight
+        self.check_positive(temperature=temperature)
+        self.check_not_negative(kl_weight=kl_weight)
+        self.temperature, self.kl_weight = temperature, kl_weight
         self.stages = tuple(stages)
         self.peer_stages = tuple(peer_stages or stages)
         if not stages or len(self.stages) != len(self.peer_stages):

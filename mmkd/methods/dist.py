@@ -14,7 +14,6 @@ from mmkd.registry import METHODS
 from mmkd.utils import ConfigError
 
 from .base import Method
-from .kd import check_temperature
 
 if TYPE_CHECKING:
     from mmkd.teacher import TeacherOutputs
@@ -75,13 +74,10 @@ class DIST(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        for name, value in (('beta', beta), ('gamma', gamma)):
-            if not value >= 0:
-                raise ConfigError(
-                    f'DIST.{name} must be at least 0, got {value}'
-                )
+        self.check_not_negative(beta=beta, gamma=gamma)
+        self.check_positive(temperature=temperature)
         self.beta, self.gamma = beta, gamma
-        self.temperature = check_temperature(temperature, 'DIST')
+        self.temperature = temperature
         self.per_image = per_image
 
     def prepare(self, student: Outputs, teacher: Outputs) -> None:

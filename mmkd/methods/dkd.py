@@ -13,7 +13,6 @@ from mmkd.registry import METHODS
 from mmkd.utils import ConfigError
 
 from .base import Method
-from .kd import check_temperature
 
 if TYPE_CHECKING:
     from mmkd.teacher import TeacherOutputs
@@ -70,13 +69,10 @@ class DKD(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        for name, value in (('alpha', alpha), ('beta', beta)):
-            if not value >= 0:
-                raise ConfigError(
-                    f'DKD.{name} must be at least 0, got {value}'
-                )
+        self.check_not_negative(alpha=alpha, beta=beta)
+        self.check_positive(temperature=temperature)
         self.alpha, self.beta = alpha, beta
-        self.temperature = check_temperature(temperature, 'DKD')
+        self.temperature = temperature
 
     def prepare(self, student: Outputs, teacher: Outputs) -> None:
         check_class_logits(student, teacher, 'DKD')

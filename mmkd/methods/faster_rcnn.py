@@ -100,12 +100,8 @@ class FasterRCNNDistillation(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        if not 0 <= mu <= 1:
-            raise ConfigError(f'mu must be between 0 and 1, got {mu}')
-        if lambda_reg < 0:
-            raise ConfigError(
-                f'lambda_reg must be at least 0, got {lambda_reg}'
-            )
+        self.check_option(0 <= mu <= 1, 'mu', mu, 'between 0 and 1')
+        self.check_not_negative(lambda_reg=lambda_reg)
         if not (rpn or rcn) and (soft or bounded):
             raise ConfigError(
                 'FasterRCNNDistillation with rpn=False and rcn=False has no '

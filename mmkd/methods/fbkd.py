@@ -1,7 +1,7 @@
 """FBKD: attention-guided and non-local distillation (ICLR 2021)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -77,17 +77,16 @@ class FBKD(FeatureMethod):
         pooling: Side of the non-local blocks' cells, one a level; the last
             one holds for all levels that follow.
         per_image: Norms and statistics of each image.
-        source: See :class:`FeatureMethod`, as for the other options.
-        teacher_source: Module path in the teacher.
-        levels: The student's levels, from 0.
-        teacher_levels: The teacher's levels.
-        resize: Allow sizes that differ by a factor.
         loss_weight: Weight of the method.
+        **features: Which features meet, and how: the other options of
+            :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If an option is outside its range or the features
             cannot meet.
     """
+
+    adaptable = False
 
     def __init__(
         self,
@@ -99,34 +98,16 @@ class FBKD(FeatureMethod):
         channel_mask: bool = False,
         pooling: Sequence[int] = (8, 4, 2),
         per_image: bool = False,
-        source: str = 'neck',
-        teacher_source: str | None = None,
-        levels: Sequence[int] | None = None,
-        teacher_levels: Sequence[int] | None = None,
-        resize: bool = False,
         loss_weight: float = 1.0,
+        **features: Any,
     ) -> None:
-        super().__init__(
-            source=source,
-            teacher_source=teacher_source,
-            levels=levels,
-            teacher_levels=teacher_levels,
-            resize=resize,
-            loss_weight=loss_weight,
+        super().__init__(loss_weight=loss_weight, **features)
+        self.check_positive(temperature=temperature)
+        self.check_not_negative(
+            feature_weight=feature_weight,
+            attention_weight=attention_weight,
+            relation_weight=relation_weight,
         )
-        if not temperature > 0:
-            raise ConfigError(
-                f'FBKD.temperature must be above 0, got {temperature}'
-            )
-        for name, weight in (
-            ('feature_weight', feature_weight),
-            ('attention_weight', attention_weight),
-            ('relation_weight', relation_weight),
-        ):
-            if not weight >= 0:
-                raise ConfigError(
-                    f'FBKD.{name} must be at least 0, got {weight}'
-                )
         if (
             not isinstance(pooling, Sequence)
             or not pooling

@@ -55,6 +55,9 @@ class FeatureMethod(Method):
     images_only = True
     """The features must be maps of whole images, whose padding is known."""
 
+    adaptable = True
+    """Whether ``adapt`` is an option; if not, its layers adapt anyway."""
+
     def __init__(
         self,
         *,
@@ -67,6 +70,11 @@ class FeatureMethod(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
+        if not self.adaptable and adapt is not None:
+            raise ConfigError(
+                f'{type(self).__name__} has no option "adapt": it has '
+                'adaptation layers of its own. Leave it out.'
+            )
         self.source = source
         self.teacher_source = teacher_source or source
         self.levels = self._checked_levels('levels', levels)

@@ -35,20 +35,15 @@ class FeatureHint(FeatureMethod):
     NeurIPS 2017, which adapts also at equal widths and finds that it helps.
 
     Args:
-        source: Module path in the student: ``'neck'`` (the backbone in
-            detectors without one), ``'backbone'``, or any other such as
-            ``'roi_head.bbox_head.shared_fcs.1'`` (the vectors of the RoIs).
-        teacher_source: Module path in the teacher; the same by default.
-            Within its RoI head it runs on the student's RoIs.
-        levels: The student's levels to use, from 0; all by default.
-        teacher_levels: The teacher's levels to pair with them; the same
-            numbers by default.
         adapt: 1x1 convolutions (linear layers for vectors); None adapts only
             where the widths differ, False compares the features as they are.
-        resize: Allow sizes that differ by a factor, not only by rounding.
         loss: Config of the loss, with the signature of
             :class:`~mmkd.losses.HintLoss`, which is the default.
         loss_weight: Weight of the method.
+        **features: Which features meet, and how: the other options of
+            :class:`FeatureMethod`. Here ``source`` may also give the vectors
+            of the RoIs, as ``'roi_head.bbox_head.shared_fcs.1'`` does; the
+            teacher's RoI head runs on the student's RoIs.
 
     Raises:
         ConfigError: If the features cannot meet.
@@ -60,24 +55,12 @@ class FeatureHint(FeatureMethod):
     def __init__(
         self,
         *,
-        source: str = 'neck',
-        teacher_source: str | None = None,
-        levels: Sequence[int] | None = None,
-        teacher_levels: Sequence[int] | None = None,
         adapt: bool | None = True,
-        resize: bool = False,
         loss: Mapping[str, Any] | None = None,
         loss_weight: float = 1.0,
+        **features: Any,
     ) -> None:
-        super().__init__(
-            source=source,
-            teacher_source=teacher_source,
-            levels=levels,
-            teacher_levels=teacher_levels,
-            adapt=adapt,
-            resize=resize,
-            loss_weight=loss_weight,
-        )
+        super().__init__(adapt=adapt, loss_weight=loss_weight, **features)
         loss = {'type': 'mmkd.HintLoss'} if loss is None else loss
         self.loss = build_checked(MODELS, loss, 'FeatureHint.loss')
 

@@ -21,7 +21,7 @@ from mmkd.utils import ConfigError
 
 from .base import Method
 from .feature_base import position_weights
-from .kd import check_temperature, class_kl
+from .kd import class_kl
 from .mutual import mutual_kl, mutual_losses
 
 if TYPE_CHECKING:
@@ -106,22 +106,19 @@ class FFSD(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        self.temperature = check_temperature(temperature, 'FFSD')
-        for option, value in (
-            ('feature_weight', feature_weight),
-            ('diversity_weight', diversity_weight),
-            ('module_weight', module_weight),
-            ('ramp_epochs', ramp_epochs),
-        ):
-            if not value >= 0:
-                raise ConfigError(
-                    f'FFSD.{option} must be at least 0, got {value}'
-                )
+        self.check_positive(temperature=temperature)
+        self.check_not_negative(
+            feature_weight=feature_weight,
+            diversity_weight=diversity_weight,
+            module_weight=module_weight,
+            ramp_epochs=ramp_epochs,
+        )
         if len(stages) < 2:
             raise ConfigError(
                 'FFSD.stages needs the deepest stage and at least one before '
                 f'it, got {tuple(stages)}'
             )
+        self.temperature = temperature
         self.feature_weight = feature_weight
         self.diversity_weight = diversity_weight
         self.module_weight = module_weight

@@ -1,7 +1,7 @@
 """FGD: focal and global distillation (Yang et al., CVPR 2022)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmdet.structures import DetDataSample
@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmkd.outputs import Outputs, as_tensor
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
 from .feature_base import (
     OUTSIDE,
@@ -72,13 +71,9 @@ class FGD(FeatureMethod):
         background_weight: :math:`\beta`, at least 0.
         attention_weight: :math:`\gamma`, at least 0.
         relation_weight: :math:`\lambda`, at least 0.
-        source: See :class:`FeatureMethod`, as for the other options.
-        teacher_source: Module path in the teacher.
-        levels: The student's levels, from 0.
-        teacher_levels: The teacher's levels.
-        adapt: 1x1 convolutions: always, where needed (None), or never.
-        resize: Allow sizes that differ by a factor.
         loss_weight: Weight of the method.
+        **features: Which features meet, and how: the other options of
+            :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If an option is outside its range or the features
@@ -93,27 +88,11 @@ class FGD(FeatureMethod):
         background_weight: float = 5e-4,
         attention_weight: float = 5e-4,
         relation_weight: float = 5e-6,
-        source: str = 'neck',
-        teacher_source: str | None = None,
-        levels: Sequence[int] | None = None,
-        teacher_levels: Sequence[int] | None = None,
-        adapt: bool | None = None,
-        resize: bool = False,
         loss_weight: float = 1.0,
+        **features: Any,
     ) -> None:
-        super().__init__(
-            source=source,
-            teacher_source=teacher_source,
-            levels=levels,
-            teacher_levels=teacher_levels,
-            adapt=adapt,
-            resize=resize,
-            loss_weight=loss_weight,
-        )
-        if not temperature > 0:
-            raise ConfigError(
-                f'FGD.temperature must be above 0, got {temperature}'
-            )
+        super().__init__(loss_weight=loss_weight, **features)
+        self.check_positive(temperature=temperature)
         self.temperature = temperature
         self.weights = {
             'foreground': foreground_weight,
@@ -121,11 +100,9 @@ class FGD(FeatureMethod):
             'attention': attention_weight,
             'relation': relation_weight,
         }
-        for name, weight in self.weights.items():
-            if not weight >= 0:
-                raise ConfigError(
-                    f'FGD.{name}_weight must be at least 0, got {weight}'
-                )
+        self.check_not_negative(
+            **{f'{name}_weight': w for name, w in self.weights.items()}
+        )
         self.student_blocks = nn.ModuleList()
         self.teacher_blocks = nn.ModuleList()
 

@@ -10,7 +10,6 @@ from mmkd.class_logits import ClassLogits, check_class_logits, class_logits
 from mmkd.losses.kl import sigmoid_kl, softmax_kl
 from mmkd.outputs import Outputs
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
 from .base import Method
 
@@ -59,7 +58,8 @@ class KD(Method):
         self, *, temperature: float = 1.0, loss_weight: float = 1.0
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        self.temperature = check_temperature(temperature, 'KD')
+        self.check_positive(temperature=temperature)
+        self.temperature = temperature
 
     def prepare(self, student: Outputs, teacher: Outputs) -> None:
         check_class_logits(student, teacher, 'KD')
@@ -82,12 +82,3 @@ def class_kl(pair: ClassLogits, temperature: float) -> Tensor:
         divergence = sigmoid_kl(pair.student, pair.teacher, temperature)
         return pair.average(divergence.sum(-1))
     return pair.average(softmax_kl(pair.student, pair.teacher, temperature))
-
-
-def check_temperature(temperature: float, method: str) -> float:
-    """Return the temperature if it is above 0, raise otherwise."""
-    if not temperature > 0:
-        raise ConfigError(
-            f'{method}.temperature must be above 0, got {temperature}'
-        )
-    return temperature

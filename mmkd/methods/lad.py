@@ -84,15 +84,8 @@ class LabelAssignmentDistillation(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        for option, value, known in (
-            ('box_weighting', box_weighting, BOX_WEIGHTINGS),
-            ('quality', quality, QUALITIES),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f'{type(self).__name__}.{option} must be one of '
-                    f'{", ".join(known)}, got {value!r}'
-                )
+        self.check_choice(BOX_WEIGHTINGS, box_weighting=box_weighting)
+        self.check_choice(QUALITIES, quality=quality)
         self.box_weighting, self.quality = box_weighting, quality
         self.keep_single = keep_single
 

@@ -24,7 +24,6 @@ from mmkd.registry import METHODS
 from mmkd.utils import ConfigError
 
 from .base import Method
-from .kd import check_temperature
 
 if TYPE_CHECKING:
     from mmkd.teacher import TeacherOutputs
@@ -96,15 +95,11 @@ class LD(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        self.temperature = check_temperature(temperature, 'LD')
-        for name, value, valid, range_ in (
-            ('main_weight', main_weight, main_weight >= 0, 'at least 0'),
-            ('vlr_weight', vlr_weight, vlr_weight >= 0, 'at least 0'),
-            ('gamma', gamma, 0 <= gamma <= 1, 'between 0 and 1'),
-            ('topk', topk, topk >= 1, 'at least 1'),
-        ):
-            if not valid:
-                raise ConfigError(f'LD.{name} must be {range_}, got {value}')
+        self.check_positive(temperature=temperature)
+        self.check_not_negative(main_weight=main_weight, vlr_weight=vlr_weight)
+        self.check_option(0 <= gamma <= 1, 'gamma', gamma, 'between 0 and 1')
+        self.check_option(topk >= 1, 'topk', topk, 'at least 1')
+        self.temperature = temperature
         self.main_weight, self.vlr_weight = main_weight, vlr_weight
         self.gamma, self.topk = gamma, topk
         self.normalize = normalize

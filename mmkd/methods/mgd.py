@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mmkd.outputs import Outputs
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
 from .feature_base import FeatureMethod, position_weights
 
@@ -47,13 +46,9 @@ class MGD(FeatureMethod):
 
     Args:
         mask_ratio: Share of the masked positions, from 0, below 1.
-        source: See :class:`FeatureMethod`, as for the other options.
-        teacher_source: Module path in the teacher.
-        levels: The student's levels, from 0.
-        teacher_levels: The teacher's levels.
-        adapt: 1x1 convolutions: always, where needed (None), or never.
-        resize: Allow sizes that differ by a factor.
         loss_weight: Weight of the method.
+        **features: Which features meet, and how: the other options of
+            :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If an option is outside its range or the features
@@ -66,27 +61,13 @@ class MGD(FeatureMethod):
         self,
         *,
         mask_ratio: float = 0.65,
-        source: str = 'neck',
-        teacher_source: str | None = None,
-        levels: Sequence[int] | None = None,
-        teacher_levels: Sequence[int] | None = None,
-        adapt: bool | None = None,
-        resize: bool = False,
         loss_weight: float = 2e-5,
+        **features: Any,
     ) -> None:
-        super().__init__(
-            source=source,
-            teacher_source=teacher_source,
-            levels=levels,
-            teacher_levels=teacher_levels,
-            adapt=adapt,
-            resize=resize,
-            loss_weight=loss_weight,
+        super().__init__(loss_weight=loss_weight, **features)
+        self.check_option(
+            0 <= mask_ratio < 1, 'mask_ratio', mask_ratio, 'from 0 to below 1'
         )
-        if not 0 <= mask_ratio < 1:
-            raise ConfigError(
-                f'MGD.mask_ratio must be from 0 to below 1, got {mask_ratio}'
-            )
         self.mask_ratio = mask_ratio
         self.generators = nn.ModuleList()
         self.seed = torch.initial_seed()

@@ -28,7 +28,7 @@ from mmkd.registry import METHODS
 from mmkd.utils import ConfigError
 
 from .base import Method
-from .kd import check_temperature, class_kl
+from .kd import class_kl
 
 if TYPE_CHECKING:
     from mmkd.teacher import TeacherOutputs
@@ -96,13 +96,9 @@ class MutualLearning(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        self.temperature = check_temperature(temperature, 'MutualLearning')
-        if not box_weight >= 0:
-            raise ConfigError(
-                'MutualLearning.box_weight must be at least 0, got '
-                f'{box_weight}'
-            )
-        self.box_weight = box_weight
+        self.check_positive(temperature=temperature)
+        self.check_not_negative(box_weight=box_weight)
+        self.temperature, self.box_weight = temperature, box_weight
 
     @property
     def student_paths(self) -> Sequence[str]:

@@ -13,7 +13,7 @@ from mmkd.registry import METHODS
 from mmkd.utils import ConfigError, nearest
 
 from .base import Method
-from .kd import check_temperature, class_kl
+from .kd import class_kl
 from .mutual import mutual_losses, sum_of
 
 if TYPE_CHECKING:
@@ -74,14 +74,10 @@ class OneTeacherSeveralStudents(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        name = type(self).__name__
-        for option, value in (('alpha', alpha), ('beta', beta)):
-            if not value >= 0:
-                raise ConfigError(
-                    f'{name}.{option} must be at least 0, got {value}'
-                )
+        self.check_not_negative(alpha=alpha, beta=beta)
+        self.check_positive(temperature=temperature)
         self.alpha, self.beta, self.teacher = alpha, beta, teacher
-        self.temperature = check_temperature(temperature, name)
+        self.temperature = temperature
 
     @property
     def student_paths(self) -> Sequence[str]:

@@ -1,7 +1,7 @@
 """PKD: distillation by Pearson correlation (Cao et al., NeurIPS 2022)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmdet.structures import DetDataSample
@@ -47,13 +47,9 @@ class PKD(FeatureMethod):
 
     Args:
         per_image: Statistics of each image instead of the batch.
-        source: See :class:`FeatureMethod`, as for the other options.
-        teacher_source: Module path in the teacher.
-        levels: The student's levels, from 0.
-        teacher_levels: The teacher's levels.
-        adapt: 1x1 convolutions: always, where needed (None), or never.
-        resize: Allow sizes that differ by a factor.
         loss_weight: Weight of the method.
+        **features: Which features meet, and how: the other options of
+            :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If the features cannot meet.
@@ -63,23 +59,10 @@ class PKD(FeatureMethod):
         self,
         *,
         per_image: bool = False,
-        source: str = 'neck',
-        teacher_source: str | None = None,
-        levels: Sequence[int] | None = None,
-        teacher_levels: Sequence[int] | None = None,
-        adapt: bool | None = None,
-        resize: bool = False,
         loss_weight: float = 6.0,
+        **features: Any,
     ) -> None:
-        super().__init__(
-            source=source,
-            teacher_source=teacher_source,
-            levels=levels,
-            teacher_levels=teacher_levels,
-            adapt=adapt,
-            resize=resize,
-            loss_weight=loss_weight,
-        )
+        super().__init__(loss_weight=loss_weight, **features)
         self.per_image = per_image
 
     def forward(

@@ -10,8 +10,9 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
-from mmkd.assignment.fit import check_equal_priors, dense_head
+from mmkd.assignment.fit import dense_head
 from mmkd.assignment.paa import flat_predictions
+from mmkd.dense import check_same_priors
 from mmkd.losses import FocalKLLoss
 from mmkd.outputs import Outputs, flatten_levels
 from mmkd.registry import METHODS
@@ -70,11 +71,14 @@ class SoftLabelDistillation(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
-        if not 0 <= min_iou < 1:
-            raise ConfigError(
-                f'{type(self).__name__}.min_iou must be at least 0 and below '
-                f'1, got {min_iou}'
-            )
+        self.check_not_negative(
+            cls_weight=cls_weight,
+            iou_weight=iou_weight,
+            box_weight=box_weight,
+        )
+        self.check_option(
+            0 <= min_iou < 1, 'min_iou', min_iou, 'at least 0 and below 1'
+        )
         self.cls_weight, self.iou_weight = cls_weight, iou_weight
         self.box_weight, self.min_iou = box_weight, min_iou
         self.divergence = FocalKLLoss(gamma=gamma, reduction='none')
@@ -93,7 +97,7 @@ class SoftLabelDistillation(Method):
                     f'{name} fits sigmoid heads with anchors and box deltas '
                     f'(PAA, ATSS, DDOD, RetinaNet), got {type(head).__name__}'
                 )
-        check_equal_priors(student, teacher, name)
+        check_same_priors(heads[0], heads[1], name, shapes=True)
 
     def forward(
         self,

@@ -87,17 +87,16 @@ class TaT(FeatureMethod):
         theta: ``'identity'`` or ``'conv'``.
         softmax: Over which positions: ``'student'`` or ``'teacher'``.
         per_image: Normalise with each image's statistics.
-        source: See :class:`FeatureMethod`, as for the other options.
-        teacher_source: Module path in the teacher.
-        levels: The student's levels, from 0.
-        teacher_levels: The teacher's levels.
-        resize: Allow sizes that differ by a factor.
         loss_weight: Weight of the method.
+        **features: Which features meet, and how: the other options of
+            :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If an option is outside its range or the features
             cannot meet.
     """
+
+    adaptable = False
 
     def __init__(
         self,
@@ -110,21 +109,10 @@ class TaT(FeatureMethod):
         theta: str = 'identity',
         softmax: str = 'student',
         per_image: bool = False,
-        source: str = 'neck',
-        teacher_source: str | None = None,
-        levels: Sequence[int] | None = None,
-        teacher_levels: Sequence[int] | None = None,
-        resize: bool = False,
         loss_weight: float = 1.0,
+        **features: Any,
     ) -> None:
-        super().__init__(
-            source=source,
-            teacher_source=teacher_source,
-            levels=levels,
-            teacher_levels=teacher_levels,
-            resize=resize,
-            loss_weight=loss_weight,
-        )
+        super().__init__(loss_weight=loss_weight, **features)
         self.patch_size = _pair('patch_size', patch_size)
         self.anchor_grid = _pair('anchor_grid', anchor_grid)
         if not _counts(patches_per_group):
@@ -132,22 +120,11 @@ class TaT(FeatureMethod):
                 'TaT.patches_per_group must be a whole number of at least 1, '
                 f'got {patches_per_group!r}'
             )
-        for name, weight in (
-            ('patch_weight', patch_weight),
-            ('anchor_weight', anchor_weight),
-        ):
-            if not weight >= 0:
-                raise ConfigError(
-                    f'TaT.{name} must be at least 0, got {weight}'
-                )
-        for name, value, known in (
-            ('theta', theta, THETAS),
-            ('softmax', softmax, SOFTMAXES),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f'TaT.{name} must be one of {known}, got {value!r}'
-                )
+        self.check_not_negative(
+            patch_weight=patch_weight, anchor_weight=anchor_weight
+        )
+        self.check_choice(THETAS, theta=theta)
+        self.check_choice(SOFTMAXES, softmax=softmax)
         self.patches_per_group = patches_per_group
         self.patch_weight, self.anchor_weight = patch_weight, anchor_weight
         self.theta, self.softmax = theta, softmax

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from paa_reference import reference
+from _paa_reference import reference
 from sklearn.mixture import GaussianMixture
 
 from mmkd.assignment import fit_mixtures, positive_samples

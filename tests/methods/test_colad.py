@@ -8,7 +8,7 @@ import pytest
 import tiny_dense as dense
 import tiny_detectors as tiny
 import torch
-from paa_reference import reference
+from _paa_reference import reference
 
 from mmkd.distiller import build_distiller
 from mmkd.outputs import intercepted

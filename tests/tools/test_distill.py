@@ -7,10 +7,6 @@ import sys
 import pytest
 import torch
 import toy
-from mmengine.config import Config
-
-sys.path.insert(0, str(toy.ROOT / 'tools'))
-
 from _distill import (
     config_text,
     find_data,
@@ -18,6 +14,7 @@ from _distill import (
     methods,
     teacher_options,
 )
+from mmengine.config import Config
 
 from mmkd.registry import METHODS
 from mmkd.utils import ConfigError

@@ -1,14 +1,23 @@
 """PAA's separation of one object's candidates, by scikit-learn."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 
-def reference(row, dtype=np.float64):
-    """PAA's positives of one object by scikit-learn, as MMDetection does."""
+def reference(row: Any, dtype: type = np.float64) -> tuple[np.ndarray, int]:
+    """PAA's positives of one object by scikit-learn, as MMDetection does.
+
+    Args:
+        row: (n,) the candidates' costs, in ascending order.
+        dtype: What scikit-learn computes in.
+
+    Returns:
+        Which candidates are positive (n,), and the iterations of the fit.
+    """
     x = np.asarray(row, dtype=dtype).reshape(-1, 1)
     mixture = GaussianMixture(
         2,
