@@ -14,14 +14,17 @@ from .checkpoint import ATTACHED
 from .methods import Method
 from .outputs import Outputs
 from .peers import Peer, build_peer
-from .registry import METHODS
-from .teacher import Teacher, build_teacher
-from .utils import (
-    ConfigError,
-    build_checked,
-    check_options,
-    isolated_random_state,
+from .several_teachers import (
+    FromEach,
+    MeanTeacher,
+    SeveralTeachers,
+    build_method,
+    build_teachers,
+    is_list,
+    named,
 )
+from .teacher import Teacher
+from .utils import ConfigError, check_options, isolated_random_state
 
 Losses = dict[str, Tensor | list[Tensor]]
 Observer = Callable[[Losses, dict[str, dict[str, Tensor]]], None]
@@ -41,7 +44,7 @@ class Distiller(nn.Module):
 
     Args:
         student: The stock detector.
-        teacher: The frozen detector, if there is one.
+        teacher: The frozen detector, if there is one, or several.
         methods: Name to method.
         peers: Name to the networks that train beside the student.
     """
@@ -51,7 +54,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | None,
+        teacher: Teacher | SeveralTeachers | MeanTeacher | None,
         methods: Mapping[str, Method],
         peers: Mapping[str, Peer] | None = None,
     ) -> None:
@@ -110,6 +113,11 @@ class Distiller(nn.Module):
             if weight:
                 active[name] = (method, weight)
         return active
+
+    @property
+    def networks(self) -> dict[str, Teacher]:
+        """The frozen networks by their names in logs; often one."""
+        return {} if self.teacher is None else self.teacher.networks
 
     def attach(self) -> None:
         """Become part of the student."""
@@ -259,13 +267,13 @@ def build_distiller(
     }
     with isolated_random_state(seed):
         methods = {
-            name: build_checked(METHODS, c, f'distillation.methods.{name}')
+            name: build_method(name, c, cfg.get('teacher'))
             for name, c in method_cfgs.items()
         }
         _check_needs(methods, cfg)
         teacher = None
         if cfg.get('teacher'):
-            teacher = build_teacher(
+            teacher = build_teachers(
                 cfg['teacher'],
                 student=student,
                 student_classes=classes,
@@ -290,9 +298,13 @@ def _prepare(distiller: Distiller, device: torch.device) -> None:
         for name, peer in distiller.peers.items()
     }
     teacher = distiller.teacher
-    theirs = teacher and blank(teacher.model, teacher.paths)
+    theirs = teacher and teacher.blank(blank)
     for method in distiller.methods.values():
-        cast(Method, method).prepare(student, theirs)
+        if isinstance(theirs, dict) and not isinstance(method, FromEach):
+            with named('a list of teachers teaches no method on peers'):
+                cast(Any, method).prepare(student, None)
+        else:
+            cast(Method, method).prepare(student, theirs)
 
 
 def _check_keys(cfg: Mapping[str, Any]) -> None:
@@ -301,6 +313,11 @@ def _check_keys(cfg: Mapping[str, Any]) -> None:
         'Example: distillation = dict(teacher=dict(config=..., '
         "checkpoint=...), methods=dict(hint=dict(type='mmkd.FeatureHint')))"
     )
+    if is_list(cfg.get('teacher')) and not cfg['teacher']:
+        raise ConfigError(
+            'distillation.teacher is an empty list. Give at least one '
+            f'teacher, or leave it out. {example}'
+        )
     if not cfg.get('teacher') and not cfg.get('peers'):
         raise ConfigError(
             'distillation needs a "teacher" to learn from, or "peers" to '

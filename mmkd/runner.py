@@ -398,11 +398,10 @@ def _described(distiller: Distiller) -> str:
             for name, peer in distiller.peers.items()
         )
         text += f'; peers: {", ".join(peers)}'
-    teacher = distiller.teacher
-    if teacher is not None:
+    for name, teacher in distiller.networks.items():
         differs = 'differs' if teacher.renormalize.needed else 'is equal'
         text += (
-            f'; the teacher is {type(teacher.model).__name__}, its classes '
+            f'; the {name} is {type(teacher.model).__name__}, its classes '
             f'are {teacher.class_map}, its normalisation {differs}'
         )
     return text

@@ -209,6 +209,11 @@ class Teacher:
             student.data_preprocessor, model.data_preprocessor
         )
 
+    @property
+    def networks(self) -> dict[str, 'Teacher']:
+        """The frozen networks by their names in logs: this one."""
+        return {'teacher': self}
+
     def __call__(
         self, inputs: Tensor, data_samples: Sequence[DetDataSample]
     ) -> TeacherOutputs:
@@ -217,6 +222,10 @@ class Teacher:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'Teacher':
         return self  # frozen: copies of the student share it
+
+    def blank(self, run: Callable[[Any, Iterable[str]], Outputs]) -> Outputs:
+        """The network's outputs for a blank image, from ``run``."""
+        return run(self.model, self.paths)
 
     def to(self, device: torch.device | str) -> 'Teacher':
         """Move the network to ``device``, in place."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from mmkd.hooks.telemetry import gradient, norm, student_parameters
 from mmkd.outputs import Outputs, box_heads, intercepted, replaced
+from mmkd.several_teachers import views_of
+from mmkd.teacher import Teacher
 from mmkd.teacher_view import ClassMap
 from mmkd.utils import isolated_random_state
 
@@ -61,8 +63,8 @@ class Recording:
         return {k: gradient([v], parameters) for k, v in losses.items()}
 
     def _losses(self, only: str | None = None) -> dict[str, Tensor]:
-        self.student.cache.clear()
-        self.teacher.cache.clear()
+        for view in (self.student, *views_of(self.teacher).values()):
+            view.cache.clear()
         losses = {}
         for name, (method, weight) in self.methods.items():
             if only not in (None, name):
@@ -75,20 +77,30 @@ class Recording:
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change all that is recorded; nothing is computed anew."""
-        student, teacher = self.student, self.teacher
+        student = self.student
         student._fired = mapped(change, student._fired)
         vars(student).pop('anchors', None)
         if vars(student).get('rois'):
             for sample in student.rois:
                 sample.logits = mapped(change, sample.logits)
                 sample.deltas = mapped(change, sample.deltas)
-        parts = vars(teacher)
-        for name in ('maps', 'rpn', 'dense'):
-            if name in parts:
-                parts[name] = mapped(change, parts[name])
-        for name in ('features', 'score_rois'):
-            read = getattr(teacher, name)
-            setattr(teacher, name, functools.partial(_read, change, read))
+        for teacher in networks_of(self.teacher):
+            parts = vars(teacher)
+            for name in ('maps', 'rpn', 'dense'):
+                if name in parts:
+                    parts[name] = mapped(change, parts[name])
+            for name in ('features', 'score_rois'):
+                read = getattr(teacher, name)
+                setattr(teacher, name, functools.partial(_read, change, read))
+
+
+def networks_of(teacher: Any) -> list[Any]:
+    """What each frozen network gave in a step."""
+    return [
+        network
+        for view in views_of(teacher).values()
+        for network in getattr(view, 'views', [view])
+    ]
 
 
 def _read(
@@ -227,9 +239,14 @@ def check_class_order(patient: Patient) -> None:
     Asked only where student and teacher differ in their classes; otherwise
     a method may compare class by class.
     """
-    teacher = patient.distiller.teacher
-    if teacher is None or teacher.class_map.identical:
-        return
+    for name, teacher in patient.distiller.networks.items():
+        if not teacher.class_map.identical:
+            _check_class_order(patient, name, teacher)
+
+
+def _check_class_order(
+    patient: Patient, teacher_name: str, teacher: Teacher
+) -> None:
     recording = Recording(patient, patient.inputs, patient.samples)
     if not recording.methods:
         return
@@ -249,7 +266,9 @@ def check_class_order(patient: Patient) -> None:
                 if value is not None:
                     stack.enter_context(_permuted(value, order))
         stack.enter_context(replaced(teacher, 'class_map', classes))
-        recording.teacher = teacher(patient.inputs, patient.samples)
+        recording.teacher = patient.distiller.teacher(
+            patient.inputs, patient.samples
+        )
         renamed = recording.gradients()
     # Not the losses: a student that has learnt nothing yet is as far from
     # one class as from another.
@@ -260,12 +279,14 @@ def check_class_order(patient: Patient) -> None:
     ]
     if changed:
         patient.report.find(
-            f'{some(changed)}: the order in which the teacher lists its '
-            'classes changes the loss. Compare classes through '
+            f'{some(changed)}: the order in which the {teacher_name} lists '
+            'its classes changes the loss. Compare classes through '
             'teacher.class_map, by name.'
         )
     else:
-        patient.report.say(SECTION, "the teacher's order of classes is free")
+        patient.report.say(
+            SECTION, f"the {teacher_name}'s order of classes is free"
+        )
 
 
 def classifiers(model: nn.Module, classes: int) -> list[Any]:

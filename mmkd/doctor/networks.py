@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmkd.hooks.teacher_check import evaluate_teacher
 from mmkd.outputs import intercepted
+from mmkd.several_teachers import described as teacher_descriptions
 from mmkd.teacher import Teacher
 from mmkd.teacher_source import check_class_count, class_names, load_config
 from mmkd.utils import ConfigError, isolated_random_state
@@ -25,24 +26,28 @@ PIXEL_TOLERANCE = 1e-2
 
 
 def check_precision(runner: Any, images: int, report: Report) -> None:
-    """The teacher's metrics on the first validation images."""
-    teacher = runner.distiller.teacher
-    if teacher is None:
+    """Each teacher's metrics on the first validation images."""
+    networks = runner.distiller.networks
+    if not networks:
         return
     if runner.cfg.get('val_dataloader') is None:
         raise ConfigError('--eval needs a val_dataloader and val_evaluator.')
     images = min(images, len(runner.val_dataloader.dataset))
-    with isolated_random_state():
-        metrics = evaluate_teacher(runner, teacher, images)
-    shown = '  '.join(f'{k}: {v:.4g}' for k, v in metrics.items())
-    report.say('Teacher', f'on {images} validation images: {shown or "none"}')
-    report.values['teacher'] = {k: float(v) for k, v in metrics.items()}
-    if not any(value > 0 for value in metrics.values()):
-        report.find(
-            f'the teacher detects nothing on {images} validation images: '
-            'its checkpoint, classes, channel order or mean and std are '
-            'wrong, or it is untrained.'
+    for name, teacher in networks.items():
+        with isolated_random_state():
+            metrics = evaluate_teacher(runner, teacher, images)
+        shown = '  '.join(f'{k}: {v:.4g}' for k, v in metrics.items())
+        report.say(
+            name.capitalize(),
+            f'on {images} validation images: {shown or "none"}',
         )
+        report.values[name] = {k: float(v) for k, v in metrics.items()}
+        if not any(value > 0 for value in metrics.values()):
+            report.find(
+                f'the {name} detects nothing on {images} validation images: '
+                'its checkpoint, classes, channel order or mean and std are '
+                'wrong, or it is untrained.'
+            )
 
 
 # ------------------------------------------------------------------- classes
@@ -54,24 +59,30 @@ def check_classes(runner: Any, report: Report) -> None:
     dataset = runner.train_loop.dataloader.dataset
     names = tuple(dataset.metainfo['classes'])
     _note(report, check_class_count, distiller.student, names, 'the student')
-    teacher = distiller.teacher
-    if teacher is None:
-        return
+    described = teacher_descriptions(runner.cfg.distillation.get('teacher'))
+    for name, teacher in distiller.networks.items():
+        of_one = f'{name}: ' if len(distiller.networks) > 1 else ''
+        report.say('Classes', f'{of_one}{teacher.class_map}')
+        _check_teacher_classes(name, teacher, names, report)
+        _check_sources(name, described[name], teacher, report)
+
+
+def _check_teacher_classes(
+    name: str, teacher: Teacher, names: tuple[str, ...], report: Report
+) -> None:
     classes = teacher.class_map
-    report.say('Classes', str(classes))
     _note(
         report,
         check_class_count,
         teacher.model,
         classes.teacher,
-        'the teacher',
+        f'the {name}',
     )
     if tuple(classes.student) != names:
         report.find(
             f'the class map has other classes than the training data: {names}'
             f' in the data, {tuple(classes.student)} in the map.'
         )
-    _check_sources(runner.cfg.distillation.teacher, teacher, report)
     pairs = zip(
         classes.student_index.tolist(),
         classes.teacher_index.tolist(),
@@ -96,7 +107,9 @@ def _note(report: Report, check: Any, *arguments: Any) -> None:
         report.find(str(error))
 
 
-def _check_sources(cfg: Any, teacher: Teacher, report: Report) -> None:
+def _check_sources(
+    name: str, cfg: Any, teacher: Teacher, report: Report
+) -> None:
     """Compare the names in the teacher's checkpoint and in its config."""
     options = resolved(cfg)
     config = load_config(options['config'])
@@ -111,7 +124,7 @@ def _check_sources(cfg: Any, teacher: Teacher, report: Report) -> None:
     recorded = class_names(meta, type(config)(dict(model={})))
     if described is None and recorded is None:
         report.find(
-            "neither the teacher's checkpoint nor its config names its "
+            f"neither the {name}'s checkpoint nor its config names its "
             "classes; the student's are assumed. Name them through "
             'test_dataloader.dataset.metainfo=dict(classes=...) in its '
             'config.'
@@ -123,7 +136,7 @@ def _check_sources(cfg: Any, teacher: Teacher, report: Report) -> None:
             if a != b
         ]
         report.find(
-            f"the teacher's checkpoint was trained on {len(recorded)} "
+            f"the {name}'s checkpoint was trained on {len(recorded)} "
             f'classes, its config has {len(described)} or another order '
             f'(checkpoint / config: {some(differ)}). The names in the '
             'checkpoint are used; give the config it was trained with.'
@@ -150,9 +163,9 @@ def watched(patient: Patient) -> Iterator[None]:
             )
         _check_pixels(patient, name, model, [x for x, _ in seen[name]])
         active = [mode for _, modes in seen[name] for mode in modes]
-        if name == 'teacher' and active:
+        if name in patient.distiller.networks and active:
             patient.report.find(
-                f'the teacher ran with {len(set(active))} modules in '
+                f'the {name} ran with {len(set(active))} modules in '
                 f'training mode ({some(list(dict.fromkeys(active)))}): '
                 'dropout, DropPath or batch statistics are active. Put the '
                 'whole network in eval mode.'
@@ -230,40 +243,33 @@ def _cause(seen: Tensor, expected: Tensor, student: Tensor) -> str:
 
 def check_modes(patient: Patient) -> None:
     """Frozen, not optimised, and the same answer twice."""
-    teacher = patient.distiller.teacher
-    if teacher is None:
-        return
-    model, report = teacher.model, patient.report
+    distiller, report = patient.distiller, patient.report
     trained = {
         id(p)
         for group in patient.runner.optim_wrapper.optimizer.param_groups
         for p in group['params']
     }
-    for what, names in (
-        (
-            'requires a gradient',
-            [n for n, p in model.named_parameters() if p.requires_grad],
-        ),
-        (
-            'is in the optimiser',
-            [n for n, p in model.named_parameters() if id(p) in trained],
-        ),
-    ):
-        if names:
-            report.find(f'the teacher {what}: {some(names)}.')
-    own = patient.distiller.named_parameters()
+    for name, teacher in distiller.networks.items():
+        named = list(teacher.model.named_parameters())
+        for what, names in (
+            ('requires a gradient', [n for n, p in named if p.requires_grad]),
+            ('is in the optimiser', [n for n, p in named if id(p) in trained]),
+        ):
+            if names:
+                report.find(f'the {name} {what}: {some(names)}.')
+        view = []
+        for seed in range(2):
+            with isolated_random_state(seed):
+                view.append(teacher(patient.inputs, patient.samples).maps)
+        if any(not torch.equal(a, b) for a, b in zip(*view, strict=True)):
+            report.find(
+                f'the {name} answers differently to the same batch: '
+                'something random is active in it.'
+            )
+    own = distiller.named_parameters() if distiller.networks else ()
     lost = [n for n, p in own if p.requires_grad and id(p) not in trained]
     if lost:
         report.find(
             f'the optimiser does not train {len(lost)} parameters of the '
             f'methods ({some(lost)}).'
-        )
-    view = []
-    for seed in range(2):
-        with isolated_random_state(seed):
-            view.append(teacher(patient.inputs, patient.samples).maps)
-    if any(not torch.equal(a, b) for a, b in zip(*view, strict=True)):
-        report.find(
-            'the teacher answers differently to the same batch: something '
-            'random is active in it.'
         )

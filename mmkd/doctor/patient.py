@@ -84,11 +84,12 @@ class Patient:
 
     @property
     def networks(self) -> dict[str, Any]:
-        """The teacher and the peers, by name."""
-        networks = {n: p.model for n, p in self.distiller.peers.items()}
-        if self.distiller.teacher is not None:
-            networks = {'teacher': self.distiller.teacher.model, **networks}
-        return networks
+        """The teachers and the peers, by name."""
+        return {
+            name: part.model
+            for part_of in (self.distiller.networks, self.distiller.peers)
+            for name, part in part_of.items()
+        }
 
     @property
     def steers(self) -> bool:

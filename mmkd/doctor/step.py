@@ -16,6 +16,7 @@ from mmkd.checkpoint import ATTACHED
 from mmkd.hooks.telemetry import cosine, gradient, norm, student_parameters
 from mmkd.methods import Method
 from mmkd.outputs import Outputs, TapError, intercepted
+from mmkd.several_teachers import views_of
 
 from .patient import Patient, Step, cloned, own_state, steers
 from .report import some, table
@@ -46,11 +47,12 @@ def describe_taps(patient: Patient) -> None:
         for path in paths or student._fired:
             read = functools.partial(student.features, path)
             rows.append([name, 'student', path, *_shape(read, patient)])
-        theirs = [*method.teacher_paths] if teacher is not None else []
-        for number, path in enumerate(theirs):
-            beside = paths[number] if number < len(paths) else None
-            read = functools.partial(teacher.features, path, student, beside)
-            rows.append([name, 'teacher', path, *_shape(read, patient)])
+        views = {} if teacher is None else views_of(teacher)
+        for role, view in views.items():
+            for number, path in enumerate(method.teacher_paths):
+                beside = paths[number] if number < len(paths) else None
+                read = functools.partial(view.features, path, student, beside)
+                rows.append([name, role, path, *_shape(read, patient)])
     if len(rows) > 1:
         patient.report.say('Taps', *table(rows))
     for name, method in methods.items():

@@ -12,6 +12,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from mmkd.checkpoint import ATTACHED, load_checkpoint_file
+from mmkd.several_teachers import described
 from mmkd.teacher_source import find_in_model_index
 
 from .patient import own_state
@@ -97,9 +98,10 @@ def check_loaded(runner: Any, stock: nn.Module, report: Report) -> None:
     student = own_state(distiller.student)
     _describe('student', distiller.student, student, scratch, runner, report)
     cfg = runner.cfg.distillation
-    if distiller.teacher is not None:
-        options = resolved(cfg.teacher)
-        _check_file('teacher', distiller.teacher.model, options, report)
+    descriptions = described(cfg.get('teacher'))
+    for name, teacher in distiller.networks.items():
+        options = resolved(descriptions[name])
+        _check_file(name, teacher.model, options, report)
     for name, peer in distiller.peers.items():
         options = resolved(cfg.peers[name])
         where = f'peer {name}'
@@ -247,12 +249,11 @@ def check_checkpoint_file(
     else:
         stock.load_state_dict(state, strict=True)
         report.say('Checkpoint', 'loads strictly into the stock model')
-    teacher = runner.distiller.teacher
-    if teacher is not None:
+    for name, teacher in runner.distiller.networks.items():
         held = _of_teacher(checkpoint, teacher.model, own)
         if held:
             report.find(
-                f'every checkpoint holds weights of the teacher: {len(held)} '
+                f'every checkpoint holds weights of the {name}: {len(held)} '
                 f'tensors ({some(held)}). Keep the teacher out of modules '
                 'and buffers of methods.'
             )

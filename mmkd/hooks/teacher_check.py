@@ -15,7 +15,7 @@ from mmkd.utils import ConfigError, distiller_of, isolated_random_state
 
 @HOOKS.register_module()
 class TeacherCheckHook(Hook):
-    """Evaluates the teacher before training, as the student will be.
+    """Evaluates each teacher before training, as the student will be.
 
     It sees the first ``evaluate`` validation images through the student's
     pipeline and its own normalisation; its classes are mapped to the
@@ -41,16 +41,17 @@ class TeacherCheckHook(Hook):
                 'TeacherCheckHook needs a val_dataloader and val_evaluator.'
             )
         images = min(self.evaluate, len(runner.val_dataloader.dataset))
-        with isolated_random_state():
-            metrics = evaluate_teacher(runner, distiller.teacher, images)
-        shown = '  '.join(f'{k}: {v:.4g}' for k, v in metrics.items())
-        runner.logger.info(
-            f'The teacher on {images} validation images: '
-            f'{shown or "no detections, no metrics"}'
-        )
-        runner.visualizer.add_scalars(
-            {f'teacher/{key}': float(v) for key, v in metrics.items()}, step=0
-        )
+        for name, teacher in distiller.networks.items():
+            with isolated_random_state():
+                metrics = evaluate_teacher(runner, teacher, images)
+            shown = '  '.join(f'{k}: {v:.4g}' for k, v in metrics.items())
+            runner.logger.info(
+                f'The {name} on {images} validation images: '
+                f'{shown or "no detections, no metrics"}'
+            )
+            runner.visualizer.add_scalars(
+                {f'{name}/{k}': float(v) for k, v in metrics.items()}, step=0
+            )
 
 
 @torch.no_grad()
