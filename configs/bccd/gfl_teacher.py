@@ -2,7 +2,7 @@
 # is that of mmdet::gfl/gfl_r50_fpn_1x_coco.py, narrow, towers of two layers.
 _base_ = [
     '../_base_/bccd_one_stage.py',
-    '../_base_/schedule_bccd.py',
+    '../_base_/schedule_bccd_adamw.py',
     '../_base_/bccd.py',
 ]
 
