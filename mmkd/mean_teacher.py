@@ -13,6 +13,7 @@ from .teacher import Teacher, TeacherOutputs
 from .two_stage import same_coder, uses_sigmoid
 from .utils import ConfigError
 
+CLASSES = 'the classes that only one knows'
 REMEDY = 'Teachers that differ teach one by one, in a list: teacher=[...].'
 
 
@@ -104,6 +105,8 @@ class MeanTeacher:
         self, name: str, what: str, ours: Any, theirs: Any
     ) -> None:
         if ours != theirs:
+            if what == CLASSES:
+                ours, theirs = sorted(ours - theirs), sorted(theirs - ours)
             raise ConfigError(
                 f'distillation.teacher: {self.names[0]} and {name} have no '
                 f'mean, they differ in {what}: {ours} and {theirs}. {REMEDY}'
@@ -288,7 +291,7 @@ class _Coder:
 def _facts(teacher: Teacher) -> dict[str, Any]:
     """What the numbers that a detector's heads predict depend on."""
     model = teacher.model
-    facts: dict[str, Any] = {'the classes': sorted(teacher.classes)}
+    facts: dict[str, Any] = {CLASSES: set(teacher.classes)}
     for part in ('rpn_head', 'bbox_head'):
         head = getattr(model, part, None)
         facts[f'the {part}'] = type(head).__name__

@@ -134,6 +134,15 @@ def views_of(teacher: Any) -> dict[str, Any]:
     return {'teacher': teacher}
 
 
+def single_views(teacher: Any) -> list[TeacherOutputs]:
+    """What a step reads of each frozen network, those of a mean too."""
+    return [
+        single
+        for view in views_of(teacher).values()
+        for single in getattr(view, 'views', [view])
+    ]
+
+
 # ------------------------------------------------------------------- building
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import mmkd
 from mmkd.distiller import Distiller, build_distiller
-from mmkd.teacher import TeacherOutputs, class_names
+from mmkd.several_teachers import is_list, is_mean, single_views
+from mmkd.teacher import class_names
 
 Batch = tuple[Tensor, list[DetDataSample]]
 
@@ -86,11 +87,22 @@ def build(args: argparse.Namespace, device: str) -> tuple[Distiller, Batch]:
     cfg, student, batch = build_student(args, device)
     distillation = copy.deepcopy(cfg.distillation)
     if 'teacher' in distillation:
-        distillation.teacher.checkpoint = None
+        untrain(distillation.teacher)
     for peer in distillation.get('peers', {}).values():
         peer.cfg_options = {'model.backbone.init_cfg': None}
     classes = class_names({}, cfg) or ()
     return build_distiller(distillation, student, classes), batch
+
+
+def untrain(teacher: Any) -> None:
+    """Take the weights from descriptions of teachers, in place."""
+    if is_mean(teacher):
+        teacher = teacher['mean']
+    if not is_list(teacher):
+        teacher['checkpoint'] = None
+        return
+    for each in teacher:
+        untrain(each)
 
 
 class Trainer:
@@ -135,19 +147,22 @@ class Trainer:
         assert self.distiller
         teacher = self.distiller.teacher
         self.rois: dict[int, Any] = {}
-        views = []
+        views: list[Any] = []
 
-        def watched(*args: Any) -> TeacherOutputs:
-            view = teacher(*args)
-            score = view.score_rois
+        def watched(*args: Any) -> Any:
+            seen = teacher(*args)
+            for view in single_views(seen):
+                score = view.score_rois
 
-            def score_rois(sample: Any, stage: int) -> Any:
-                self.rois[stage] = sample
-                return score(sample, stage)
+                def score_rois(
+                    sample: Any, stage: int, score: Any = score
+                ) -> Any:
+                    self.rois[stage] = sample
+                    return score(sample, stage)
 
-            view.score_rois = score_rois
-            views.append(view)
-            return view
+                view.score_rois = score_rois
+                views.append(view)
+            return seen
 
         self.distiller.teacher = watched
         try:
@@ -160,11 +175,12 @@ class Trainer:
     def teacher(self) -> None:
         """The teacher's part of a distilled step alone."""
         assert self.distiller
-        view = self.distiller.teacher(self.inputs, self.samples)
-        for part in self.parts:
-            getattr(view, part)
-        for stage, sample in self.rois.items():
-            view.score_rois(sample, stage)
+        seen = self.distiller.teacher(self.inputs, self.samples)
+        for view in single_views(seen):
+            for part in self.parts:
+                getattr(view, part)
+            for stage, sample in self.rois.items():
+                view.score_rois(sample, stage)
 
 
 def timed(run: Callable[[], None], device: str) -> float:

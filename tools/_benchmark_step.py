@@ -95,7 +95,7 @@ def ratios(args: argparse.Namespace, device: str) -> dict[str, Any]:
 def memory(args: argparse.Namespace, device: str) -> dict[str, float]:
     """Peak memory in MiB, and what explains it."""
     distiller, _ = build(args, device)
-    weights = size_of([distiller.teacher.model])
+    weights = size_of([t.model for t in distiller.networks.values()])
     adapters = size_of([distiller])
     del distiller
     plain, distilled = (peak_memory(kind) for kind in ('plain', 'distilled'))

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmkd.data import read_json
-from mmkd.teacher import build_teacher
+from mmkd.several_teachers import build_teachers
 from mmkd.utils import ConfigError
 
 Truth = dict[str, Any]
@@ -289,6 +289,8 @@ class Attention:
 def attend(run: WorkDir, ids: Sequence[Any]) -> dict[Any, Attention]:
     """Compare a distilled student's features with its teacher's.
 
+    Several teachers look where they do on average.
+
     Args:
         run: A run that distils.
         ids: Of the images.
@@ -299,7 +301,7 @@ def attend(run: WorkDir, ids: Sequence[Any]) -> dict[Any, Attention]:
     """
     model, loader = load(run, None)
     dataset = loader.dataset
-    teacher = build_teacher(
+    teacher = build_teachers(
         run.config.distillation.teacher,
         student=model,
         student_classes=dataset.metainfo['classes'],
@@ -314,13 +316,17 @@ def attend(run: WorkDir, ids: Sequence[Any]) -> dict[Any, Attention]:
             data = model.data_preprocessor(batch)
             inputs, samples = data['inputs'], data['data_samples']
             ours = model.extract_feat(inputs)
-            theirs = teacher(inputs, samples).maps
+            theirs = [
+                network(inputs, samples).maps
+                for network in teacher.networks.values()
+            ]
         share = (
             samples[0].img_shape[0] / inputs.shape[2],
             samples[0].img_shape[1] / inputs.shape[3],
         )
         found[image] = Attention(
-            attention(ours, share), attention(theirs, share)
+            attention(ours, share),
+            np.mean([attention(maps, share) for maps in theirs], axis=0),
         )
     return found
 

@@ -14,6 +14,7 @@ from _training import fingerprint, read_json, versions, write_json
 from _work_dir import last_checkpoint
 from mmengine.config import Config
 
+from mmkd.several_teachers import described, is_list, is_mean
 from mmkd.teacher_source import load_config
 from mmkd.utils import ConfigError, check_options, nearest
 
@@ -119,15 +120,17 @@ class Run:
     def inputs(self) -> dict[str, str]:
         """Hashes of all that the result depends on (see :data:`INPUTS`)."""
         config = copy.deepcopy(self.config)
-        about = dict(config.get('distillation', {}).get('teacher') or {})
         others = []
         if self.teacher is not None:
             others.append(fingerprint(self.teacher.config).encode())
+            about = dict(config.distillation.get('teacher') or {})
             about = {**about, 'config': '', 'checkpoint': ''}
             config.distillation.teacher = about
-        elif isinstance(about.get('config'), str):
-            theirs = load_config(about['config'])
-            others.append(fingerprint(theirs).encode())
+        else:
+            for about in teachers_of(config):
+                if isinstance(about.get('config'), str):
+                    theirs = load_config(about['config'])
+                    others.append(fingerprint(theirs).encode())
         return {
             'config': fingerprint(config, *others),
             'data': hash_data(self.config),
@@ -139,11 +142,16 @@ class Run:
     @property
     def teacher_hash(self) -> str:
         """SHA-256 of the teacher's checkpoint; empty without teacher."""
-        if self.teacher is None:
-            options = self.config.get('distillation', {}).get('teacher') or {}
-            source = str(options.get('checkpoint') or '')
-            return hash_file(Path(source)) if is_file(source) else source
-        return self.teacher.checkpoint_hash
+        if self.teacher is not None:
+            return self.teacher.checkpoint_hash
+        sources = [
+            str(options.get('checkpoint') or '')
+            for options in teachers_of(self.config)
+        ]
+        return ' '.join(
+            hash_file(Path(source)) if is_file(source) else source
+            for source in sources
+        )
 
     @property
     def checkpoint_hash(self) -> str:
@@ -381,5 +389,18 @@ def resolve(options: Mapping[str, Any], where: str) -> Config:
                 f'{where} has a teacher, but {options["config"]} has no '
                 '`distillation` to use it.'
             )
-        config.distillation.setdefault('teacher', {}).pop('name', None)
+        teacher = config.distillation.setdefault('teacher', {})
+        if is_list(teacher) or is_mean(teacher):
+            raise ConfigError(
+                f'{where} has a teacher, but {options["config"]} describes '
+                'several teachers. Leave it out, or give a config of one.'
+            )
+        teacher.pop('name', None)
     return config
+
+
+def teachers_of(config: Config) -> list[dict[str, Any]]:
+    """The descriptions of a config's teachers."""
+    teacher = config.get('distillation', {}).get('teacher')
+    networks = described(teacher).values() if teacher else ()
+    return [{'name': n} if isinstance(n, str) else dict(n) for n in networks]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmkd.hooks.telemetry import gradient, norm, student_parameters
 from mmkd.outputs import Outputs, box_heads, intercepted, replaced
-from mmkd.several_teachers import views_of
+from mmkd.several_teachers import single_views, views_of
 from mmkd.teacher import Teacher
 from mmkd.teacher_view import ClassMap
 from mmkd.utils import isolated_random_state
@@ -84,7 +84,7 @@ class Recording:
             for sample in student.rois:
                 sample.logits = mapped(change, sample.logits)
                 sample.deltas = mapped(change, sample.deltas)
-        for teacher in networks_of(self.teacher):
+        for teacher in single_views(self.teacher):
             parts = vars(teacher)
             for name in ('maps', 'rpn', 'dense'):
                 if name in parts:
@@ -92,15 +92,6 @@ class Recording:
             for name in ('features', 'score_rois'):
                 read = getattr(teacher, name)
                 setattr(teacher, name, functools.partial(_read, change, read))
-
-
-def networks_of(teacher: Any) -> list[Any]:
-    """What each frozen network gave in a step."""
-    return [
-        network
-        for view in views_of(teacher).values()
-        for network in getattr(view, 'views', [view])
-    ]
 
 
 def _read(
