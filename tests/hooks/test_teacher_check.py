@@ -130,6 +130,36 @@ class TestMetrics:
         assert toy.same(records[0].states, records[1].states)
         assert toy.same(records[0].metrics, records[1].metrics)
 
+    def test_each_of_several_is_named(self, tmp_path):
+        cfg = toy.distilled(tmp_path, toy.RETINANET, images=2)
+        teacher, path = teacher_of(tmp_path, toy.RETINANET, 'Oracle')
+        described = dict(
+            config=toy.teacher_config(teacher), checkpoint=str(path)
+        )
+        cfg.distillation.teacher = [
+            toy.untrained(cfg),
+            dict(described, label='oracle'),
+        ]
+        cfg.val_dataloader.dataset.indices = list(range(3))
+        cfg.custom_hooks = [dict(type='mmkd.TeacherCheckHook', evaluate=3)]
+        scalars = Scalars()
+        toy.train(cfg, scalars)
+        expected = expected_metrics(tmp_path, 3)
+        found = {
+            k.removeprefix('teacher_oracle/'): v
+            for k, v in scalars.seen.items()
+            if k.startswith('teacher_oracle/')
+        }
+        assert found == pytest.approx(expected)
+        assert found['coco/bbox_mAP'] > 0.05
+        log = next(iter(tmp_path.glob('*/*.log'))).read_text()
+        for name, kind in (
+            ('teacher_1', 'RetinaNet'),
+            ('teacher_oracle', 'Oracle'),
+        ):
+            assert f'The {name} on 3 validation images' in log
+            assert f'the {name} is {kind}' in log
+
     def test_voc_with_two_metrics(self, tmp_path, repo_root, shared_data):
         cfg = Config.fromfile(repo_root / 'configs/bccd/distilled.py')
         for split in ('train', 'val', 'test'):
