@@ -233,9 +233,10 @@ def _dense_in_order(head: Any, raw: Any, order: Tensor | None) -> Any:
     """A dense head's output with its classes in another order."""
     if order is None:
         return raw
-    before, width = 0, head.cls_out_channels
     if hasattr(head, 'num_attrib'):  # YOLOv3: box and object come first
         before, width = 5, head.num_attrib
+    else:
+        before, width = 0, head.cls_out_channels
     maps = [
         _columns(level.unflatten(1, (-1, width)), before, order).flatten(1, 2)
         for level in raw[0]
