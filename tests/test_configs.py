@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmkd.registry import METHODS
+from mmkd.several_teachers import described as by_name
 from mmkd.teacher_source import find_in_model_index, load_config
 from mmkd.utils import build_checked
 
@@ -97,25 +98,33 @@ def test_the_networks_resolve(cfg):
         assert load_config(peer['config']).model.type
     if 'teacher' not in cfg.get('distillation', {}):
         return
-    teacher = described(cfg)
-    config = load_config(teacher['config'])
-    assert config.model.type
-    checkpoint = teacher['checkpoint']
-    if checkpoint.startswith('work_dirs/'):
-        # what training its config leaves
-        last = config.train_cfg.max_epochs
-        assert Path(checkpoint).name == f'epoch_{last}.pth'
-    else:
-        assert re.fullmatch(
-            r'https://download\.openmmlab\.com/.*-[0-9a-f]{8}\.pth', checkpoint
-        )
+    for teacher in all_described(cfg):
+        config = load_config(teacher['config'])
+        assert config.model.type
+        checkpoint = teacher['checkpoint']
+        if checkpoint.startswith('work_dirs/'):
+            # what training its config leaves
+            last = config.train_cfg.max_epochs
+            assert Path(checkpoint).name == f'epoch_{last}.pth'
+        else:
+            assert re.fullmatch(
+                r'https://download\.openmmlab\.com/.*-[0-9a-f]{8}\.pth',
+                checkpoint,
+            )
 
 
 def described(cfg):
-    teacher = dict(cfg.distillation.teacher)
-    if 'name' in teacher:
-        return find_in_model_index(teacher['name'])
+    (teacher,) = all_described(cfg)
     return teacher
+
+
+def all_described(cfg):
+    return [
+        find_in_model_index(teacher['name'])
+        if 'name' in teacher
+        else dict(teacher)
+        for teacher in by_name(cfg.distillation.teacher).values()
+    ]
 
 
 def small(cfg):
@@ -159,8 +168,12 @@ def small_dataset(dataset):
 def test_it_trains_two_iterations(cfg, tmp_path):
     cfg, distilled = small(cfg), cfg.get('distillation')
     if 'teacher' in (distilled or {}):
-        teacher = small(load_config(described(cfg)['config']))
-        cfg.distillation.teacher = toy.untrained(teacher)
+        teachers = [
+            toy.untrained(small(load_config(teacher['config'])))
+            for teacher in all_described(cfg)
+        ]
+        several = isinstance(cfg.distillation.teacher, list)
+        cfg.distillation.teacher = teachers if several else teachers[0]
     for peer in cfg.get('distillation', {}).get('peers', {}).values():
         config = small(load_config(peer['config']))
         peer['config'] = toy.teacher_config(config)
