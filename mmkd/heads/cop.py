@@ -32,9 +32,10 @@ class COPHead(PAAHead):
     weights of a trained ``PAAHead`` fit but for the new convolution.
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
-    Distillation", WACV 2022. The official code also has a convolution that
-    nothing uses, and lets the logits beyond the border be 0, that is a
-    probability of 0.5; here nothing is there: the probability is 0.
+    Distillation", WACV 2022, https://arxiv.org/abs/2108.10520. The official
+    code also has a convolution that nothing uses, and lets the logits beyond
+    the border be 0, that is a probability of 0.5; here nothing is there: the
+    probability is 0.
 
     Raises:
         ConfigError: If there are several anchors a position.

@@ -44,9 +44,9 @@ class CoLearningAssignment(Method):
     ``<method>.share_<network>``.
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
-    Distillation", WACV 2022. Its official code does not survive an image
-    without candidates, nor an object with one; equal indicators go to its
-    second network, here to the student.
+    Distillation", WACV 2022, https://arxiv.org/abs/2108.10520. Its official
+    code does not survive an image without candidates, nor an object with one;
+    equal indicators go to its second network, here to the student.
 
     Args:
         indicator: ``'std_mean'``, ``'fisher'``, or the name of a function in

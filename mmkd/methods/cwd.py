@@ -29,13 +29,13 @@ class CWD(FeatureMethod):
     of each level l, averaged over the images. Positions on padding are not
     part of the distributions.
 
-    Source: Shu, Liu, Gao, Yan, Shen, "Channel-wise Knowledge Distillation
-    for Dense Prediction", ICCV 2021, sec. 3, written for segmentation. For
-    detectors MMRazor's configs take every FPN level with T = 1, weight 10
-    and no adaptation, which are the defaults. A 1x1 convolution adapts
-    where the widths differ, as in the paper. Class scores can be distilled
-    too (``source='bbox_head.gfl_cls'``), where both networks have the same
-    classes in the same order.
+    Source: Shu, Liu, Gao, Yan, Shen, "Channel-wise Knowledge Distillation for
+    Dense Prediction", ICCV 2021, https://arxiv.org/abs/2011.13256, sec. 3,
+    written for segmentation. For detectors MMRazor's configs take every FPN
+    level with T = 1, weight 10 and no adaptation, which are the defaults. A
+    1x1 convolution adapts where the widths differ, as in the paper. Class
+    scores can be distilled too (``source='bbox_head.gfl_cls'``), where both
+    networks have the same classes in the same order.
 
     Args:
         temperature: T, above 0; softens the distributions.

@@ -56,9 +56,9 @@ class DCM(Method):
     Logged as ``<method>.loss_aux<n>_<network>``, the task loss of auxiliary
     head n, and ``loss_kl_<network>``, the 9 terms that a network learns by.
 
-    Source: Yao, Sun, "Knowledge Transfer via Dense Cross-Layer Mutual-
-    Distillation", ECCV 2020, https://arxiv.org/abs/2008.07816, and its code
-    sundw2014/DCM, for classification. Detectors are ours.
+    Source: Yao, Sun, "Knowledge Transfer via Dense Cross-Layer
+    Mutual-Distillation", ECCV 2020, https://arxiv.org/abs/2008.07816, and its
+    code sundw2014/DCM, for classification. Detectors are ours.
 
     Args:
         stages: Module paths of the student's earlier stages, shallow first.

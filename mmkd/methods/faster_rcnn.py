@@ -66,9 +66,10 @@ class FasterRCNNDistillation(Method):
     classes that the teacher does not know get no bounded loss.
 
     Source: Chen, Choi, Yu, Han, Chandraker, "Learning Efficient Object
-    Detection Models with Knowledge Distillation", NeurIPS 2017, with
-    :math:`\lambda = 1, \gamma = \nu = 0.5`. The paper gives no :math:`\mu`
-    (here 0.5) and no margin (here 0). No official code.
+    Detection Models with Knowledge Distillation", NeurIPS 2017,
+    https://papers.nips.cc/paper/2017/hash/e1e32e235eee1f970470a3a6658dfdd5-Abstract.html,
+    with :math:`\lambda = 1, \gamma = \nu = 0.5`. The paper gives no
+    :math:`\mu` (here 0.5) and no margin (here 0). No official code.
 
     Args:
         mu: Share of the hard labels in the classification loss, 0 to 1.

@@ -58,13 +58,14 @@ class FBKD(FeatureMethod):
     averages over the images.
 
     Source: Zhang, Ma, "Improve Object Detection with Feature-based Knowledge
-    Distillation: Towards Accurate and Efficient Detectors", ICLR 2021. The
-    form, the weights and T are those of the official code for Faster R-CNN
-    (the supplement, and MMRazor's copy), which takes P2 to P5. It differs
-    from the paper, which also masks by the channels' attention
-    (``channel_mask=True``). For one-stage detectors weights six times as
-    large are in use, UNVERIFIED. Max-pooling rounds the number of cells up,
-    not down: nothing is dropped, whatever the padding.
+    Distillation: Towards Accurate and Efficient Detectors", ICLR 2021,
+    https://openreview.net/forum?id=uKhGRvM8QNH. The form, the weights and T
+    are those of the official code for Faster R-CNN (the supplement, and
+    MMRazor's copy), which takes P2 to P5. It differs from the paper, which
+    also masks by the channels' attention (``channel_mask=True``). For
+    one-stage detectors weights six times as large are in use, UNVERIFIED.
+    Max-pooling rounds the number of cells up, not down: nothing is dropped,
+    whatever the padding.
 
     Args:
         temperature: T of the attention masks, above 0.

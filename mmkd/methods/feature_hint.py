@@ -30,9 +30,10 @@ class FeatureHint(FeatureMethod):
     does not matter. The RoIs' features are averaged over all RoIs. Student
     maps of another size are resized (bilinear), never cropped.
 
-    Source: Romero et al., "FitNets", ICLR 2015; for detectors Chen et al.,
-    "Learning Efficient Object Detection Models with Knowledge Distillation",
-    NeurIPS 2017, which adapts also at equal widths and finds that it helps.
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015,
+    https://arxiv.org/abs/1412.6550; for detectors Chen et al., "Learning
+    Efficient Object Detection Models with Knowledge Distillation", NeurIPS
+    2017, which adapts also at equal widths and finds that it helps.
 
     Args:
         adapt: 1x1 convolutions (linear layers for vectors); None adapts only

@@ -67,14 +67,15 @@ class FFSD(Method):
     the epochs e.
 
     Source: Li, Lin, Ji, Ye, Tian, Wu, Tian, "Distilling a Powerful Student
-    Model via Online Knowledge Distillation", arXiv 2103.14473, and its code
-    SJLeo/FFSD, for classification. For detectors, ours: neck levels in the
-    place of the last stage, a dense head in that of the classifier, one
-    fusion for all levels. All modules train in one step with the student's
-    optimiser; the code has one for each network and trains the chain after
-    the students. With ``clip_grad`` the method's layers are clipped together:
-    lower ``module_weight`` there. UNVERIFIED: that t is a plain 1x1
-    convolution, and the norm in the target of ``div``.
+    Model via Online Knowledge Distillation", 2021,
+    https://arxiv.org/abs/2103.14473, and its code SJLeo/FFSD, for
+    classification. For detectors, ours: neck levels in the place of the last
+    stage, a dense head in that of the classifier, one fusion for all levels.
+    All modules train in one step with the student's optimiser; the code has
+    one for each network and trains the chain after the students. With
+    ``clip_grad`` the method's layers are clipped together: lower
+    ``module_weight`` there. UNVERIFIED: that t is a plain 1x1 convolution, and
+    the norm in the target of ``div``.
 
     Args:
         temperature: T, above 0.

@@ -57,13 +57,13 @@ class FGD(FeatureMethod):
     Positions on padding are part of nothing.
 
     Source: Yang, Li, Jiang, Gong, Yuan, Zhao, Yuan, "Focal and Global
-    Knowledge Distillation for Detectors", CVPR 2022, and its code
-    (yzd-v/FGD), whose RetinaNet weights are the defaults; its Faster R-CNN
-    has 5e-5, 2.5e-5, 5e-5 and 5e-7, its FCOS 1.6e-3, 8e-4, 8e-4, 8e-6 and
-    T = 0.8. That code scales boxes by the size of the unpadded image, which
-    shifts them on padded ones, and counts padding as background; neither is
-    repeated here. Its recipe also starts the student's neck and head from
-    the teacher's.
+    Knowledge Distillation for Detectors", CVPR 2022,
+    https://arxiv.org/abs/2111.11837, and its code (yzd-v/FGD), whose RetinaNet
+    weights are the defaults; its Faster R-CNN has 5e-5, 2.5e-5, 5e-5 and 5e-7,
+    its FCOS 1.6e-3, 8e-4, 8e-4, 8e-6 and T = 0.8. That code scales boxes by
+    the size of the unpadded image, which shifts them on padded ones, and
+    counts padding as background; neither is repeated here. Its recipe also
+    starts the student's neck and head from the teacher's.
 
     Args:
         temperature: T of the attention, above 0.

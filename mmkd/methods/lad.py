@@ -58,8 +58,8 @@ class LabelAssignmentDistillation(Method):
     names are mapped, and the teacher has to know each of the student's.
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
-    Distillation", WACV 2022, for PAA (official code: CoLAD). The extension
-    to other assigners is mmkd's.
+    Distillation", WACV 2022, https://arxiv.org/abs/2108.10520, for PAA
+    (official code: CoLAD). The extension to other assigners is mmkd's.
 
     Args:
         box_weighting: PAA only. ``'iou'``: the stock loss, GIoU weighted by

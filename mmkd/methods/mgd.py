@@ -39,10 +39,10 @@ class MGD(FeatureMethod):
     touched (the student's samplers draw what they would without MGD), and a
     resumed run draws the masks that the uninterrupted one would have.
 
-    Source: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative
-    Distillation", ECCV 2022; weight 2e-5 and mask ratio .65 for one-stage,
-    5e-7 and .45 for two-stage detectors. The official code (yzd-v/MGD)
-    adapts only where the widths differ, as here.
+    Source: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation",
+    ECCV 2022, https://arxiv.org/abs/2205.01529; weight 2e-5 and mask ratio .65
+    for one-stage, 5e-7 and .45 for two-stage detectors. The official code
+    (yzd-v/MGD) adapts only where the widths differ, as here.
 
     Args:
         mask_ratio: Share of the masked positions, from 0, below 1.

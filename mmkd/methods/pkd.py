@@ -41,9 +41,10 @@ class PKD(FeatureMethod):
 
     Source: Cao, Zhang, Gao, Cheng, Cheng, Zhang, "PKD: General Distillation
     Framework for Object Detectors via Pearson Correlation Coefficient",
-    NeurIPS 2022, with the weight 6. The official code (MMRazor) is this
-    formula with the unbiased standard deviation, a difference of
-    1 / (B H W), and takes the first four FPN levels of Faster R-CNN.
+    NeurIPS 2022, https://arxiv.org/abs/2207.02039, with the weight 6. The
+    official code (MMRazor) is this formula with the unbiased standard
+    deviation, a difference of 1 / (B H W), and takes the first four FPN levels
+    of Faster R-CNN.
 
     Args:
         per_image: Statistics of each image instead of the batch.

@@ -42,10 +42,12 @@ class SoftLabelDistillation(Method):
     heads with anchors and a box coder (PAA, ATSS, DDOD, RetinaNet); the IoU
     (centerness) term is left out where there is no such branch.
 
-    Source: the baseline and the soft part of SoLAD in Nguyen et al., WACV
-    2022. Of the official code's details: its class sum also runs over
-    anchors on padding; A is not averaged over processes, and where it is 0
-    it divides by machine precision. Here it is averaged and at least 1.
+    Source: Nguyen et al., "Improving Object Detection by Label Assignment
+    Distillation", WACV 2022, https://arxiv.org/abs/2108.10520: the baseline,
+    and the soft part of SoLAD. Of the official code's details: its class sum
+    also runs over anchors on padding; A is not averaged over processes, and
+    where it is 0 it divides by machine precision. Here it is averaged and at
+    least 1.
 
     Args:
         cls_weight: :math:`w_{cls}`.
@@ -143,7 +145,9 @@ class SoLAD(LabelAssignmentDistillation):
     :class:`LabelAssignmentDistillation` for the assignment, beside
     :class:`SoftLabelDistillation` with the weights below.
 
-    Source: Nguyen et al., WACV 2022; weights of its official code.
+    Source: Nguyen et al., "Improving Object Detection by Label Assignment
+    Distillation", WACV 2022, https://arxiv.org/abs/2108.10520; weights of its
+    official code.
 
     Args:
         soft: Options of :class:`SoftLabelDistillation` other than these

@@ -65,16 +65,16 @@ class TaT(FeatureMethod):
     images in, as in the paper, unless ``per_image`` is set. Nothing is
     tested with it, so it keeps no running statistics.
 
-    Source: Lin, Xie, Wang, Yu, Chang, Liang, Wang, "Knowledge Distillation
-    via the Target-aware Transformer", CVPR 2022, sec. 3. Its authors
-    tested classification and segmentation, never detection. Their code
-    (sihaoevery/TaT-seg) differs from the text: it takes the softmax over the
-    *teacher's* positions, in rows of the student's
-    (``softmax='teacher'``), and its :math:`\theta` is a convolution with
-    batch normalisation (``theta='conv'``), while the paper finds the
-    identity best. It cuts each map into a fixed *number* of patches and
-    drops the rows that remain. The weights are those of its ResNet-18 on
-    COCO-Stuff; patch size and grid for detectors are UNVERIFIED.
+    Source: Lin, Xie, Wang, Yu, Chang, Liang, Wang, "Knowledge Distillation via
+    the Target-aware Transformer", CVPR 2022, https://arxiv.org/abs/2205.10793,
+    sec. 3. Its authors tested classification and segmentation, never
+    detection. Their code (sihaoevery/TaT-seg) differs from the text: it takes
+    the softmax over the *teacher's* positions, in rows of the student's
+    (``softmax='teacher'``), and its :math:`\theta` is a convolution with batch
+    normalisation (``theta='conv'``), while the paper finds the identity best.
+    It cuts each map into a fixed *number* of patches and drops the rows that
+    remain. The weights are those of its ResNet-18 on COCO-Stuff; patch size
+    and grid for detectors are UNVERIFIED.
 
     Args:
         patch_size: Rows and columns of a patch, in positions; None for no
