@@ -19,10 +19,11 @@ from .conditions import (
     check_half_precision,
     check_padding,
 )
+from .losses import check_losses
 from .networks import check_classes, check_modes, check_precision, watched
 from .patient import Patient
 from .report import Report
-from .step import check_cost, check_losses, check_zero_weight, describe_taps
+from .step import check_cost, check_zero_weight, describe_taps
 from .weights import check_checkpoint_file, check_loaded
 
 USER_ERRORS = (CheckpointError, ConfigError, DataError, TapError)

@@ -1,4 +1,4 @@
-"""One step: what meets what, which way it pulls, and what it costs."""
+"""One step: what meets what, what weight 0 leaves, and what it costs."""
 
 import contextlib
 import functools
@@ -7,24 +7,19 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmkd.checkpoint import ATTACHED
-from mmkd.hooks.telemetry import cosine, gradient, norm, student_parameters
-from mmkd.methods import Method
+from mmkd.hooks.telemetry import gradient
 from mmkd.outputs import Outputs, TapError, intercepted
 from mmkd.several_teachers import views_of
 
-from .patient import Patient, Step, cloned, own_state, steers
+from .patient import Patient, Step, cloned, own_state
 from .report import some, table
 
-EXPLODED = 1000.0
-"""A method's gradient norm over the task's, from which on it is a finding."""
-MORE_BATCHES = 3
-"""A loss that is 0 on the first batch is looked at on as many others."""
 ROUNDS = 3
 
 
@@ -98,122 +93,6 @@ def _shape(
     width = patient.inputs.shape[-1]
     strides = dict.fromkeys(f'{width / m.shape[3]:.3g}' for m in maps)
     return [' '.join(channels), ' '.join(sizes), ' '.join(strides)]
-
-
-# -------------------------------------------------------------------- losses
-
-
-def check_losses(patient: Patient) -> None:
-    """Each loss's value, gradient norm, and cosine with the task's."""
-    step = patient.distilled_step()
-    report = patient.report
-    parameters = student_parameters(patient.student)
-    task = gradient(step.task.values(), parameters)
-    scale = float(norm(task))
-    shown: dict[str, dict[str, float]] = {
-        'task': {
-            'value': sum(float(x.detach()) for x in step.task.values()),
-            'gradient': scale,
-            'cosine': 1.0,
-        }
-    }
-    for losses in step.distilled.values():
-        for name, loss in losses.items():
-            own = gradient([loss], parameters)
-            shown[name] = {
-                'value': float(loss.detach()),
-                'gradient': float(norm(own)),
-                'cosine': float(cosine(own, task)),
-            }
-    images, _, height, width = patient.inputs.shape
-    rows = [['loss', 'value', 'gradient', 'cosine with the task']]
-    for name, row in shown.items():
-        rows.append([name, *(f'{v:.4g}' for v in row.values())])
-    report.say('Losses', f'of {images} images, {height}x{width}', *table(rows))
-    report.values['losses'] = shown
-    for name, method in patient.distiller.methods.items():
-        if steers(cast(Method, method)):
-            report.say('Losses', f"{name} steers the student's own losses")
-    _check_reached(patient, step)
-    _judge(patient, shown, scale)
-
-
-def _judge(
-    patient: Patient, shown: Mapping[str, Mapping[str, float]], scale: float
-) -> None:
-    find = patient.report.find
-    for name, row in shown.items():
-        if not all(map(_finite, (row['value'], row['gradient']))):
-            find(f'{name}: its value or gradient is NaN or infinite.')
-        elif name == 'task':
-            continue
-        elif row['value'] == 0 or row['gradient'] == 0:
-            if _stays_zero(patient, name):
-                what = 'value' if row['value'] == 0 else 'gradient'
-                find(
-                    f'{name} teaches nothing: its {what} is exactly 0 on '
-                    f'{1 + MORE_BATCHES} batches.'
-                )
-        elif scale and row['gradient'] > EXPLODED * scale:
-            find(
-                f'{name} explodes: its gradient is {row["gradient"]:.3g}, '
-                f"the task's {scale:.3g}. Lower its loss_weight or warm it "
-                'up (mmkd.WeightScheduleHook).'
-            )
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float('inf')
-
-
-def _stays_zero(patient: Patient, name: str) -> bool:
-    """Whether a loss or its gradient is 0 on other batches, too."""
-    loader = iter(patient.runner.train_loop.dataloader)
-    parameters = student_parameters(patient.student)
-    for _ in range(MORE_BATCHES):
-        raw = next(loader, None)
-        if raw is None:
-            break
-        step = patient.on(raw).distilled_step()
-        loss = {k: v for d in step.distilled.values() for k, v in d.items()}
-        if name in loss and float(norm(gradient([loss[name]], parameters))):
-            return False
-    return True
-
-
-def _check_reached(patient: Patient, step: Step) -> None:
-    """Every trainable parameter gets a gradient, as in the plain step."""
-    named = {
-        name: p
-        for name, p in patient.student.named_parameters()
-        if p.requires_grad
-    }
-    gradients = gradient([step.total], list(named.values()))
-    without = [
-        name
-        for name, each in zip(named, gradients, strict=True)
-        if each is None
-    ]
-    if not without:
-        return
-    patient.report.say(
-        'Gradient', f'{len(without)} parameters get none: {some(without)}'
-    )
-    plain = patient.plain_step()
-    idle: set[str] = set()
-    if plain is not None:
-        stock = dict(patient.stock.named_parameters())
-        trained = {k: p for k, p in stock.items() if p.requires_grad}
-        got = gradient([plain.total], list(trained.values()))
-        idle = {
-            k for k, each in zip(trained, got, strict=True) if each is None
-        }
-    new = [name for name in without if name not in idle]
-    if new:
-        patient.report.find(
-            f'{len(new)} trainable parameters get no gradient ({some(new)}): '
-            'distributed training would wait for them for ever.'
-        )
 
 
 # --------------------------------------------------------------- zero weight

@@ -104,6 +104,28 @@ class ChangesStudent(OnNeck):
 
 
 @METHODS.register_module()
+class TeachesPeersAlone(OnNeck):
+    """The student's part of a loss between peers has no gradient."""
+
+    needs = 'peers'
+    peer_paths = ('neck',)
+
+    def forward(self, student, teacher, data_samples):
+        (peer,) = student.peers.values()
+        pairs = zip(
+            student.features('neck'), peer.features('neck'), strict=True
+        )
+        losses = [self.compare(s.detach(), p) for s, p in pairs]
+        return {'neck': torch.stack(losses).sum()}
+
+
+@METHODS.register_module()
+class TeachesNobody(TeachesPeersAlone):
+    def compare(self, student, teacher):
+        return super().compare(student, teacher.detach())
+
+
+@METHODS.register_module()
 class IdleAdapter(OnNeck):
     def prepare(self, student, teacher):
         self.unused = nn.Conv2d(1, 1, 1)

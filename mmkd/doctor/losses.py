@@ -1,0 +1,196 @@
+"""What each loss is worth, what it trains, and which way it pulls."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from mmkd.hooks.telemetry import cosine, gradient, norm, student_parameters
+from mmkd.methods import Method
+
+from .patient import Patient, Step, steers
+from .report import some, table
+
+EXPLODED = 1000.0
+"""A method's gradient norm over the task's, from which on it is a finding."""
+MORE_BATCHES = 3
+"""A loss that is 0 on the first batch is looked at on as many others."""
+
+
+def check_losses(patient: Patient) -> None:
+    """Each loss's value, what it trains, and which way it pulls."""
+    step = patient.distilled_step()
+    report = patient.report
+    parts = trained_parts(patient)
+    task = gradient(step.task.values(), parts['student'])
+    scale = float(norm(task))
+    shown: dict[str, dict[str, float]] = {
+        'task': {
+            'value': sum(float(x.detach()) for x in step.task.values()),
+            'gradient': scale,
+            'cosine': 1.0,
+        }
+    }
+    reached = {'task': _reached(step.task.values(), parts)}
+    for losses in step.distilled.values():
+        for name, loss in losses.items():
+            own = gradient([loss], parts['student'])
+            shown[name] = {
+                'value': float(loss.detach()),
+                'gradient': float(norm(own)),
+                'cosine': float(cosine(own, task)),
+            }
+            reached[name] = _reached([loss], parts)
+    images, _, height, width = patient.inputs.shape
+    rows = [['loss', 'value', 'gradient', 'cosine with the task', 'trains']]
+    for name, row in shown.items():
+        values = [f'{v:.4g}' for v in row.values()]
+        rows.append([name, *values, ', '.join(reached[name])])
+    report.say('Losses', f'of {images} images, {height}x{width}', *table(rows))
+    report.values['losses'] = shown
+    for name, method in patient.distiller.methods.items():
+        if steers(cast(Method, method)):
+            report.say('Losses', f"{name} steers the student's own losses")
+    _check_reached(patient, step)
+    _judge(patient, shown, reached)
+    _check_student_learns(patient, step, reached)
+
+
+def trained_parts(patient: Patient) -> dict[str, list[nn.Parameter]]:
+    """The parameters of all that is trained; the student comes first."""
+    distiller = patient.distiller
+    parts = {'student': student_parameters(patient.student)}
+    modules: dict[str, nn.Module] = {
+        name: peer.model for name, peer in distiller.peers.items()
+    }
+    for name, module in {**modules, 'own layers': distiller.methods}.items():
+        parts[name] = [p for p in module.parameters() if p.requires_grad]
+    return parts
+
+
+def _reached(
+    losses: Iterable[Tensor], parts: Mapping[str, Sequence[nn.Parameter]]
+) -> list[str]:
+    """The parts that losses have a gradient in."""
+    every = [p for part in parts.values() for p in part]
+    gradients = iter(gradient(losses, every))
+    norms = {
+        name: norm([next(gradients) for _ in part])
+        for name, part in parts.items()
+    }
+    return [name for name, value in norms.items() if float(value)]
+
+
+def _judge(
+    patient: Patient,
+    shown: Mapping[str, Mapping[str, float]],
+    reached: Mapping[str, Sequence[str]],
+) -> None:
+    find = patient.report.find
+    scale = shown['task']['gradient']
+    for name, row in shown.items():
+        if not all(map(_finite, (row['value'], row['gradient']))):
+            find(f'{name}: its value or gradient is NaN or infinite.')
+        elif name == 'task':
+            continue
+        elif row['value'] == 0 or not _teaches(patient, name, reached[name]):
+            if _stays_zero(patient, name):
+                what = 'value' if row['value'] == 0 else 'gradient'
+                find(
+                    f'{name} teaches nothing: its {what} is exactly 0 on '
+                    f'{1 + MORE_BATCHES} batches.{_doubt(patient, what)}'
+                )
+        elif scale and row['gradient'] > EXPLODED * scale:
+            find(
+                f'{name} explodes: its gradient is {row["gradient"]:.3g}, '
+                f"the task's {scale:.3g}. Lower its loss_weight or warm it "
+                'up (mmkd.WeightScheduleHook).'
+            )
+
+
+def _teaches(patient: Patient, name: str, reached: Sequence[str]) -> bool:
+    """Whether a loss reaches what it is for.
+
+    Of networks that train together, a loss may teach another than the
+    student, or layers of the method.
+    """
+    method: Any = patient.distiller.methods[name.partition('.')[0]]
+    return bool(reached) if method.needs == 'peers' else 'student' in reached
+
+
+def _doubt(patient: Patient, what: str) -> str:
+    if what != 'value' or patient.distiller.teacher is None:
+        return ''
+    return (
+        ' If the teacher is trained (--eval 100 shows its metrics), its '
+        'predictions meet no object of these images as the method asks.'
+    )
+
+
+def _check_student_learns(
+    patient: Patient, step: Step, reached: Mapping[str, Sequence[str]]
+) -> None:
+    """Of the losses of a method, some reach the student."""
+    for method, losses in step.distilled.items():
+        anything = any(reached[name] for name in losses)
+        if anything and not any('student' in reached[x] for x in losses):
+            patient.report.find(
+                f'{method} teaches others, but not the student: none of its '
+                f'{len(losses)} losses has a gradient there.'
+            )
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float('inf')
+
+
+def _stays_zero(patient: Patient, name: str) -> bool:
+    """Whether a loss or its gradient is 0 on other batches, too."""
+    loader = iter(patient.runner.train_loop.dataloader)
+    parts = trained_parts(patient)
+    for _ in range(MORE_BATCHES):
+        raw = next(loader, None)
+        if raw is None:
+            break
+        step = patient.on(raw).distilled_step()
+        loss = {k: v for d in step.distilled.values() for k, v in d.items()}
+        if name in loss and _teaches(
+            patient, name, _reached([loss[name]], parts)
+        ):
+            return False
+    return True
+
+
+def _check_reached(patient: Patient, step: Step) -> None:
+    """Every trainable parameter gets a gradient, as in the plain step."""
+    named = {
+        name: p
+        for name, p in patient.student.named_parameters()
+        if p.requires_grad
+    }
+    gradients = gradient([step.total], list(named.values()))
+    without = [
+        name
+        for name, each in zip(named, gradients, strict=True)
+        if each is None
+    ]
+    if not without:
+        return
+    patient.report.say(
+        'Gradient', f'{len(without)} parameters get none: {some(without)}'
+    )
+    plain = patient.plain_step()
+    idle: set[str] = set()
+    if plain is not None:
+        stock = dict(patient.stock.named_parameters())
+        trained = {k: p for k, p in stock.items() if p.requires_grad}
+        got = gradient([plain.total], list(trained.values()))
+        idle = {
+            k for k, each in zip(trained, got, strict=True) if each is None
+        }
+    new = [name for name in without if name not in idle]
+    if new:
+        patient.report.find(
+            f'{len(new)} trainable parameters get no gradient ({some(new)}): '
+            'distributed training would wait for them for ever.'
+        )
