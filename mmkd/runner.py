@@ -28,7 +28,7 @@ from .checkpoint import (
 )
 from .data_guard import check_images, explain_data_error
 from .distiller import Distiller, build_distiller
-from .hooks import LossCheckHook, PeerValidationHook
+from .hooks import LossCheckHook, PeerValidationHook, ProgressHook
 from .peers import Peer, add_to_optimizer, save_peers
 from .registry import HOOKS, RUNNERS
 from .resume import ExactResumeHook
@@ -45,11 +45,12 @@ class DistillationRunner(Runner):
 
     * keeps checkpoints stock (``distillation`` is a key of its own), writes
       them atomically and removes old ones only after the new one is whole;
+    * shows its progress in a terminal, and what came of it at the end;
     * resumes exactly: random states, of the loader's workers too, and the
       validation that follows a checkpoint, which is run again;
     * starts distributed training also on the CPU (gloo).
 
-    Without ``distillation`` it is MMEngine's runner with the same three.
+    Without ``distillation`` it is MMEngine's runner with the same four.
 
     Example:
         >>> config = Config.fromfile('configs/faster_rcnn_kd_r50.py')
@@ -75,9 +76,13 @@ class DistillationRunner(Runner):
             self._find_resumed()
             self._attach()
             self._wrap()
+            self._register_once(ProgressHook)
             return super().train()
         finally:
             self._detach()
+            for hook in self.hooks:
+                if isinstance(hook, ProgressHook):
+                    hook.close()
 
     def val(self) -> dict:
         """Validate the stock student."""
@@ -108,11 +113,9 @@ class DistillationRunner(Runner):
         )
         self.distiller.attach()
         self.logger.info(_described(self.distiller))
-        for hook in (LossCheckHook, PeerValidationHook):
-            if hook is PeerValidationHook and not self._peers:
-                continue
-            if not any(isinstance(each, hook) for each in self.hooks):
-                self.register_hook(hook())
+        self._register_once(LossCheckHook)
+        if self._peers:
+            self._register_once(PeerValidationHook)
 
     def _detach(self) -> None:
         """Take the distiller from the student and its average (EMA)."""
@@ -138,6 +141,10 @@ class DistillationRunner(Runner):
             priority = own if priority is None else priority
             hook = build_checked(HOOKS, options, 'custom_hooks')
         super().register_hook(hook, priority)
+
+    def _register_once(self, hook: type[Hook]) -> None:
+        if not any(isinstance(each, hook) for each in self.hooks):
+            self.register_hook(hook())
 
     def _check_distillation_key(self) -> None:
         if 'distillation' in self.cfg:

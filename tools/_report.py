@@ -1,11 +1,10 @@
 """What `tools/demo.py` writes: a table, curves and pictures."""
 
 import contextlib
-import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ from _measure import Boxes, Detections, Figures, Tile, measure
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
+
+from mmkd.logs import training_rows
 
 if TYPE_CHECKING:
     from _training import Network
@@ -138,28 +139,16 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def read_curves(folder: Path) -> Curves:
-    """Read what MMEngine logged in a work dir.
-
-    Every start of a resumed run has a file of its own. Where two overlap,
-    the later counts: it repeats what came after the last checkpoint.
-    """
+    """Read what MMEngine logged in a work dir."""
     curves = Curves()
-    for path in sorted(folder.glob('*/vis_data/scalars.json')):
-        for row in complete_rows(path):
-            if 'loss' in row:
-                curves.loss[row['step']] = row['loss']
-            elif 'coco/bbox_mAP' in row:
-                curves.ap[row['step']] = row['coco/bbox_mAP']
+    for row in training_rows(folder):
+        if 'loss' in row:
+            curves.loss[row['step']] = row['loss']
+        elif 'coco/bbox_mAP' in row:
+            curves.ap[row['step']] = row['coco/bbox_mAP']
     return Curves(
         dict(sorted(curves.loss.items())), dict(sorted(curves.ap.items()))
     )
-
-
-def complete_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file; an interruption cuts the last one."""
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
 
 
 def plot_curves(curves: Mapping[str, Curves], folder: Path) -> None:

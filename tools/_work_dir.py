@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _report import Curves, complete_rows, read_curves
+from _report import Curves, read_curves
 from mmengine.config import Config
 
 from mmkd.checkpoint import latest_checkpoint
+from mmkd.logs import complete_rows
 from mmkd.utils import ConfigError
 
 RULE = '-' * 60
