@@ -1,7 +1,6 @@
-"""The runs of `tools/study.py`: what they are, depend on, and lack."""
+"""The file of `tools/study.py`: the runs that it describes."""
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from _hashes import hash_code, hash_data, hash_file, hash_text, is_file
-from _training import fingerprint, read_json, versions, write_json
-from _work_dir import last_checkpoint
+from _study_run import STUDENT, Run, Tested
 from mmengine.config import Config
 
-from mmkd.several_teachers import described, is_list, is_mean
+from mmkd.several_teachers import is_list, is_mean
 from mmkd.teacher_source import load_config
 from mmkd.utils import ConfigError, check_options, nearest
 
@@ -25,168 +22,7 @@ METRICS = {
 }
 STUDY_OPTIONS = ('name', 'work_dir', 'seeds', 'baseline', 'metrics', 'runs')
 RUN_OPTIONS = ('config', 'teacher', 'options', 'seeds')
-INPUTS = {
-    'config': 'its config',
-    'data': 'its data',
-    'teacher': "its teacher's checkpoint",
-    'code': 'the code of mmkd',
-    'packages': 'the installed packages',
-}
-"""What a result depends on, in words."""
-SOFTWARE = {'code', 'packages'}
-"""Inputs in spite of which --keep-stale keeps a result."""
-
-
-@dataclass
-class Step:
-    """A tool at work on a run: its training or its test."""
-
-    folder: Path
-    name: str
-    command: list[str]
-    fingerprint: Mapping[str, str]
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f'{self.name}.txt'
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What was noted of it; empty before it was begun."""
-        return read_json(self.folder / f'{self.name}.json')
-
-    def note(self, **changes: Any) -> None:
-        write_json(self.folder / f'{self.name}.json', self.state | {**changes})
-
-
-@dataclass
-class Run:
-    """One network of a study, trained with one seed.
-
-    Attributes:
-        config: Complete, but for the teacher's checkpoint and the work dir.
-        teacher: The run whose last checkpoint it distils from.
-    """
-
-    network: str
-    seed: int
-    work_dir: Path
-    config: Config
-    teacher: 'Run | None' = None
-    failure: str = ''
-
-    @property
-    def name(self) -> str:
-        return f'{self.network}-seed{self.seed}'
-
-    @property
-    def folder(self) -> Path:
-        return self.work_dir / self.name
-
-    @property
-    def config_file(self) -> Path:
-        return self.work_dir / 'configs' / f'{self.name}.py'
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """What came out; empty before its end."""
-        return read_json(self.folder / 'result.json')
-
-    @property
-    def checkpoint(self) -> str | None:
-        """The last one; nothing is selected."""
-        return last_checkpoint(self.folder)
-
-    @property
-    def training(self) -> Step:
-        command = ['tools/train.py', str(self.config_file), '--resume']
-        command += ['--work-dir', str(self.folder)]
-        return Step(self.folder, 'train', command, self.inputs)
-
-    @property
-    def test(self) -> Step:
-        command = ['tools/test.py', str(self.config_file)]
-        command += [str(self.checkpoint), '--work-dir']
-        return Step(
-            self.folder, 'test', [*command, f'{self.folder}/test'], self.inputs
-        )
-
-    @property
-    def noted(self) -> dict[str, Any]:
-        """What was noted of its training; empty before that was begun."""
-        return read_json(self.folder / 'train.json')
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Hashes of all that the result depends on (see :data:`INPUTS`)."""
-        config = copy.deepcopy(self.config)
-        others = []
-        if self.teacher is not None:
-            others.append(fingerprint(self.teacher.config).encode())
-            about = dict(config.distillation.get('teacher') or {})
-            about = {**about, 'config': '', 'checkpoint': ''}
-            config.distillation.teacher = about
-        else:
-            for about in teachers_of(config):
-                if isinstance(about.get('config'), str):
-                    theirs = load_config(about['config'])
-                    others.append(fingerprint(theirs).encode())
-        return {
-            'config': fingerprint(config, *others),
-            'data': hash_data(self.config),
-            'teacher': self.teacher_hash,
-            'code': hash_code(),
-            'packages': hash_text(json.dumps(versions(), sort_keys=True)),
-        }
-
-    @property
-    def teacher_hash(self) -> str:
-        """SHA-256 of the teacher's checkpoint; empty without teacher."""
-        if self.teacher is not None:
-            return self.teacher.checkpoint_hash
-        sources = [
-            str(options.get('checkpoint') or '')
-            for options in teachers_of(self.config)
-        ]
-        return ' '.join(
-            hash_file(Path(source)) if is_file(source) else source
-            for source in sources
-        )
-
-    @property
-    def checkpoint_hash(self) -> str:
-        """SHA-256 of the last checkpoint, or of what was tested before."""
-        last = self.checkpoint
-        if last is None:  # removed, perhaps to save space
-            return self.result.get('checkpoint', '')
-        return hash_file(Path(last))
-
-    def changed(self) -> list[str]:
-        """The inputs that are others than when the run was begun.
-
-        Raises:
-            ConfigError: If the folder is not a study's.
-        """
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return []
-        if not self.noted:
-            raise ConfigError(
-                f'{self.folder} holds files that are not of a study. Move '
-                'them away, or give the study another work_dir.'
-            )
-        then, now = self.noted['fingerprint'], self.inputs
-        return [key for key in INPUTS if then.get(key) != now[key]]
-
-    def write_config(self) -> None:
-        """Write the complete config, for the tools."""
-        config = copy.deepcopy(self.config)
-        if self.teacher is not None:
-            config.distillation.teacher.update(
-                config=str(self.teacher.config_file),
-                checkpoint=self.teacher.checkpoint,
-            )
-        self.config_file.parent.mkdir(parents=True, exist_ok=True)
-        config.dump(str(self.config_file))
+TESTED_OPTIONS = ('of', 'network', 'ensemble')
 
 
 @dataclass
@@ -199,7 +35,7 @@ class Study:
     baseline: str | None
     metrics: dict[str, str]
     runs: list[Run] = field(default_factory=list)
-    """By network, then seed; teachers come before their students."""
+    """By network, then seed; what another needs comes before it."""
 
     @property
     def networks(self) -> list[str]:
@@ -246,35 +82,55 @@ def read_study(path: Path) -> Study:
         check_network(study.baseline, networks, f'{where}: baseline')
     for network, options in networks.items():
         check_run(f'{where}: runs.{network}', network, options, networks)
-    made: dict[tuple[str, int], Run] = {}
     for network in in_order(networks, where):
-        options = networks[network]
-        config = resolve(options, f'{where}: runs.{network}')
-        seeds = options.get('seeds', study.seeds)
-        for seed in read_seeds(seeds, f'{where}: runs.{network}'):
-            own = copy.deepcopy(config)
-            own.merge_from_dict({'randomness.seed': seed})
-            teacher = None
-            if 'teacher' in options:
-                teacher = teacher_run(made, options['teacher'], seed, where)
-            made[network, seed] = Run(
-                network, seed, study.work_dir, own, teacher
-            )
-    study.runs = list(made.values())
+        options, here = networks[network], f'{where}: runs.{network}'
+        if is_tested(options):
+            study.runs += tested_runs(study, network, options, here)
+        else:
+            study.runs += trained_runs(study, network, options, here)
     return study
 
 
-def teacher_run(
-    made: Mapping[tuple[str, int], Run], name: str, seed: int, where: str
-) -> Run:
+def trained_runs(
+    study: Study, network: str, options: Mapping[str, Any], where: str
+) -> Iterator[Run]:
+    """A network's runs, by seed."""
+    config = resolve(options, where)
+    for seed in read_seeds(options.get('seeds', study.seeds), where):
+        own = copy.deepcopy(config)
+        own.merge_from_dict({'randomness.seed': seed})
+        teacher = None
+        if 'teacher' in options:
+            teacher = teacher_run(study, options['teacher'], seed, where)
+        yield Run(network, seed, study.work_dir, own, teacher)
+
+
+def tested_runs(
+    study: Study, network: str, options: Mapping[str, Any], where: str
+) -> Iterator[Tested]:
+    """For each seed of a run, the test of its peer or ensemble."""
+    sources = study.of(options['of'])
+    members = read_members(options, sources[0].config, where)
+    for source in sources:
+        yield Tested(
+            network,
+            source.seed,
+            study.work_dir,
+            source.config,
+            source=source,
+            members=members,
+        )
+
+
+def teacher_run(study: Study, name: str, seed: int, where: str) -> Run:
     """The teacher of the same seed, or the only one."""
-    runs = {run.seed: run for run in made.values() if run.network == name}
+    runs = {run.seed: run for run in study.of(name)}
     if seed in runs:
         return runs[seed]
     if len(runs) == 1:
         return next(iter(runs.values()))
     raise ConfigError(
-        f'{where}: the run "{name}" is a teacher for seed {seed}, but has '
+        f'{where}.teacher: the run "{name}" is to teach seed {seed}, but has '
         f'the seeds {sorted(runs)}. Give it that seed, or one seed alone, '
         'which then teaches all.'
     )
@@ -340,13 +196,17 @@ def check_run(
             f'{where}: the name becomes that of a folder; use letters, '
             'digits, "-", "_", "." and "+".'
         )
+    if is_tested(options):
+        check_tested(where, options, networks)
+        return
     if not isinstance(options, Mapping) or 'config' not in options:
         raise ConfigError(
-            f'{where} must be a mapping with a "config", got {options!r}.'
+            f'{where} must be a mapping with a "config", or with the run '
+            f'"of" which it tests a network; got {options!r}.'
         )
     check_options(where, options, RUN_OPTIONS)
     if 'teacher' in options:
-        check_network(options['teacher'], networks, f'{where}.teacher')
+        check_trained(options['teacher'], networks, f'{where}.teacher')
     if not isinstance(options.get('options', {}), Mapping):
         raise ConfigError(
             f'{where}.options must map keys of the config to values, such as '
@@ -354,11 +214,72 @@ def check_run(
         )
 
 
+def is_tested(options: Any) -> bool:
+    """Whether they describe what is tested, but not trained by itself."""
+    return isinstance(options, Mapping) and 'of' in options
+
+
+def check_trained(name: str, networks: Mapping[str, Any], where: str) -> None:
+    check_network(name, networks, where)
+    if is_tested(networks[name]):
+        raise ConfigError(
+            f'{where}: "{name}" is not trained by itself, it is of the run '
+            f'"{networks[name]["of"]}". Name a run with a config.'
+        )
+
+
+def check_tested(
+    where: str, options: Mapping[str, Any], networks: Mapping[str, Any]
+) -> None:
+    own = [key for key in RUN_OPTIONS if key in options]
+    if own:
+        raise ConfigError(
+            f'{where} is of another run, whose networks it tests; it cannot '
+            f'have {", ".join(own)} of its own. Leave "of" or these out.'
+        )
+    check_options(where, options, TESTED_OPTIONS)
+    check_trained(options['of'], networks, f'{where}.of')
+    if ('network' in options) == ('ensemble' in options):
+        raise ConfigError(
+            f'{where} needs either "network", the name of a peer, or '
+            f'"ensemble", a list of names; got {dict(options)!r}.'
+        )
+
+
+def read_members(
+    options: Mapping[str, Any], config: Config, where: str
+) -> list[str]:
+    """The names of the networks that are tested, together or the one."""
+    peers = list((config.get('distillation') or {}).get('peers') or {})
+    if 'network' in options:
+        members, known = [options['network']], peers
+        where = f'{where}.network'
+    else:
+        members, known = options['ensemble'], [STUDENT, *peers]
+        where = f'{where}.ensemble'
+        if not isinstance(members, list) or not 1 < len(members) == len(
+            set(map(str, members))
+        ):
+            raise ConfigError(
+                f'{where} must be a list of different networks, such as '
+                f'{known}; got {members!r}.'
+            )
+    for name in members:
+        if name not in known:
+            hint = nearest(str(name), known) if known else 'It has no peers.'
+            raise ConfigError(
+                f'{where}: there is no such network "{name}" in the run '
+                f'"{options["of"]}". {hint}'
+            )
+    return members
+
+
 def in_order(networks: Mapping[str, Any], where: str) -> Iterator[str]:
-    """The networks as given, but teachers before their students."""
+    """The networks as given, but each after the one that it needs."""
+    needs = {n: o.get('of', o.get('teacher')) for n, o in networks.items()}
     waiting, done = list(networks), {None}
     while waiting:
-        ready = [n for n in waiting if networks[n].get('teacher') in done]
+        ready = [n for n in waiting if needs[n] in done]
         if not ready:
             raise ConfigError(
                 f'{where}: {", ".join(waiting)} are, by one another, their '
@@ -397,10 +318,3 @@ def resolve(options: Mapping[str, Any], where: str) -> Config:
             )
         teacher.pop('name', None)
     return config
-
-
-def teachers_of(config: Config) -> list[dict[str, Any]]:
-    """The descriptions of a config's teachers."""
-    teacher = config.get('distillation', {}).get('teacher')
-    networks = described(teacher).values() if teacher else ()
-    return [{'name': n} if isinstance(n, str) else dict(n) for n in networks]

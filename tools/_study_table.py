@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from _report import markdown
-from _study import INPUTS, Run, Study
+from _study import Study
+from _study_run import INPUTS, Run, Tested
 from _training import now, versions, write_json
 from scipy import stats
 
@@ -196,6 +197,17 @@ def remarks(study: Study) -> str:
         "Memory: the largest peak, of the GPU or else of the run's process. "
         "Teacher: the start of its checkpoint's SHA-256, by seed."
     )
+    tested = {
+        r.network: r.source.network
+        for r in study.runs
+        if isinstance(r, Tested)
+    }
+    if tested:
+        named = ', '.join(f'{n} of {source}' for n, source in tested.items())
+        text += (
+            ' Tested only, with the training and memory of the run that '
+            f'trained all its networks: {named}.'
+        )
     if study.baseline is None:
         return text
     return (

@@ -8,10 +8,12 @@ The file names the runs (a config, the run that is its teacher, options), the
 seeds, the metrics and the run that the others are compared with. Each run is
 ``tools/train.py`` with ``randomness.seed`` and ``tools/test.py`` with its
 last checkpoint, nothing selected, in ``WORK_DIR/<run>-seed<k>``; a student
-has the teacher of its seed. Ctrl-C stops a study; run again, it continues,
-and what is done is not done again unless its config, data, teacher, the code
-of mmkd or the installed packages have changed. Writes table.md and table.json
-to the work dir; the exit status is 1 if a run has failed.
+has the teacher of its seed. A run that is ``of`` another only tests a peer of
+it (``network``), or several of its networks as one (``ensemble``). Ctrl-C
+stops a study; run again, it continues, and what is done is not done again
+unless its config, data, teacher, peers, the code of mmkd or the installed
+packages have changed. Writes table.md and table.json to the work dir; the
+exit status is 1 if a run has failed.
 """
 
 import argparse
@@ -27,7 +29,8 @@ from pathlib import Path
 # One thread a process: more of them wait for each other on a busy machine.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-from _study import INPUTS, SOFTWARE, Run, Step, Study, read_study
+from _study import Study, read_study
+from _study_run import INPUTS, SOFTWARE, Run, Step, Tested
 from _study_table import write_table
 from _training import (
     ROOT,
@@ -44,6 +47,7 @@ from _training import (
 )
 
 from mmkd.checkpoint import CheckpointError
+from mmkd.logs import complete_rows
 from mmkd.utils import ConfigError
 
 
@@ -105,10 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def status(run: Run, keep_stale: bool) -> str:
     """``done``, or else why it is run: in words, for the user."""
-    if run.teacher is not None:
-        theirs = status(run.teacher, keep_stale)
+    if run.needed is not None:
+        theirs = status(run.needed, keep_stale)
         if not is_done(theirs):
-            return f'waits for {run.teacher.name}'
+            return f'waits for {run.needed.name}'
     changed = run.changed()
     if changed and keep_stale and run.result and SOFTWARE.issuperset(changed):
         return f'done, but stale and kept: {in_words(changed)} changed'
@@ -117,6 +121,8 @@ def status(run: Run, keep_stale: bool) -> str:
         return f'{what}: {in_words(changed)} changed'
     if run.result:
         return 'done'
+    if isinstance(run, Tested):
+        return 'is to be tested'
     return 'is continued' if run.noted else 'is to be trained'
 
 
@@ -179,23 +185,23 @@ def execute(study: Study, jobs: int, lock: int, keep_stale: bool) -> None:
 def is_ready(
     run: Run, waiting: list[Run], running: list[tuple[Run, Training]]
 ) -> bool:
-    """Whether its teacher, if any, is at its end."""
+    """Whether the run that it needs, if any, is at its end."""
     at_work = [*waiting, *(other for other, _ in running)]
-    return all(other is not run.teacher for other in at_work)
+    return all(other is not run.needed for other in at_work)
 
 
 def prepare(run: Run, keep_stale: bool) -> bool:
     """Clear the way for a run; False if nothing is to be run."""
     try:
-        if run.teacher is not None and run.teacher.failure:
-            run.failure = f'not run: {run.teacher.name} failed'
+        if run.needed is not None and run.needed.failure:
+            run.failure = f'not run: {run.needed.name} failed'
             return False
         if is_done(status(run, keep_stale)):
             return False
         if run.changed():
             shutil.rmtree(run.folder)
-        elif 'begun' in run.noted:
-            note_lost_time(run.training)
+        else:
+            note_lost_time(run.next_step)
         run.write_config()
     except (CheckpointError, ConfigError, OSError) as error:
         run.failure = str(error)
@@ -203,16 +209,16 @@ def prepare(run: Run, keep_stale: bool) -> bool:
 
 
 def note_lost_time(step: Step) -> None:
-    """Count the time of a training whose study was killed as well."""
+    """Count the time of a step whose study was killed as well."""
     noted = step.state
-    if noted['begun'] is not None:
+    if noted.get('begun') is not None:
         lost = max(step.log.stat().st_mtime - noted['begun'], 0)
         wall = noted.get('wall_seconds', 0) + lost
         step.note(wall_seconds=round(wall, 1), begun=None)
 
 
 def start(run: Run, running: list[tuple[Run, Training]], lock: int) -> None:
-    step = run.test if 'finished' in run.noted else run.training
+    step = run.next_step
     if step.name == 'test':
         shutil.rmtree(run.folder / 'test', ignore_errors=True)
     step.folder.mkdir(parents=True, exist_ok=True)
@@ -247,27 +253,33 @@ def write_result(run: Run, study: Study, log: Path) -> None:
             f'see {log}'
         )
         return
-    memory = memory_of(run)
-    training, test = run.noted, read_json(run.folder / 'test.json')
+    test = read_json(run.folder / 'test.json')
     result = {
         'run': run.network,
         'seed': run.seed,
         'metrics': metrics,
-        'training_seconds': training['wall_seconds'],
+        **cost_of(run),
         'test_seconds': test['wall_seconds'],
-        **memory,
         'checkpoint': run.checkpoint_hash,
-        'inputs': training['fingerprint'],
+        'inputs': run.noted['fingerprint'],
         'versions': versions(),
         'finished': now(),
     }
     write_json(run.folder / 'result.json', result)
 
 
+def cost_of(run: Run) -> dict[str, float | str]:
+    """Of the training, which may be that of the run it is of."""
+    if isinstance(run, Tested):
+        theirs = run.source.result
+        keys = ('training_seconds', 'memory_mib', 'memory_of')
+        return {'trained_in': run.source.name} | {k: theirs[k] for k in keys}
+    seconds = run.noted['wall_seconds']
+    return {'training_seconds': seconds, **memory_of(run)}
+
+
 def memory_of(run: Run) -> dict[str, float | str]:
     """Peak of the training: the GPU's, as logged, else the process's."""
-    from _report import complete_rows  # and with it MMDetection
-
     logged = [
         row['memory']
         for path in run.folder.glob('2*/vis_data/scalars.json')
@@ -288,7 +300,7 @@ def describe(run: Run, study: Study) -> str:
             f'{name} {100 * result["metrics"][key]:.1f}'
             for name, key in study.metrics.items()
         )
-    if 'finished' in run.noted:
+    if run.next_step.name == 'test':
         return 'is tested'
     epochs = run.config.train_cfg.get('max_epochs')
     text = ''

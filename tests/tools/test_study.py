@@ -41,6 +41,14 @@ def reading():
     return _study
 
 
+@pytest.fixture
+def of_a_run():
+    """The module of single runs."""
+    import _study_run
+
+    return _study_run
+
+
 @pytest.fixture(scope='module')
 def configs(tmp_path_factory, shared_data):
     """The folder of two tiny configs: plain.py and distilled.py."""
@@ -165,6 +173,7 @@ def test_a_wrong_study_is_refused(reading, write, changes, message):
             'no option "train_cfgs". Did you mean "train_cfg"',
         ),
         (dict(options=[1]), 'options must map keys of the config to values'),
+        (dict(of='student'), 'it cannot have config, options of its own'),
     ],
 )
 def test_a_wrong_run_is_refused(
@@ -190,7 +199,11 @@ def test_errors_of_the_file_end_the_tool(tool, write, capsys, tmp_path):
     assert 'none.yaml does not exist' in capsys.readouterr().err
 
 
-def test_the_study_of_the_repository_is_right(reading):
+def test_the_studies_of_the_repository_are_right(reading):
+    for path in sorted((ROOT / 'studies').glob('*.yaml')):
+        study = reading.read_study(path)
+        assert study.name == path.stem.replace('_', '-')
+        assert study.seeds == [0, 1, 2]
     study = reading.read_study(ROOT / 'studies' / 'bccd_frcnn.yaml')
     assert study.networks == [
         'teacher', 'student', 'distilled', 'soft', 'bounded', 'hint',
@@ -317,10 +330,10 @@ def test_a_removed_teacher_is_the_one_that_was(
 
 
 def test_changed_code_is_told_and_can_be_kept(
-    tool, reading, finished, write, capsys, monkeypatch
+    tool, of_a_run, finished, write, capsys, monkeypatch
 ):
     path, _, runs = finished
-    monkeypatch.setattr(reading, 'versions', lambda: {'torch': '9.9'})
+    monkeypatch.setattr(of_a_run, 'versions', lambda: {'torch': '9.9'})
     told = plan(tool, path, capsys)
     assert told['student'] == 'stale: the installed packages changed'
     assert told['distilled'] == 'waits for teacher-seed0'
@@ -422,7 +435,7 @@ def cells(text, name, number=0):
     return [cell.strip() for cell in rows[number].strip('|').split('|')][1:]
 
 
-def test_the_table_of_what_is_there(reading, write, monkeypatch):
+def test_the_table_of_what_is_there(reading, of_a_run, write, monkeypatch):
     import _study_table
 
     study = reading.read_study(
@@ -433,7 +446,7 @@ def test_the_table_of_what_is_there(reading, write, monkeypatch):
         finish(runs[name], **{'coco/bbox_mAP': ap})
     finish(runs['teacher-seed1'], **{'coco/bbox_mAP': 0.6})
     runs['teacher-seed0'].failure = 'training failed, see log'
-    monkeypatch.setattr(reading, 'hash_code', lambda: 'other')
+    monkeypatch.setattr(of_a_run, 'hash_code', lambda: 'other')
     text = _study_table.write_table(study)
     table = json.loads((study.work_dir / 'table.json').read_text())
     assert cells(text, 'teacher (stale)')[:2] == ['1', '60.0']

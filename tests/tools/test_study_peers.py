@@ -1,0 +1,338 @@
+"""Studies of networks that train together: peers and ensembles as rows."""
+
+import json
+import shutil
+
+import pytest
+import toy
+import yaml
+from test_study import (
+    ROOT,
+    TOOLS,
+    a_checkpoint,
+    cells,
+    finish,
+    plan,
+    run,
+    start,
+    wait_for,
+)
+
+from mmkd.utils import ConfigError
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _tools_importable():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOOLS)
+        yield
+
+
+@pytest.fixture
+def tool():
+    import study
+
+    return study
+
+
+@pytest.fixture
+def reading():
+    import _study
+
+    return _study
+
+
+@pytest.fixture(scope='module')
+def configs(tmp_path_factory, shared_data):
+    """The folder of a RetinaNet and a peer of another width."""
+    folder = tmp_path_factory.mktemp('configs')
+    cfg = toy.plain(folder, toy.RETINANET, epochs=2, images=4)
+    cfg.model.test_cfg.score_thr = 0.0  # of two epochs, sure of nothing
+    cfg.runner_type = toy.RUNNER
+    toy.write(cfg, folder / 'plain.py')
+    cfg.model.backbone.base_channels = 12
+    cfg.model.neck.in_channels = [12, 24, 48, 96]
+    toy.write(cfg, folder / 'second.py')
+    return folder
+
+
+@pytest.fixture
+def together(configs, tmp_path):
+    """The config of both, as networks that train together."""
+    cfg = toy.Config.fromfile(configs / 'plain.py')
+    shutil.copy(configs / 'second.py', tmp_path)
+    cfg.distillation = dict(
+        peers=dict(second=dict(config=str(tmp_path / 'second.py'))),
+        methods=dict(dml=dict(type='mmkd.MutualLearning')),
+    )
+    cfg.custom_hooks = [dict(type='mmkd.EnsembleValidationHook')]
+    # What the two tests read is what the validation during training reads.
+    cfg.val_dataloader = cfg.test_dataloader
+    cfg.val_evaluator = cfg.test_evaluator
+    return toy.write(cfg, tmp_path / 'together.py')
+
+
+def content(together, tmp_path, **changes):
+    return {
+        'name': 'together',
+        'work_dir': str(tmp_path / 'study'),
+        'seeds': [0],
+        'baseline': 'dml',
+        'metrics': {'AP': 'coco/bbox_mAP'},
+        'runs': {
+            'both': {'of': 'dml', 'ensemble': ['student', 'second']},
+            'dml': {'config': str(together)},
+            'second': {'of': 'dml', 'network': 'second'},
+        },
+        **changes,
+    }
+
+
+@pytest.fixture
+def write(together, tmp_path):
+    def write(**changes):
+        path = tmp_path / 'study.yaml'
+        path.write_text(yaml.dump(content(together, tmp_path, **changes)))
+        return path
+
+    return write
+
+
+# ----------------------------------------------------------------- the file
+
+
+def test_rows_follow_their_run_with_its_seeds(
+    reading, write, together, tmp_path
+):
+    runs = content(together, tmp_path)['runs']
+    runs['dml']['seeds'] = [4, 1]
+    study = reading.read_study(write(runs=runs))
+    assert [run.name for run in study.runs] == [
+        'dml-seed4', 'dml-seed1', 'both-seed4', 'both-seed1',
+        'second-seed4', 'second-seed1',
+    ]  # fmt: skip
+    for row in study.runs[2:]:
+        assert row.source.name == f'dml-seed{row.seed}'
+    assert study.runs[2].members == ['student', 'second']
+    assert study.runs[4].members == ['second']
+
+
+@pytest.mark.parametrize(
+    ('row', 'message'),
+    [
+        (dict(of='dm', network='second'), r'x.of .* Did you mean "dml"\?'),
+        (dict(of='both', network='second'), '"both" is not trained by itself'),
+        (dict(of='dml'), 'either "network".* or "ensemble"'),
+        (
+            dict(of='dml', network='second', ensemble=['student', 'second']),
+            'either "network".* or "ensemble"',
+        ),
+        (
+            dict(of='dml', network='secnd'),
+            r'x.network: .* "secnd" in the run "dml". Did you mean "second"',
+        ),
+        # That is the run itself.
+        (dict(of='dml', network='student'), 'no such network "student"'),
+        (
+            dict(of='dml', ensemble=['student', 'third']),
+            'x.ensemble: there is no such network "third"',
+        ),
+        (dict(of='dml', ensemble=['second']), 'list of different networks'),
+        (
+            dict(of='dml', ensemble=['second', 'second']),
+            'list of different networks',
+        ),
+        (dict(of='dml', ensemble='second'), 'list of different networks'),
+        (
+            dict(of='dml', network='second', seeds=[1], teacher='dml'),
+            'cannot have teacher, seeds of its own',
+        ),
+        (
+            dict(of='dml', netwrk='second'),
+            'no option "netwrk". Did you mean "network"',
+        ),
+        (dict(of='plain', network='second'), 'It has no peers'),
+        (
+            dict(config='configs/bccd/methods/kd.py', teacher='second'),
+            r'x.teacher: "second" is not trained by itself, it is of .* "dml"',
+        ),
+    ],
+)
+def test_a_wrong_row_is_refused(
+    reading, write, configs, together, tmp_path, row, message
+):
+    runs = content(together, tmp_path)['runs']
+    runs['plain'] = {'config': str(configs / 'plain.py')}
+    with pytest.raises(ConfigError, match=message):
+        reading.read_study(write(runs={**runs, 'x': row}))
+
+
+def test_the_study_on_bccd_shows_every_network(reading):
+    study = reading.read_study(ROOT / 'studies' / 'bccd.yaml')
+    rows = {row.network: row for row in study.runs if row.seed == 0}
+    assert rows['online-big'].members == ['big']
+    assert rows['online-big'].source is rows['online']
+    assert rows['offline-ensemble'].members == ['student', 'second']
+    assert rows['offline'].teacher is rows['teacher']
+    several = rows['offline-kd-only'].config.distillation.methods.several
+    assert (several.alpha, several.beta) == (1.0, 0.0)
+    several = rows['offline-ml-only'].config.distillation.methods.several
+    assert (several.alpha, several.beta) == (0.0, 1.0)
+    assert (
+        rows['dcm-heads-only'].config.distillation.methods.dcm.kl_weight == 0
+    )
+
+
+# ---------------------------------------------------------------- staleness
+
+
+@pytest.fixture
+def finished(reading, write):
+    """A study whose runs are done."""
+    path = write()
+    trained, *rows = reading.read_study(path).runs
+    finish(trained, **{'coco/bbox_mAP': 0.4})
+    peer = trained.folder / 'second'
+    peer.mkdir()
+    shutil.copy(a_checkpoint(trained.work_dir, 3.0), peer / 'epoch_2.pth')
+    for row, ap in zip(rows, (0.5, 0.3), strict=True):
+        row.folder.mkdir()
+        row.test.note(fingerprint=row.inputs, finished='then')
+        result = {
+            'metrics': {'coco/bbox_mAP': ap},
+            'training_seconds': 90.0,
+            'memory_mib': 800.0,
+            'inputs': row.inputs,
+            'checkpoint': row.checkpoint_hash,
+        }
+        (row.folder / 'result.json').write_text(json.dumps(result))
+    return path
+
+
+def test_what_is_done_is_done(tool, finished, capsys):
+    assert set(plan(tool, finished, capsys).values()) == {'done'}
+
+
+def test_rows_wait_for_a_run_that_is_stale(
+    tool, finished, write, together, tmp_path, capsys
+):
+    runs = content(together, tmp_path)['runs']
+    runs['dml']['options'] = {'optim_wrapper.optimizer.lr': 0.5}
+    told = plan(tool, write(runs=runs), capsys)
+    assert told == {
+        'dml': 'stale: its config changed',
+        'both': 'waits for dml-seed0',
+        'second': 'waits for dml-seed0',
+    }
+
+
+def test_a_changed_config_of_a_peer_is_told(tool, finished, tmp_path, capsys):
+    with (tmp_path / 'second.py').open('a') as file:
+        file.write("\nmodel['backbone']['style'] = 'caffe'\n")
+    told = plan(tool, finished, capsys)
+    assert told['dml'] == (
+        'stale: a config or a first checkpoint of its peers changed'
+    )
+    assert told['both'] == told['second'] == 'waits for dml-seed0'
+
+
+def test_what_was_not_noted_is_not_compared(tool, reading, finished, capsys):
+    """Results of before peers were looked at stay."""
+    trained = reading.read_study(finished).runs[0]
+    then = dict(trained.inputs)
+    del then['peers']
+    trained.training.note(fingerprint=then)
+    assert plan(tool, finished, capsys)['dml'] == 'done'
+
+
+@pytest.mark.parametrize('changed', ['', 'second'])
+def test_rows_are_of_the_checkpoints_that_are_there(
+    tool, reading, finished, capsys, changed
+):
+    trained = reading.read_study(finished).runs[0]
+    new = a_checkpoint(trained.work_dir, weight=2.0)
+    shutil.copy(new, trained.folder / changed / 'epoch_2.pth')
+    told = plan(tool, finished, capsys)
+    stale = 'stale: a checkpoint of its run changed'
+    assert told == {
+        'dml': 'done',
+        'both': stale,
+        'second': stale if changed else 'done',
+    }
+
+
+def test_removed_checkpoints_are_those_that_were(
+    tool, reading, finished, capsys
+):
+    for path in reading.read_study(finished).runs[0].folder.rglob('*.pth'):
+        path.unlink()
+    assert set(plan(tool, finished, capsys).values()) == {'done'}
+
+
+def test_other_members_are_told(
+    tool, finished, write, together, tmp_path, capsys
+):
+    runs = content(together, tmp_path)['runs']
+    runs['both']['ensemble'].reverse()
+    told = plan(tool, write(runs=runs), capsys)
+    assert told['both'].startswith('stale: its config')
+    assert told['dml'] == told['second'] == 'done'
+
+
+def test_the_table_names_the_run_that_is_paid_for(reading, finished):
+    import _study_table
+
+    text = _study_table.write_table(reading.read_study(finished))
+    assert cells(text, 'both') == ['1', '50.0', '1.5', '800', '']
+    assert cells(text, 'second', 1) == ['1', '-10.0']
+    assert 'that trained all its networks: both of dml, second of dml.' in text
+
+
+# --------------------------------------------------------------- for real
+
+
+@pytest.mark.slow
+def test_a_real_run_and_its_rows(write, tmp_path):
+    """Their metrics are those of the last validation in training."""
+    path, code, folder = write(), ROOT, tmp_path / 'study'
+    first = start(path, code)
+    wait_for(first, folder / 'both-seed0' / 'test.json')
+    first.kill()
+    first.wait()
+    assert not (folder / 'both-seed0' / 'result.json').exists()
+    status, output = run(path, code, '--dry-run')
+    assert status == 0
+    assert 'dml-seed0    done' in output
+    assert 'both-seed0   is to be tested' in output
+    status, output = run(path, code, '--jobs', '2')
+    assert status == 0, output
+
+    rows = {
+        name: json.loads((folder / f'{name}-seed0/result.json').read_text())
+        for name in ('dml', 'both', 'second')
+    }
+    scalars = next((folder / 'dml-seed0').glob('2*/vis_data/scalars.json'))
+    logged = json.loads(scalars.read_text().splitlines()[-1])
+    for name, prefix in (
+        ('dml', ''), ('both', 'ensemble/'), ('second', 'second/')
+    ):  # fmt: skip
+        for key, value in rows[name]['metrics'].items():
+            assert value == pytest.approx(logged[prefix + key], abs=1e-3), key
+    assert rows['second']['metrics'] != rows['dml']['metrics']
+    for name in ('both', 'second'):
+        for key in ('training_seconds', 'memory_mib'):
+            assert rows[name][key] == rows['dml'][key]
+        assert rows[name]['trained_in'] == 'dml-seed0'
+    assert 'both of dml, second of dml' in output
+
+    status, output = run(path, code)
+    assert status == 0
+    assert output.count('-seed0') == output.count('done') == 3
+
+    # A failed run is not tested.
+    shutil.rmtree(folder / 'dml-seed0')
+    together = tmp_path / 'together.py'
+    together.write_text(together.read_text() + "\nmodel['type'] = 'Nothing'\n")
+    status, output = run(path, code)
+    assert status == 1
+    assert '- both-seed0: not run: dml-seed0 failed' in output
