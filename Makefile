@@ -18,7 +18,8 @@ demo: install ## Distil a small detector on real photos.
 # One OpenMP thread: with a second busy process on a small machine, more
 # threads wait for each other and are far slower.
 test: install ## Run the tests (ARGS='…' goes to pytest).
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 \
+		--dist loadfile $(ARGS)
 
 lint: install ## Check style, types and spelling.
 	$(PY) -m ruff check .
