@@ -92,7 +92,9 @@ def load_checkpoint_file(
             )
     except pickle.UnpicklingError as error:
         if not _is_pickled(path):
-            raise CheckpointError(_unreadable(path, error)) from None
+            # Not PyTorch's words: they advise to read what may run code.
+            reason = f'it begins with {_start(path, 12)!r}'
+            raise CheckpointError(_unreadable(path, reason)) from None
         detail = re.search(r'(?:GLOBAL|class|function) (\S+)', str(error))
         raise CheckpointError(
             f'{path} holds more than weights'
@@ -101,7 +103,8 @@ def load_checkpoint_file(
             'trust_checkpoint=True beside its path.'
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(_unreadable(path, error)) from None
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(_unreadable(path, reason)) from None
     return _as_checkpoint(checkpoint, path)
 
 
@@ -111,16 +114,20 @@ def _is_pickled(path: str) -> bool:
     PyTorch refuses a web page or a pointer file like a pickle that it does
     not trust; the user must not be told to trust it.
     """
-    with open(path, 'rb') as file:
-        start = file.read(2)
+    start = _start(path, 2)
     return start == b'PK' or start[:1] == b'\x80'
 
 
-def _unreadable(path: str, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+def _start(path: str, count: int) -> bytes:
+    with open(path, 'rb') as file:
+        return file.read(count)
+
+
+def _unreadable(path: str, reason: str) -> str:
+    first = reason.splitlines()[0].partition('. ')[0].rstrip('.')
     return (
         f'{path} ({os.path.getsize(path):,} bytes) is no PyTorch checkpoint '
-        f'or is truncated: {reason}. Download or copy it again and compare '
+        f'or is truncated: {first}. Download or copy it again and compare '
         'its size or sha256.'
     )
 

@@ -1,0 +1,313 @@
+"""Each error that docs/errors.md lists is raised as it is printed there."""
+
+import functools
+import inspect
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_dense
+import tiny_detectors as tiny
+import torch
+import toy
+
+from mmkd.checkpoint import join_checkpoint, load_checkpoint_file
+from mmkd.data_guard import check_images, diagnose
+from mmkd.distiller import build_distiller
+from mmkd.hooks import LossCheckHook, WeightScheduleHook
+from mmkd.registry import HOOKS, METHODS
+from mmkd.teacher_view import ClassMap
+from mmkd.utils import build_checked, distiller_of
+
+PAGE = toy.ROOT / 'docs' / 'errors.md'
+DOTS = '…'
+HINT = dict(type='mmkd.FeatureHint')
+LAD = dict(type='mmkd.LabelAssignmentDistillation')
+
+
+def rows():
+    """(what is wrong, message) of every row of every table."""
+    found = []
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip('|').split(' | ')]
+        if line.startswith('| ') and cells[0] != 'What is wrong':
+            assert len(cells) == 3, line
+            found.append((cells[0], cells[1]))
+    return found
+
+
+ROWS = dict(rows())
+
+# ----------------------------------------------------------------- provoking
+
+
+def distil(student, methods, teacher=None, classes=tiny.CLASSES, **cfg):
+    """Build a distillation between tiny detectors and take a step."""
+    model = tiny.build(student)
+    names = cfg.pop('teacher_classes', classes)
+    described = dict(
+        config=dict(
+            model=teacher or student,
+            test_dataloader=dict(dataset=dict(metainfo=dict(classes=names))),
+        ),
+        checkpoint=cfg.pop('checkpoint', None),
+    )
+    distiller = build_distiller(
+        dict(teacher=described, methods=methods, **cfg), model, classes
+    )
+    distiller.attach()
+    model.loss(*tiny.batch_for(model, classes=len(classes)))
+
+
+def one(method, student, teacher=None, **options):
+    return functools.partial(
+        distil,
+        student,
+        dict(m=dict(type=f'mmkd.{method}', **options)),
+        teacher,
+    )
+
+
+def peers(method, *others, classes=tiny.CLASSES, **options):
+    def provoke():
+        described = {
+            name: dict(
+                config=dict(
+                    model=model,
+                    train_dataloader=dict(
+                        dataset=dict(metainfo=dict(classes=classes))
+                    ),
+                )
+            )
+            for name, model in zip(('second', 'third'), others, strict=False)
+        }
+        methods = dict(m=dict(type=f'mmkd.{method}', **options))
+        cfg = dict(peers=described, methods=methods)
+        build_distiller(cfg, tiny.build(tiny.gfl()), tiny.CLASSES)
+
+    return provoke
+
+
+def built(**cfg):
+    """Before any network is asked for."""
+    return lambda: build_distiller(cfg, torch.nn.Linear(1, 1), ('cat',))
+
+
+def option(method, **options):
+    cfg = dict(type=f'mmkd.{method}', **options)
+    return lambda: build_checked(METHODS, cfg, 'distillation.methods.m')
+
+
+def truncated(folder):
+    path = folder / 'teacher.pth'
+    torch.save(dict(state_dict={'a': torch.rand(1000)}), path)
+    path.write_bytes(path.read_bytes()[:2000])
+    load_checkpoint_file(str(path))
+
+
+def web_page(folder):
+    path = folder / 'teacher.pth'
+    path.write_text('<html>Not found</html>')
+    load_checkpoint_file(str(path))
+
+
+def pickled_code(folder):
+    path = folder / 'teacher.pth'
+    torch.save(dict(state_dict={}, args=SimpleNamespace()), path)
+    load_checkpoint_file(str(path))
+
+
+def of_another_network(folder):
+    path = folder / 'teacher.pth'
+    state = tiny.build(tiny.retinanet()).state_dict()
+    torch.save(dict(state_dict=state), path)
+    distil(tiny.gfl(), dict(m=HINT), checkpoint=str(path))
+
+
+def resumed_with_other_methods():
+    kept = {'distillation.a': torch.ones(1)}
+    saved = dict(state_dict={}, distillation=dict(state_dict=kept))
+    join_checkpoint(saved, {}, resume=True)
+
+
+def misspelt_key(folder):
+    cfg = toy.distilled(folder)
+    cfg.distilation = cfg.pop('distillation')
+    toy.build(cfg)
+
+
+def no_data(folder):
+    cfg = toy.distilled(folder)
+    dataset = cfg.train_dataloader.dataset
+    dataset.data_root = f'{folder}/data/coco/'
+    toy.train(cfg)
+
+
+def cut_annotations(folder):
+    path = folder / 'train.json'
+    path.write_text('{"images": [{"id": 1, ')
+    diagnose(dict(data_root=str(folder), ann_file='train.json'))
+
+
+class NoImages(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def get_data_info(self, index):
+        return dict(img_path=f'data/bccd/JPEGImages/{index}.jpg')
+
+
+def nan_loss():
+    hook = LossCheckHook()
+    hook.observe({}, {'hint': {'hint.loss_hint': torch.tensor(np.nan)}})
+    hook.check()
+
+
+def softmax_atss():
+    config = tiny_dense.atss()
+    config.bbox_head.loss_cls = dict(type='CrossEntropyLoss')
+    return config
+
+
+def wide_backbone():
+    return tiny.merged(
+        tiny.retinanet(),
+        backbone__base_channels=16,
+        neck__in_channels=[16, 32, 64, 128],
+    )
+
+
+CASES = {
+    # the config
+    'Misspelt key `distillation`': misspelt_key,
+    'Misspelt option of `distillation`': built(
+        techer={}, methods=dict(m=HINT)
+    ),
+    'Neither teacher nor peers': built(methods=dict(m=HINT)),
+    'No methods': built(teacher=dict(config='a.py')),
+    'Unknown method': option('FeatureHnt'),
+    'Misspelt option of a method': option('FeatureHint', sorce='neck'),
+    'A method without `type`': built(
+        teacher={'config': 'a.py'}, methods=dict(hint=dict(source='neck'))
+    ),
+    'A name of a method that losses cannot have': built(
+        teacher={'config': 'a.py'}, methods={'a.b': HINT}
+    ),
+    'A method of peers without peers': built(
+        teacher={'config': 'a.py'},
+        methods=dict(dml=dict(type='mmkd.MutualLearning')),
+    ),
+    'Two methods that steer the assignment': lambda: distil(
+        tiny_dense.paa(), dict(a=LAD, b=LAD)
+    ),
+    'Misspelt hook': lambda: build_checked(
+        HOOKS, dict(type='mmkd.TelemetryHok'), 'custom_hooks'
+    ),
+    'A schedule of a method that is not there': lambda: WeightScheduleHook(
+        methods='hnt'
+    ).before_train(
+        SimpleNamespace(distiller=SimpleNamespace(methods=dict(hint=None)))
+    ),
+    'A hook of mmkd in plain training': lambda: distiller_of(
+        SimpleNamespace()
+    ),
+    # options
+    'Temperature not above 0': option('KD', temperature=0),
+    'A weight below 0': option('CWD', loss_weight=-1),
+    'A share outside its range': option('FasterRCNNDistillation', mu=1.5),
+    'A value that is none of the known': option('CrossKD', align='images'),
+    'Levels that are no numbers': option('FeatureHint', levels='all'),
+    # pairs
+    'Sizes differ by a factor': one(
+        'FeatureHint', tiny.retinanet(), levels=[0], teacher_levels=[1]
+    ),
+    'Different numbers of levels': one(
+        'CWD', tiny.retinanet(), levels=[0, 1], teacher_levels=[0]
+    ),
+    'A level that does not exist': one('CWD', tiny.retinanet(), levels=[7]),
+    'Different widths without an adapter': one(
+        'FeatureHint',
+        tiny.retinanet(),
+        wide_backbone(),
+        source='backbone',
+        adapt=False,
+    ),
+    'A module that does not exist': one(
+        'FeatureHint', tiny.retinanet(), source='nek'
+    ),
+    'LD on heads without bins': one('LD', tiny.retinanet()),
+    'DKD on one class': lambda: distil(
+        tiny.gfl(bbox_head__num_classes=1),
+        dict(m=dict(type='mmkd.DKD')),
+        classes=('cat',),
+    ),
+    'Class logits of a transformer': one('KD', tiny.detr()),
+    'RoI distillation of a one-stage detector': one(
+        'FasterRCNNDistillation', tiny.retinanet()
+    ),
+    'Assignment of a head that assigns without predictions': one(
+        'LabelAssignmentDistillation', tiny.retinanet()
+    ),
+    'Different priors': one('KD', tiny.retinanet(), tiny.gfl()),
+    'A sigmoid and a softmax': one('KD', tiny_dense.atss(), softmax_atss()),
+    # classes
+    'No shared class': lambda: ClassMap(['RBC', 'WBC'], ['cat', 'dog']),
+    'A class twice': lambda: ClassMap(['cat', 'cat'], ['cat']),
+    'More or fewer names than classes': lambda: distil(
+        tiny.gfl(), dict(m=HINT), teacher_classes=('cat', 'dog')
+    ),
+    # peers
+    'Peers of other priors': peers('MutualLearning', tiny.retinanet()),
+    'Peers of other classes': peers(
+        'MutualLearning', tiny.gfl(), classes=tiny.CLASSES[::-1]
+    ),
+    'Too few peers': peers('FFSD', tiny.gfl()),
+    # files
+    'Missing config of the teacher': built(
+        teacher=dict(config='no.py', checkpoint=None), methods=dict(m=HINT)
+    ),
+    'No checkpoint given': built(
+        teacher=dict(config='no.py'), methods=dict(m=HINT)
+    ),
+    'Unknown name of a model': built(
+        teacher='paa_r101_fpn_1x_cocoo', methods=dict(m=HINT)
+    ),
+    'Missing checkpoint': lambda: load_checkpoint_file('no.pth'),
+    'Truncated checkpoint': truncated,
+    'A file that is no checkpoint': web_page,
+    'A checkpoint that holds more than weights': pickled_code,
+    'The checkpoint of another network': of_another_network,
+    'Resumed with other methods': resumed_with_other_methods,
+    'Missing data': no_data,
+    'Truncated annotations': cut_annotations,
+    'Missing images': lambda: check_images(NoImages()),
+    # training
+    'A loss is NaN or infinite': nan_loss,
+}
+# --------------------------------------------------------------------- tests
+
+
+def shown(cell):
+    """The message of a cell, as a pattern."""
+    assert re.fullmatch(r'`.*`', cell), cell
+    literal = cell.strip('`').strip()
+    parts = literal.split(DOTS)
+    assert sum(map(len, parts)) >= 25, f'too little of it: {cell}'
+    return '.*'.join(map(re.escape, parts))
+
+
+def test_the_page_lists_the_cases_in_their_order():
+    assert [wrong for wrong, _ in rows()] == list(CASES)
+
+
+@pytest.mark.usefixtures('shared_data')
+@pytest.mark.parametrize('wrong', CASES)
+def test_the_message_is_the_one_that_is_printed(wrong, tmp_path):
+    provoke = CASES[wrong]
+    needed = inspect.signature(provoke).parameters
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        provoke(*[tmp_path] * ('folder' in needed))
+    assert type(caught.value).__module__.startswith('mmkd.')
+    message = ' '.join(str(caught.value).split())
+    assert re.fullmatch(shown(ROWS[wrong]), message), message
