@@ -51,24 +51,27 @@ def methods(
     """The overhead of each config's methods beyond the teacher's forward."""
     rows = [
         '| config | plain s | teacher s | distilled s | overhead / plain | '
-        'range |',
-        '|---|---|---|---|---|---|',
+        'range | plain MiB | teacher and adapters MiB | more MiB |',
+        '|---|---|---|---|---|---|---|---|---|',
     ]
     results = {}
     for config in args.configs:
         each = argparse.Namespace(**{**vars(args), 'config': config})
-        result = ratios(each, device)
+        result = {**ratios(each, device), 'memory_mib': memory(each, device)}
         results[Path(config).stem] = result
         median = {
             kind: statistics.median(times)
             for kind, times in result['all_seconds'].items()
         }
-        shares = result['all_overheads']
+        shares, peak = result['all_overheads'], result['memory_mib']
         rows.append(
             f'| {Path(config).stem} | {median["plain"]:.3f} | '
             f'{median["teacher"]:.3f} | {median["distilled"]:.3f} | '
             f'{statistics.median(shares):+.1%} | '
-            f'{min(shares):+.1%} to {max(shares):+.1%} |'
+            f'{min(shares):+.1%} to {max(shares):+.1%} | '
+            f'{peak["plain"]:.0f} | '
+            f'{peak["teacher_weights"] + peak["adapters"]:.0f} | '
+            f'{peak["other"]:.0f} |'
         )
         print(rows[-1], flush=True)
     return {'methods': results}, '\n'.join(rows)
@@ -98,7 +101,9 @@ def memory(args: argparse.Namespace, device: str) -> dict[str, float]:
     weights = size_of([t.model for t in distiller.networks.values()])
     adapters = size_of([distiller])
     del distiller
-    plain, distilled = (peak_memory(kind) for kind in ('plain', 'distilled'))
+    plain, distilled = (
+        peak_memory(args, kind) for kind in ('plain', 'distilled')
+    )
     return {
         'plain': plain,
         'distilled': distilled,
@@ -108,9 +113,12 @@ def memory(args: argparse.Namespace, device: str) -> dict[str, float]:
     }
 
 
-def peak_memory(kind: str) -> float:
+def peak_memory(args: argparse.Namespace, kind: str) -> float:
     """Peak memory in MiB of a fresh process that runs three iterations."""
-    command = [sys.executable, *sys.argv, '--memory-of', kind]
+    configs = getattr(args, 'configs', [args.config])
+    options = [word for word in sys.argv[2:] if word not in configs]
+    command = [sys.executable, sys.argv[0], 'step', args.config, *options]
+    command += ['--memory-of', kind]
     output = subprocess.run(
         command, check=True, capture_output=True, text=True
     ).stdout
