@@ -1,0 +1,161 @@
+"""A distilled step of every kind on a GPU, against the same on the CPU.
+
+mmcv's operators are inside: RoIAlign and NMS (Faster R-CNN), sigmoid focal
+loss (RetinaNet, PAA), deformable convolution (a backbone with DCN v2).
+"""
+
+import pytest
+import tiny_dense
+import tiny_detectors as tiny
+import torch
+import toy  # noqa: F401  registers toy.FirstSampler
+from logit_pair import Pair
+from together import Networks, wide
+
+FIRST = dict(type='toy.FirstSampler')
+SAME_BOXES = dict(
+    # the generators of the two devices draw other boxes
+    train_cfg__rpn__sampler=FIRST,
+    train_cfg__rcnn__sampler=FIRST,
+)
+
+
+def rcnn():
+    return tiny.faster_rcnn(**SAME_BOXES)
+
+
+def deformable():
+    dcn = dict(type='DCNv2', deform_groups=1, fallback_on_stride=False)
+    stages = (False, True, True, True)
+    return tiny.faster_rcnn(
+        **SAME_BOXES,
+        backbone__depth=50,
+        backbone__dcn=dcn,
+        backbone__stage_with_dcn=stages,
+        neck__in_channels=[32, 64, 128, 256],
+    )
+
+
+# Name: the method and the student's config.
+WITH_TEACHER = {
+    'frcnn': ('FasterRCNNDistillation', rcnn, {}),
+    'frcnn-dcn': ('FasterRCNNDistillation', deformable, {}),
+    'kd-rois': ('KD', rcnn, {}),
+    'kd': ('KD', tiny.retinanet, {}),
+    'dkd': ('DKD', tiny.retinanet, {}),
+    'dist': ('DIST', tiny.retinanet, {}),
+    'ld': ('LD', tiny.gfl, {}),
+    'crosskd': ('CrossKD', tiny.gfl, dict(layer=1)),
+    'hint': ('FeatureHint', tiny.retinanet, {}),
+    'cwd': ('CWD', tiny.retinanet, {}),
+    'pkd': ('PKD', tiny.retinanet, {}),
+    'fgd': ('FGD', tiny.retinanet, {}),
+    'mgd': ('MGD', tiny.retinanet, {}),
+    'fbkd': ('FBKD', tiny.retinanet, {}),
+    'tat': ('TaT', tiny.retinanet, {}),
+    'lad': ('LabelAssignmentDistillation', tiny_dense.paa, {}),
+    'solad': ('SoLAD', tiny_dense.paa, {}),
+}
+WITH_PEERS = {
+    'colad': ('CoLearningAssignment', tiny_dense.paa, 1, {}),
+    'dml': ('MutualLearning', tiny.retinanet, 1, {}),
+    'dml-rois': ('MutualLearning', rcnn, 1, {}),
+    'several': (
+        'OneTeacherSeveralStudents',
+        tiny.retinanet,
+        2,
+        dict(teacher='peer0'),
+    ),
+    'dcm': ('DCM', tiny.retinanet, 1, {}),
+    'ffsd': ('FFSD', tiny.retinanet, 2, {}),
+}
+CASES = (*WITH_TEACHER, *WITH_PEERS)
+TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Of the sum of a method's losses, relative; those of half precision are
+what its rounding makes of a batch norm over a tiny map. DIST divides by
+deviations of columns that are nearly constant in an untrained network: the
+gradient there is rounding."""
+
+
+class Step:
+    """A distilled step on a device, with weights that depend on nothing."""
+
+    def __init__(self, case, device):
+        if case in WITH_TEACHER:
+            method, config, options = WITH_TEACHER[case]
+            made = Pair(method, config(), **options)
+        else:
+            method, config, peers, options = WITH_PEERS[case]
+            model = config()
+            made = Networks(
+                dict(m=dict(type=f'mmkd.{method}', **options)),
+                model,
+                {f'peer{n}': wide(model) for n in range(peers)},
+            )
+        self.student, self.distiller = made.student, made.distiller
+        self.student.to(device)
+        self.distiller.to(device)
+        if self.distiller.teacher is not None:
+            self.distiller.teacher.to(device)
+        self.device = device
+
+    def run(self, dtype):
+        """The method's losses and the norm of the student's gradient."""
+        batch = tiny.batch_for(self.student, sizes=((96, 128), (128, 96)))
+        self.distiller.attach()
+        try:
+            with torch.autocast(
+                self.device, dtype, enabled=dtype != torch.float32
+            ):
+                losses = tiny.seeded_loss(self.student, *batch)
+            # A method that steers has no losses of its own: the student's.
+            own = any(name.startswith('m.loss') for name in losses)
+            losses = {
+                name: sum(part.sum() for part in as_list(loss))
+                for name, loss in losses.items()
+                if 'loss' in name and name.startswith('m.') == own
+            }
+            sum(losses.values()).backward()
+        finally:
+            self.distiller.detach()
+        norms = [
+            p.grad.float().norm()
+            for n, p in self.student.named_parameters()
+            if p.grad is not None and not n.startswith('distillation')
+        ]
+        return (
+            {name: loss.item() for name, loss in losses.items()},
+            torch.stack(norms).norm().item(),
+        )
+
+
+def as_list(loss):
+    return loss if isinstance(loss, list) else [loss]
+
+
+def compare(case, device, dtype):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    expected, norm = Step(case, 'cpu').run(torch.float32)
+    found, found_norm = Step(case, device).run(dtype)
+    assert found.keys() == expected.keys()
+    tolerance = TOLERANCES[dtype]
+    assert sum(found.values()) == pytest.approx(
+        sum(expected.values()), rel=tolerance
+    )
+    assert norm > 0
+    if case != 'dist' or dtype == torch.float32:
+        assert found_norm == pytest.approx(norm, rel=5 * tolerance)
+
+
+@pytest.mark.parametrize('case', ['frcnn-dcn', 'lad', 'several', 'tat'])
+def test_the_comparison_on_the_cpu(case):
+    """What the GPU's tests do, with the CPU in its place."""
+    compare(case, 'cpu', torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', list(TOLERANCES), ids=str)
+@pytest.mark.parametrize('case', CASES)
+def test_as_on_the_cpu(case, dtype):
+    compare(case, 'cuda', dtype)
