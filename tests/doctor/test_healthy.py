@@ -62,19 +62,25 @@ def rescale(dataset, scale):
         shrink.small_step(step, scale)
 
 
+def saved(described, name, path):
+    """The description of a small teacher with a checkpoint."""
+    cfg = small(load_config(described['config']), name)
+    torch.manual_seed(1)
+    network = toy.detector(copy.deepcopy(cfg.model))
+    torch.save(dict(state_dict=network.state_dict()), path)
+    return dict(config=toy.teacher_config(cfg), checkpoint=str(path))
+
+
 def prepared(name, folder):
-    """A shipped config, small, with a teacher that is saved."""
+    """A shipped config, small, its teachers with checkpoints."""
     cfg = small(Config.fromfile(toy.ROOT / 'configs' / name), name)
     if cfg.distillation.get('teacher'):
-        described = test_configs.described(cfg)
-        teacher = small(load_config(described['config']), name)
-        torch.manual_seed(1)
-        network = toy.detector(copy.deepcopy(teacher.model))
-        path = folder / 'teacher.pth'
-        torch.save(dict(state_dict=network.state_dict()), path)
-        cfg.distillation.teacher = dict(
-            config=toy.teacher_config(teacher), checkpoint=str(path)
-        )
+        teachers = [
+            saved(described, name, folder / f'{number}.pth')
+            for number, described in enumerate(test_configs.all_described(cfg))
+        ]
+        several = isinstance(cfg.distillation.teacher, list)
+        cfg.distillation.teacher = teachers if several else teachers[0]
     for peer in cfg.distillation.get('peers', {}).values():
         theirs = small(load_config(peer['config']), name)
         peer['config'] = toy.teacher_config(theirs)
