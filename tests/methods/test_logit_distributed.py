@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import tiny_dense
 import tiny_detectors as tiny
 import torch
 import torch.distributed
@@ -16,6 +17,7 @@ METHODS = {
     'DIST': dict(gamma=0.0),
     'LD': dict(normalize=True),
     'CrossKD': dict(layer=1),
+    'SoftLabelDistillation': dict(min_iou=0.0),
 }
 
 
@@ -23,7 +25,9 @@ def losses(images):
     """Every method's losses on some of two images with 1 and 5 objects."""
     found = {}
     for method, options in METHODS.items():
-        pair = Pair(method, tiny.gfl(), **options)
+        soft = method == 'SoftLabelDistillation'
+        config = tiny_dense.paa() if soft else tiny.gfl()
+        pair = Pair(method, config, **options)
         pair.student.eval()  # batch norm would see which images share a batch
         inputs, samples = pair.batch(sizes=((256, 256),) * 2, objects=(1, 5))
         pair.distiller.attach()
@@ -61,7 +65,7 @@ def test_the_normalisers_are_averaged(tmp_path):
     for process in processes:
         process.join(60)
     expected = losses([0, 1])
-    assert len(expected) == 9
+    assert len(expected) == 12
     for name, loss in expected.items():
         mean = (parts[0][name] + parts[1][name]) / 2
         assert mean == pytest.approx(loss, rel=1e-3), name
