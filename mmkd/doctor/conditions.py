@@ -20,7 +20,7 @@ from mmkd.teacher import Teacher
 from mmkd.teacher_view import ClassMap
 from mmkd.utils import isolated_random_state
 
-from .patient import SEED, Patient, steers
+from .patient import SEED, Patient, cloned, steers
 from .report import some
 
 SECTION = 'Conditions'
@@ -43,6 +43,7 @@ class Recording:
             for name, (method, weight) in distiller.active_methods().items()
             if method.needs == 'teacher' and not steers(method)
         }
+        self.states = {n: cloned(m) for n, (m, _) in self.methods.items()}
         self.student = Outputs(
             patient.student, distiller._paths('student_paths')
         )
@@ -69,6 +70,8 @@ class Recording:
         for name, (method, weight) in self.methods.items():
             if only not in (None, name):
                 continue
+            # Some count their steps, to draw others in each.
+            method.load_state_dict(self.states[name])
             with isolated_random_state(SEED):
                 found = method(self.student, self.teacher, self.samples)
             for part, loss in found.items():
