@@ -1,0 +1,98 @@
+"""What a teacher computes for test images: to compare it with itself."""
+
+import contextlib
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mmdet.structures import DetDataSample
+from torch import Tensor
+
+from .outputs import box_heads, tensors_in
+
+if TYPE_CHECKING:
+    from .teacher import Teacher
+
+SIZE = 320
+"""Side of the test images; SSD needs about 300."""
+ROIS = ((8.0, 8.0, 200.0, 120.0), (90.0, 40.0, 310.0, 310.0))
+"""xyxy, in each test image."""
+
+
+def probe(teacher: 'Teacher', images: int = 1) -> dict[str, list[Tensor]]:
+    """All that methods can read of a teacher, for images of noise.
+
+    The images and RoIs are the same every time. A part that the detector
+    does not have, or not in the form that methods read, is left out.
+
+    Returns:
+        Per part its tensors.
+    """
+    device = next(teacher.model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(images, 3, SIZE, SIZE, generator=generator)
+    view = teacher(inputs.to(device), [_sample()] * images)
+    parts: dict[str, Any] = {'the feature maps': view.maps}
+    with contextlib.suppress(Exception):
+        parts['the RPN'] = view.rpn
+    with contextlib.suppress(Exception):
+        parts['the dense head'] = view.dense
+    rois = [(i, *box) for i in range(images) for box in ROIS]
+    sample: Any = SimpleNamespace(boxes=torch.tensor(rois, device=device))
+    stages = [sample for _ in box_heads(teacher.model)]
+    for stage, _ in enumerate(stages):
+        with contextlib.suppress(Exception):
+            parts[f'RoI stage {stage}'] = view.score_rois(sample, stage)
+    student: Any = SimpleNamespace(model=teacher.model, rois=stages)
+    for path in teacher.paths:
+        with contextlib.suppress(Exception):
+            parts[path] = view.features(path, student)
+    return {name: list(tensors_in(part)) for name, part in parts.items()}
+
+
+def _sample() -> DetDataSample:
+    size = (SIZE, SIZE)
+    return DetDataSample(
+        metainfo=dict(
+            img_id=0,
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=size,
+            batch_input_shape=size,
+            scale_factor=(1.0, 1.0),
+        )
+    )
+
+
+def difference(
+    ours: dict[str, list[Tensor]], theirs: dict[str, list[Tensor]]
+) -> tuple[float, str]:
+    """The largest difference of two probes, and the part that it is in.
+
+    Each tensor's difference is relative to its largest value; parts or
+    values that only one has, and values that are not finite in only one, are
+    infinitely different.
+    """
+    worst, where = 0.0, ''
+    for part in dict.fromkeys((*ours, *theirs)):
+        a, b = ours.get(part, []), theirs.get(part, [])
+        share = _difference(a, b) if part in ours and part in theirs else None
+        if share is None or share > worst:
+            worst = torch.inf if share is None else share
+            where = part
+    return worst, where
+
+
+def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float | None:
+    if [a.shape for a in ours] != [b.shape for b in theirs]:
+        return None
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if not b.numel():
+            continue
+        a, b = a.double(), b.double()
+        share = (a - b).abs().max() / b.abs().max().clamp(min=1e-30)
+        if not share.isfinite():
+            return None
+        worst = max(worst, share.item())
+    return worst
