@@ -31,12 +31,19 @@ class WeightScheduleHook(Hook):
     ``stop_at`` (by default the end of training), and by 0 from ``stop_at``
     on, where the teacher is no longer run.
 
+    With ``every`` = N the methods run in the iterations 0, N, 2N, ... alone,
+    with N times the weight, so that they pull as strongly on average; in
+    between, iterations are stock ones and the teacher is not run. Factors of
+    the student's own losses, where a method has some, apply in the
+    iterations with the method, as at its full weight.
+
     Args:
         methods: Names of the methods (or one name); all by default.
         warmup: Length of the linear warm-up.
         decay: ``'none'``, ``'linear'`` or ``'cosine'``.
         stop_at: When the methods are switched off; never by default.
-        by_epoch: Count in epochs instead of iterations.
+        by_epoch: Count in epochs instead of iterations; not for ``every``.
+        every: Run the methods in each so many iterations once, at least 1.
 
     Raises:
         ConfigError: If an option is outside its range or a method unknown.
@@ -54,6 +61,7 @@ class WeightScheduleHook(Hook):
         decay: str = 'none',
         stop_at: float | None = None,
         by_epoch: bool = False,
+        every: int = 1,
     ) -> None:
         if decay not in DECAYS:
             raise ConfigError(
@@ -67,6 +75,11 @@ class WeightScheduleHook(Hook):
                 f'stop_at ({stop_at}) must not come before the end of the '
                 f'warm-up ({warmup})'
             )
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ConfigError(
+                f'every must be a whole number of at least 1, got {every!r}'
+            )
+        self.every = every
         self.methods = [methods] if isinstance(methods, str) else methods
         self.warmup, self.decay = warmup, decay
         self.stop_at, self.by_epoch = stop_at, by_epoch
@@ -105,4 +118,5 @@ class WeightScheduleHook(Hook):
             time, end = time / batches, end / batches
         scales = distiller_of(runner).scales
         for name in self.methods or scales:
-            scales[name] = self.factor(time, end)
+            runs = runner.iter % self.every == 0
+            scales[name] = self.every * self.factor(time, end) * runs

@@ -49,6 +49,8 @@ class TestFactor:
             (dict(decay='cosin'), r"'cosin'.*Did you mean \"cosine\""),
             (dict(warmup=-1), 'at least 0, got -1'),
             (dict(warmup=9, stop_at=5), r'stop_at \(5\).*warm-up \(9\)'),
+            (dict(every=0), 'whole number of at least 1, got 0'),
+            (dict(every=1.5), 'whole number of at least 1, got 1.5'),
         ],
     )
     def test_wrong_options(self, options, message):
@@ -166,6 +168,34 @@ class TestRun:
         toy.train(cfg, again, other)
         assert again.factors == watch.factors[3:]
         assert other.losses == record.losses[3:]
+
+    def test_every_other_iteration(self, tmp_path):
+        schedule = dict(every=2, decay='linear')
+        cfg, watch, record = run(tmp_path / 'a', schedule)
+        hint = [f['hint'] for f in watch.factors]
+        # 2 * (1 - t / 6) in the iterations 0, 2 and 4
+        assert hint == pytest.approx([2, 0, 4 / 3, 0, 2 / 3, 0])
+        assert watch.runs == [1, 0, 1, 0, 1, 0]
+        # In between as without methods: those of this run have stopped.
+        _, _, stopped = run(tmp_path / 'b', dict(every=2, stop_at=1), epochs=1)
+        assert not any('.' in name for name in record.losses[1])
+        assert record.losses[:2] == stopped.losses[:2]
+        cfg.load_from = str(tmp_path / 'a' / 'epoch_1.pth')
+        cfg.resume = True
+        again, other = Watch(), toy.Record()
+        toy.train(cfg, again, other)
+        assert again.factors == watch.factors[3:]
+        assert other.losses == record.losses[3:]
+
+    def test_the_loss_has_as_many_times_the_weight(self, tmp_path):
+        _, _, once = run(tmp_path / 'a', epochs=1)
+        _, _, twice = run(tmp_path / 'b', dict(every=3), epochs=1)
+        names = [name for name in once.losses[0] if '.loss' in name]
+        assert len(names) >= 4
+        for name in names:
+            assert twice.losses[0][name] == pytest.approx(
+                3 * once.losses[0][name]
+            )
 
     def test_an_unknown_method(self, tmp_path):
         with pytest.raises(
