@@ -14,9 +14,11 @@ import json
 import sys
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 
 from mmkd.doctor import Report, diagnose
+from mmkd.teacher_source import load_config
+from mmkd.utils import ConfigError
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,7 +59,11 @@ def show(report: Report, path: Path | None = None) -> int:
 
 def main() -> int:
     args = parse_args()
-    cfg = Config.fromfile(args.config)
+    try:
+        cfg = load_config(args.config)
+    except ConfigError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     return show(diagnose(cfg, evaluate=args.eval), args.json)

@@ -19,6 +19,7 @@ from mmkd.checkpoint import CheckpointError
 from mmkd.data import DataError
 from mmkd.hooks.loss_check import NonFiniteLossError
 from mmkd.outputs import TapError
+from mmkd.teacher_source import load_config as read_config
 from mmkd.utils import ConfigError
 
 
@@ -63,7 +64,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)

@@ -82,3 +82,19 @@ def test_flagship(tmp_path, config, stock, losses):
         timeout=300,
     )
     assert loaded.returncode == 0, loaded.stderr[-3000:]
+
+
+@pytest.mark.parametrize('tool', ['train', 'test', 'doctor'])
+def test_a_config_that_does_not_exist(tool):
+    """One line, no traceback."""
+    arguments = ['configs/none.py', *['none.pth'] * (tool == 'test')]
+    done = subprocess.run(
+        [sys.executable, f'tools/{tool}.py', *arguments],
+        cwd=toy.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert 'Traceback' not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the config 'configs/none.py' does not")
