@@ -68,10 +68,22 @@ def build_student(
     args: argparse.Namespace, device: str
 ) -> tuple[Config, nn.Module, Batch]:
     """The config, its student and a batch."""
-    register_all_modules()
+    cfg = load_config(args)
+    return cfg, *student_of(cfg, args, device)
+
+
+def load_config(args: argparse.Namespace) -> Config:
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
+    return cfg
+
+
+def student_of(
+    cfg: Config, args: argparse.Namespace, device: str
+) -> tuple[nn.Module, Batch]:
+    """A config's student and a batch."""
+    register_all_modules()
     torch.manual_seed(0)
     model_cfg = copy.deepcopy(cfg.model)
     model_cfg.backbone.init_cfg = None  # speed does not depend on weights
@@ -79,12 +91,19 @@ def build_student(
     student.init_weights()
     student.to(device).train()
     classes = class_names({}, cfg) or ()
-    return cfg, student, make_batch(args, len(classes), device)
+    return student, make_batch(args, len(classes), device)
 
 
 def build(args: argparse.Namespace, device: str) -> tuple[Distiller, Batch]:
     """The student with its distiller (not attached) and a batch."""
-    cfg, student, batch = build_student(args, device)
+    return build_together(load_config(args), args, device)
+
+
+def build_together(
+    cfg: Config, args: argparse.Namespace, device: str
+) -> tuple[Distiller, Batch]:
+    """The same of a config that has been read."""
+    student, batch = student_of(cfg, args, device)
     distillation = copy.deepcopy(cfg.distillation)
     if 'teacher' in distillation:
         untrain(distillation.teacher)

@@ -5,6 +5,7 @@ Examples:
     python tools/benchmark.py methods configs/bccd/methods/*.py
     python tools/benchmark.py assign --costs paa_big/epoch_12.pth
     python tools/benchmark.py scale configs/lad_r50.py --objects 10 200
+    python tools/benchmark.py scale configs/bccd/peers/dml.py --networks 2 3
 
 What is compared runs in turn, again and again, in one process, so that a busy
 machine slows all of it alike; a first round is not counted. ``step``: the
@@ -13,7 +14,9 @@ forward under ``no_grad`` (what the methods read, no more) and the distilled
 iteration; peak memory is that of a fresh process for each. ``methods``: the
 same ratio for several configs. ``assign``: the batched mixture fit against
 scikit-learn's, and LAD against MMDetection's own detector. ``scale``: the
-distilled iteration with few and with many objects.
+distilled iteration with few and with many objects, or with ``--networks`` the
+iteration of so many students together against the sum of what each costs
+alone (and the frozen teacher's forward), with the memory of each.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from pathlib import Path
 import torch
 from _benchmark import environment
 from _benchmark_assign import assign, scale
+from _benchmark_networks import networks
 from _benchmark_step import methods, print_peak, step
 from mmengine.config import DictAction
 
@@ -49,6 +53,9 @@ def parse_args() -> argparse.Namespace:
     )
     growth = commands.add_parser('scale', help='cost against objects')
     growth.add_argument('config', help='config with `distillation`')
+    growth.add_argument(
+        '--networks', type=int, nargs='+', help='numbers of students, instead'
+    )
     for command in (one, many, fit, growth):
         add_common(command, several=command is growth)
     return parser.parse_args()
@@ -82,7 +89,10 @@ def main() -> None:
     if getattr(args, 'memory_of', None):
         print_peak(args, device)
         return
-    result, table = COMMANDS[args.command](args, device)
+    command = COMMANDS[args.command]
+    if getattr(args, 'networks', None):
+        command = networks
+    result, table = command(args, device)
     print(table)
     if args.json:
         content = {**environment(args, device), **result}
