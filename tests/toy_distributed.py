@@ -7,6 +7,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @HOOKS.register_module(name='toy_distributed.WriteLosses')
@@ -31,3 +32,15 @@ class WriteLosses(Hook):
         self.lines.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.lines))
+
+
+@HOOKS.register_module(name='toy_distributed.FrozenNorms')
+class FrozenNorms(Hook):
+    """All batch norm normalises by its running statistics."""
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None
+    ) -> None:
+        for module in runner.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()

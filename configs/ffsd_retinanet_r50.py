@@ -1,0 +1,24 @@
+# FFSD (Li et al., arXiv 2103.14473): two RetinaNet R50 are fused, and the
+# leader, a third one and alone meant for use, learns from the fusion, COCO 1x
+# (alone: 36.5 AP). T = 2 and the weights are the paper's for classification;
+# module_weight is 1000 there, where the modules have their own optimiser. The
+# ramp is the paper's 5 epochs. There are no published figures of detectors.
+_base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py']
+
+runner_type = 'mmkd.DistillationRunner'
+distillation = dict(
+    peers=dict(
+        first=dict(config='mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'),
+        second=dict(config='mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'),
+    ),
+    methods=dict(
+        ffsd=dict(
+            type='mmkd.FFSD',
+            temperature=2.0,
+            feature_weight=10.0,
+            diversity_weight=1e-5,
+            module_weight=1.0,
+            ramp_epochs=5,
+        )
+    ),
+)
