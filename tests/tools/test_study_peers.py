@@ -128,8 +128,8 @@ def test_rows_follow_their_run_with_its_seeds(
             'either "network".* or "ensemble"',
         ),
         (
-            dict(of='dml', network='secnd'),
-            r'x.network: .* "secnd" in the run "dml". Did you mean "second"',
+            dict(of='dml', network='thecond'),
+            r'x.network: .* "thecond" in the run "dml". Did you mean "second"',
         ),
         # That is the run itself.
         (dict(of='dml', network='student'), 'no such network "student"'),
@@ -291,10 +291,38 @@ def test_the_table_names_the_run_that_is_paid_for(reading, finished):
 # --------------------------------------------------------------- for real
 
 
+# AP is 0 after two epochs; this tells any two networks apart.
+METRIC = """
+from mmengine.evaluator import BaseMetric
+from mmengine.registry import METRICS
+
+
+@METRICS.register_module(name='ToySum')
+class Sum(BaseMetric):
+    default_prefix = 'toy'
+
+    def process(self, data_batch, data_samples):
+        for sample in data_samples:
+            found = sample['pred_instances']
+            boxes = found['bboxes'].sum() / 1e3
+            self.results.append(float(found['scores'].sum() + boxes))
+
+    def compute_metrics(self, results):
+        return dict(sum=sum(results))
+"""
+
+
 @pytest.mark.slow
-def test_a_real_run_and_its_rows(write, tmp_path):
+def test_a_real_run_and_its_rows(write, together, tmp_path):
     """Their metrics are those of the last validation in training."""
-    path, code, folder = write(), ROOT, tmp_path / 'study'
+    folder, code = tmp_path / 'study', tmp_path / 'code'
+    shutil.copytree(ROOT / 'mmkd', code / 'mmkd')
+    (code / 'toy_sum.py').write_text(METRIC)
+    with together.open('a') as file:
+        file.write("\ncustom_imports = dict(imports=['toy_sum'])\n")
+        file.write("test_evaluator = dict(type='ToySum')\n")
+        file.write('val_evaluator = test_evaluator\n')
+    path = write(metrics={'AP': 'toy/sum'})
     first = start(path, code)
     wait_for(first, folder / 'both-seed0' / 'test.json')
     first.kill()
@@ -302,8 +330,8 @@ def test_a_real_run_and_its_rows(write, tmp_path):
     assert not (folder / 'both-seed0' / 'result.json').exists()
     status, output = run(path, code, '--dry-run')
     assert status == 0
-    assert 'dml-seed0    done' in output
-    assert 'both-seed0   is to be tested' in output
+    assert 'dml-seed0     done' in output
+    assert 'both-seed0    is to be tested' in output
     status, output = run(path, code, '--jobs', '2')
     assert status == 0, output
 
@@ -313,12 +341,16 @@ def test_a_real_run_and_its_rows(write, tmp_path):
     }
     scalars = next((folder / 'dml-seed0').glob('2*/vis_data/scalars.json'))
     logged = json.loads(scalars.read_text().splitlines()[-1])
-    for name, prefix in (
-        ('dml', ''), ('both', 'ensemble/'), ('second', 'second/')
-    ):  # fmt: skip
-        for key, value in rows[name]['metrics'].items():
-            assert value == pytest.approx(logged[prefix + key], abs=1e-3), key
-    assert rows['second']['metrics'] != rows['dml']['metrics']
+    found = {name: row['metrics']['toy/sum'] for name, row in rows.items()}
+    assert found == pytest.approx(
+        {
+            'dml': logged['toy/sum'],
+            'both': logged['ensemble/toy/sum'],
+            'second': logged['second/toy/sum'],
+        },
+        rel=1e-4,
+    )
+    assert len({round(value, 2) for value in found.values()}) == 3
     for name in ('both', 'second'):
         for key in ('training_seconds', 'memory_mib'):
             assert rows[name][key] == rows['dml'][key]
@@ -331,7 +363,6 @@ def test_a_real_run_and_its_rows(write, tmp_path):
 
     # A failed run is not tested.
     shutil.rmtree(folder / 'dml-seed0')
-    together = tmp_path / 'together.py'
     together.write_text(together.read_text() + "\nmodel['type'] = 'Nothing'\n")
     status, output = run(path, code)
     assert status == 1
