@@ -20,6 +20,7 @@ from .several_teachers import (
     SeveralTeachers,
     build_method,
     build_teachers,
+    cache_hits,
     is_list,
     named,
 )
@@ -101,6 +102,9 @@ class Distiller(nn.Module):
         losses = task_losses
         for part_losses in distilled.values():
             losses = {**losses, **part_losses}
+        if teacher:
+            for name, share in cache_hits(teacher).items():
+                losses = {**losses, name: inputs.new_tensor(share)}
         losses = {**losses, **self._statistics(active)}
         return self._with_idle_parameters(losses, active)
 

@@ -143,6 +143,18 @@ def single_views(teacher: Any) -> list[TeacherOutputs]:
     ]
 
 
+def cache_hits(teacher: Any) -> dict[str, float]:
+    """The share of what a step asked of each teacher's cache that it knew."""
+    rates = {}
+    for name, view in views_of(teacher).items():
+        views = getattr(view, 'views', [view])
+        asked = sum(single.asked for single in views)
+        if asked:
+            hits = sum(single.hits for single in views)
+            rates[f'{name}.cache_hits'] = hits / asked
+    return rates
+
+
 # ------------------------------------------------------------------- building
 
 

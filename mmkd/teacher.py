@@ -10,6 +10,11 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from .outputs import Outputs
+from .teacher_cache import (
+    CachedOutputs,
+    TeacherCache,
+    check_cache_options,
+)
 from .teacher_outputs import TeacherOutputs
 from .teacher_source import (
     build_trained,
@@ -38,6 +43,7 @@ TEACHER_OPTIONS = (
     'cfg_options',
     'trust_checkpoint',
     *SPEED_OPTIONS,
+    'cache',
 )
 
 
@@ -68,6 +74,7 @@ class Teacher:
         self.classes = tuple(classes)
         self.paths = tuple(paths)
         self.speed = Speed()
+        self.cache: TeacherCache | None = None
         self.class_map = ClassMap(student_classes, classes)
         self.renormalize = Renormalize(
             student.data_preprocessor, model.data_preprocessor
@@ -82,7 +89,8 @@ class Teacher:
         self, inputs: Tensor, data_samples: Sequence[DetDataSample]
     ) -> TeacherOutputs:
         """View the student's batch (B, 3, H, W); nothing runs yet."""
-        return TeacherOutputs(self, inputs, data_samples)
+        view = TeacherOutputs if self.cache is None else CachedOutputs
+        return view(self, inputs, data_samples)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'Teacher':
         return self  # frozen: copies of the student share it
@@ -115,7 +123,9 @@ def build_teacher(
             untrained network, with a warning). ``cfg_options`` overrides
             entries of the config; ``trust_checkpoint`` allows a pickle that
             holds more than weights. The options of
-            :class:`~mmkd.teacher_speed.Speed` make it faster.
+            :class:`~mmkd.teacher_speed.Speed` make it faster, and ``cache``
+            (the options of :class:`~mmkd.teacher_cache.TeacherCache`) keeps
+            on disk what it has computed.
         student: The student's detector.
         student_classes: The student's class names.
         paths: Module paths that methods read.
@@ -143,6 +153,9 @@ def build_teacher(
             'teacher in a smoke test.'
         )
     speed = Speed(**{k: options[k] for k in SPEED_OPTIONS if k in options})
+    cache = options.get('cache')
+    if cache is not None:
+        cache = check_cache_options(cache)
     config = load_config(options['config'])
     if options.get('cfg_options'):
         overrides = dict(options['cfg_options'])
@@ -175,6 +188,11 @@ def build_teacher(
         student_classes=student_classes,
         paths=paths,
     )
+    device = next(student.parameters()).device
     if speed != Speed():
-        speed_up(teacher, speed, next(student.parameters()).device)
+        speed_up(teacher, speed, device)
+    if cache is not None:
+        teacher.cache = TeacherCache(
+            teacher.to(device), config.model.to_dict(), **cache
+        )
     return teacher

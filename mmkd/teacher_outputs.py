@@ -53,6 +53,8 @@ class TeacherOutputs:
         """What methods have derived in this step, for each other."""
         self._renormalize, self._speed = teacher.renormalize, teacher.speed
         self._inputs, self._data_samples = inputs, data_samples
+        self.asked = self.hits = 0
+        """Outputs of single images asked of the cache, and found there."""
         self._roi_results: dict[int, tuple[BoxSample, dict]] = {}
         self._roi_outputs: dict[int, Outputs] = {}
 

@@ -1,6 +1,7 @@
 """What a teacher computes for test images: to compare it with itself."""
 
 import contextlib
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor
 
 from .outputs import box_heads, tensors_in
+from .teacher_outputs import TeacherOutputs
 
 if TYPE_CHECKING:
     from .teacher import Teacher
@@ -19,25 +21,30 @@ ROIS = ((8.0, 8.0, 200.0, 120.0), (90.0, 40.0, 310.0, 310.0))
 """xyxy, in each test image."""
 
 
-def probe(teacher: 'Teacher', images: int = 1) -> dict[str, list[Tensor]]:
+def probe(
+    teacher: 'Teacher', images: Sequence[int] = (0,)
+) -> dict[str, list[Tensor]]:
     """All that methods can read of a teacher, for images of noise.
 
-    The images and RoIs are the same every time. A part that the detector
-    does not have, or not in the form that methods read, is left out.
+    A part that the detector does not have, or not in the form that methods
+    read, is left out.
+
+    Args:
+        teacher: As it is; it is not asked to look into its cache.
+        images: The numbers of the images; each has its noise.
 
     Returns:
         Per part its tensors.
     """
     device = next(teacher.model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(images, 3, SIZE, SIZE, generator=generator)
-    view = teacher(inputs.to(device), [_sample()] * images)
+    inputs = torch.stack([_noise(number) for number in images]).to(device)
+    view = TeacherOutputs(teacher, inputs, [_sample()] * len(images))
     parts: dict[str, Any] = {'the feature maps': view.maps}
     with contextlib.suppress(Exception):
         parts['the RPN'] = view.rpn
     with contextlib.suppress(Exception):
         parts['the dense head'] = view.dense
-    rois = [(i, *box) for i in range(images) for box in ROIS]
+    rois = [(i, *box) for i in range(len(images)) for box in ROIS]
     sample: Any = SimpleNamespace(boxes=torch.tensor(rois, device=device))
     stages = [sample for _ in box_heads(teacher.model)]
     for stage, _ in enumerate(stages):
@@ -48,6 +55,11 @@ def probe(teacher: 'Teacher', images: int = 1) -> dict[str, list[Tensor]]:
         with contextlib.suppress(Exception):
             parts[path] = view.features(path, student)
     return {name: list(tensors_in(part)) for name, part in parts.items()}
+
+
+def _noise(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, SIZE, SIZE, generator=generator)
 
 
 def _sample() -> DetDataSample:

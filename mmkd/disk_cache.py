@@ -1,0 +1,158 @@
+"""Tensors on disk: bounded in size, shared by processes, safe in crashes."""
+
+import hashlib
+import io
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+
+MAGIC = b'mmkd\x00\x01\r\n'
+DIGEST = 32
+"""Bytes of the checksum, behind the magic number."""
+KEPT = 0.9
+"""The share of the limit that is left when old entries are removed."""
+
+
+class DiskCache:
+    """Nested tensors under keys in a folder.
+
+    An entry is written to a temporary file and renamed, so it is whole or
+    absent; a checksum over key and content tells one that was truncated,
+    changed or renamed since, which is as good as absent. Before a write goes
+    beyond the limit, the entries that were not used for longest are removed.
+    Writers of all processes take turns (a lock on a file, which ends with
+    its process); readers wait for nobody.
+
+    Args:
+        folder: It may be shared by processes and runs; made if need be.
+        max_bytes: Limit of the entries' sizes together.
+    """
+
+    def __init__(self, folder: str | os.PathLike, max_bytes: int) -> None:
+        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._total = self.folder / 'total_bytes'
+        self._told: set[str] = set()
+        with self._turn():
+            # What is really there: a crash may have left the sum too large.
+            self._total.write_text(str(self._shrink_to(max_bytes)))
+
+    def read(self, key: str) -> Any:
+        """What was written under ``key``, on the CPU; None if it is absent.
+
+        What cannot be read, whatever the reason, is absent.
+        """
+        path = self._path(key)
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        start = len(MAGIC) + DIGEST
+        if content[:start] != MAGIC + _checksum(key, content[start:]):
+            self._tell_once(
+                'damaged',
+                f'The cache entry {path} is damaged; such are computed again.',
+            )
+            return None
+        with suppress(OSError):  # removed meanwhile, or not ours
+            os.utime(path)
+        return torch.load(io.BytesIO(content[start:]), weights_only=True)
+
+    def write(self, key: str, value: Any) -> None:
+        """Keep nested tensors (lists, tuples and dicts of them).
+
+        A full disk or a folder that cannot be written is told of, once, and
+        leaves the entry out.
+        """
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        payload = buffer.getvalue()
+        content = MAGIC + _checksum(key, payload) + payload
+        if len(content) > self.max_bytes:
+            self._tell_once(
+                'large',
+                f'An entry of {len(content):,} bytes is larger than the cache '
+                f'{self.folder} may be ({self.max_bytes:,}); such are left '
+                'out. Raise max_gib.',
+            )
+            return
+        try:
+            with self._turn():
+                self._put(self._path(key), content)
+        except OSError as error:
+            self._tell_once(
+                'full', f'The cache {self.folder} takes no entry: {error}'
+            )
+
+    def _put(self, path: Path, content: bytes) -> None:
+        total = self._known_total() + len(content)
+        if total > self.max_bytes:
+            left = KEPT * self.max_bytes - len(content)
+            total = self._shrink_to(max(left, 0)) + len(content)
+        # Before the entry: after a crash in between, the sum is too large,
+        # which only means that it is counted again sooner.
+        self._total.write_text(str(total))
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f'{uuid.uuid4().hex}.tmp')
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _known_total(self) -> int:
+        try:
+            return int(self._total.read_text())
+        except (OSError, ValueError):  # cut short by a crash
+            return self._shrink_to(self.max_bytes)
+
+    def _shrink_to(self, limit: float) -> int:
+        """Remove what was not used for longest; return the bytes left.
+
+        Called in turn, so a temporary file has lost its writer.
+        """
+        found = []
+        for path in self.folder.glob('??/*'):
+            if path.suffix == '.tmp':
+                path.unlink(missing_ok=True)
+                continue
+            with suppress(OSError):
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total
+
+    def _path(self, key: str) -> Path:
+        name = hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
+        return self.folder / name[:2] / name[2:]
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        import fcntl  # not on Windows, which has no need of this module
+
+        with open(self.folder / 'lock', 'w') as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _tell_once(self, kind: str, message: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            print_log(message, 'current', logging.WARNING)
+
+
+def _checksum(key: str, payload: bytes) -> bytes:
+    digest = hashlib.blake2b(key.encode(), digest_size=DIGEST)
+    digest.update(payload)
+    return digest.digest()
