@@ -111,8 +111,8 @@ class DistillationRunner(Runner):
         self.distiller = build_distiller(
             cfg, self.model, classes, self.seed or 0
         )
-        self.distiller.attach()
         self.logger.info(_described(self.distiller))
+        self.distiller.attach()
         self._register_once(LossCheckHook)
         if self._peers:
             self._register_once(PeerValidationHook)
@@ -396,12 +396,16 @@ class DistillationRunner(Runner):
 
 def _described(distiller: Distiller) -> str:
     """What is distilled, in a line of the log."""
-    student = type(distiller.student).__name__
+
+    def sized(model: nn.Module) -> str:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return f'{type(model).__name__}, {trained:,} weights'
+
     methods = ', '.join(distiller.methods) or 'no methods'
-    text = f'Training {student} with {methods}'
+    text = f'Training the student ({sized(distiller.student)}) with {methods}'
     if distiller.peers:
         peers = (
-            f'{name} ({type(peer.model).__name__})'
+            f'{name} ({sized(peer.model)})'
             for name, peer in distiller.peers.items()
         )
         text += f'; peers: {", ".join(peers)}'

@@ -63,6 +63,18 @@ def test_losses_shares_and_metrics_are_logged(run):
         assert 'big/coco/bbox_mAP' in metrics
 
 
+def test_the_log_tells_the_size_of_every_network(run):
+    work_dir, cfg, _ = run
+    sizes = []
+    for model in (cfg.model, cfg.distillation.peers.big.config.model):
+        parameters = toy.detector(model).train().parameters()
+        sizes.append(sum(p.numel() for p in parameters if p.requires_grad))
+    assert 0 < sizes[0] < sizes[1]
+    log = next(work_dir.glob('2*/*.log')).read_text()
+    assert f'Training the student (PAA, {sizes[0]:,} weights) with co' in log
+    assert f'; peers: big (PAA, {sizes[1]:,} weights)' in log
+
+
 def test_every_network_has_its_stock_checkpoint(run):
     work_dir, cfg, _ = run
     files = sorted(
