@@ -51,11 +51,14 @@ def cfg(request):
 
 
 def stock_base(path):
-    """The config of MMDetection that a file, or its base, starts from."""
-    (found,) = re.findall(r"_base_ = \[\s*'([^']*)'", path.read_text())
-    if found.startswith('mmdet::'):
-        return found.removeprefix('mmdet::')
-    return stock_base(path.parent / found)
+    """The first config of MMDetection that a file, or a base, starts from."""
+    bases = re.findall(r'_base_ = \[(.*?)\]', path.read_text(), re.DOTALL)
+    for base in re.findall(r"'([^']*)'", ''.join(bases)):
+        if base.startswith('mmdet::'):
+            return base.removeprefix('mmdet::')
+        if found := stock_base(path.parent / base):
+            return found
+    return None
 
 
 def strings(cfg):
