@@ -36,7 +36,7 @@ class DiskCache:
     """
 
     def __init__(self, folder: str | os.PathLike, max_bytes: int) -> None:
-        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         self._total = self.folder / 'total_bytes'
         self._told: set[str] = set()

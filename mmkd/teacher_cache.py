@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,13 @@ class TeacherCache:
             digest.update(f'{name} {value.dtype} {value.shape}'.encode())
             digest.update(_bytes(value))
         self._identity = digest.digest()
-        self.disk = DiskCache(dir, int(max_gib * 2**30))
+        try:
+            self.disk = DiskCache(dir, int(max_gib * 2**30))
+        except OSError as error:
+            raise ConfigError(
+                f'distillation.teacher.cache.dir: {dir} cannot hold a cache '
+                f'({error}). Give a folder that this process can write.'
+            ) from error
 
     def key(self, image: Tensor, sample: DetDataSample) -> str:
         """Of an image (3, H, W), padded, as the teacher gets it."""
@@ -101,8 +108,10 @@ def check_cache_options(cfg: Any) -> dict[str, Any]:
     size = cfg.get('max_gib', 1)
     if isinstance(size, bool) or not isinstance(size, int | float):
         raise ConfigError(f'{where}.max_gib must be a number, got {size!r}.')
-    if not size > 0:
-        raise ConfigError(f'{where}.max_gib must be above 0, got {size}.')
+    if not 0 < size < math.inf:
+        raise ConfigError(
+            f'{where}.max_gib must be above 0 and finite, got {size}.'
+        )
     return dict(cfg)
 
 

@@ -215,6 +215,22 @@ def test_teachers_of_a_list_have_a_rate_each(teacher, batch, tmp_path):
         assert 'teacher_b.cache_hits' not in losses
 
 
+def test_the_teachers_of_a_mean_have_one_rate(teacher, batch, tmp_path):
+    cfg = [dict(teacher, cache=dict(dir=str(tmp_path))), teacher]
+    student = tiny.build(tiny.gfl())
+    distiller = faster.build_distiller(
+        dict(teacher=dict(mean=cfg), methods=dict(kd=METHODS['kd'])),
+        student,
+        tiny.CLASSES,
+    )
+    distiller.attach()
+    rates = [
+        tiny.seeded_loss(student, *batch)['teacher.cache_hits'].item()
+        for _ in range(2)
+    ]
+    assert rates == [0, 1]
+
+
 def test_a_teacher_that_mixes_images_is_refused(teacher, tmp_path):
     mixing = copy.deepcopy(teacher)
     mixing['config']['model']['neck']['norm_cfg'] = dict(
@@ -233,7 +249,9 @@ def test_a_teacher_that_mixes_images_is_refused(teacher, tmp_path):
         ('folder', r"must be a dict with the folder \"dir\".*'folder'"),
         (dict(max_gib=3), 'must be a dict with the folder "dir"'),
         (dict(dir='x', max_gb=3), 'Did you mean "max_gib"'),
-        (dict(dir='x', max_gib=0), 'max_gib must be above 0, got 0'),
+        (dict(dir='x', max_gib=0), 'above 0 and finite, got 0'),
+        (dict(dir='x', max_gib=float('inf')), 'above 0 and finite, got inf'),
+        (dict(dir=__file__), 'cannot hold a cache .*that this process can'),
         (dict(dir='x', max_gib='3'), "max_gib must be a number, got '3'"),
     ],
 )
