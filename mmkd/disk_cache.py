@@ -14,7 +14,7 @@ import torch
 from mmengine.logging import print_log
 
 MAGIC = b'mmkd\x00\x01\r\n'
-DIGEST = 32
+DIGEST = 20
 """Bytes of the checksum, behind the magic number."""
 KEPT = 0.9
 """The share of the limit that is left when old entries are removed."""
@@ -135,7 +135,7 @@ class DiskCache:
         return total
 
     def _path(self, key: str) -> Path:
-        name = hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
+        name = fast_hash(key.encode()).hexdigest()
         return self.folder / name[:2] / name[2:]
 
     @contextmanager
@@ -152,7 +152,12 @@ class DiskCache:
             print_log(message, 'current', logging.WARNING)
 
 
+def fast_hash(start: bytes) -> Any:
+    """Against chance, not malice: twice as fast as BLAKE2 or SHA-256."""
+    return hashlib.sha1(start, usedforsecurity=False)
+
+
 def _checksum(key: str, payload: bytes) -> bytes:
-    digest = hashlib.blake2b(key.encode(), digest_size=DIGEST)
+    digest = fast_hash(key.encode())
     digest.update(payload)
     return digest.digest()

@@ -1,7 +1,6 @@
 """A teacher's outputs on disk, for images that it has seen before."""
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from .disk_cache import DiskCache
+from .disk_cache import DiskCache, fast_hash
 from .outputs import Outputs
 from .teacher_outputs import TeacherOutputs
 from .teacher_probe import difference, probe
@@ -58,10 +57,9 @@ class TeacherCache:
         max_gib: float = 10.0,
     ) -> None:
         _check_independent(teacher)
-        digest = hashlib.blake2b()
         versions = torch.__version__, mmcv.__version__, mmdet.__version__
         facts = (VERSION, versions, teacher.speed, config)
-        digest.update(repr(facts).encode())
+        digest = fast_hash(repr(facts).encode())
         for name, value in teacher.model.state_dict().items():
             digest.update(f'{name} {value.dtype} {value.shape}'.encode())
             digest.update(_bytes(value))
@@ -85,7 +83,7 @@ class TeacherCache:
             tuple(image.shape),
             tuple(sample.img_shape),
         )
-        digest = hashlib.blake2b(self._identity)
+        digest = fast_hash(self._identity)
         digest.update(repr(facts).encode())
         digest.update(_bytes(image))
         return digest.hexdigest()
