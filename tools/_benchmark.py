@@ -202,21 +202,26 @@ class Trainer:
                 view.score_rois(sample, stage)
 
 
-def timed(run: Callable[[], None], device: str) -> float:
+def timed(
+    run: Callable[[], None],
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Seconds of one call, kernels on a GPU included."""
     if device == 'cuda':
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     run()
     if device == 'cuda':
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def interleaved(
     runs: Mapping[str, Callable[[], Any]],
     device: str,
     repeat: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each run, in turn, so that noise meets all alike.
 
@@ -225,7 +230,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(repeat + 1):
         for name, run in runs.items():
-            seconds = timed(run, device)
+            seconds = timed(run, device, clock)
             if number:
                 times[name].append(seconds)
     return times

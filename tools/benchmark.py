@@ -3,6 +3,7 @@
 Examples:
     python tools/benchmark.py step configs/faster_rcnn_kd_r50.py --batch 1
     python tools/benchmark.py methods configs/bccd/methods/*.py
+    python tools/benchmark.py teacher configs/pkd_faster_rcnn_r50.py --batch 1
     python tools/benchmark.py assign --costs paa_big/epoch_12.pth
     python tools/benchmark.py scale configs/lad_r50.py --objects 10 200
     python tools/benchmark.py scale configs/bccd/peers/dml.py --networks 2 3
@@ -12,11 +13,14 @@ machine slows all of it alike; a first round is not counted. ``step``: the
 plain student's iteration (forward, backward, optimiser), the teacher's
 forward under ``no_grad`` (what the methods read, no more) and the distilled
 iteration; peak memory is that of a fresh process for each. ``methods``: the
-same ratio for several configs. ``assign``: the batched mixture fit against
-scikit-learn's, and LAD against MMDetection's own detector. ``scale``: the
-distilled iteration with few and with many objects, or with ``--networks`` the
-iteration of so many students together against the sum of what each costs
-alone (and the frozen teacher's forward), with the memory of each.
+same ratio for several configs. ``teacher``: its forward with each of its
+options, and iterations with some of them; ``--cpu-time`` counts the seconds
+that the process computes, whatever others do on the machine. ``assign``: the
+batched mixture fit against scikit-learn's, and LAD against MMDetection's own
+detector. ``scale``: the distilled iteration with few and with many objects,
+or with ``--networks`` the iteration of so many students together against the
+sum of what each costs alone (and the frozen teacher's forward), with the
+memory of each.
 """
 
 import argparse
@@ -29,9 +33,13 @@ from _benchmark import environment
 from _benchmark_assign import assign, scale
 from _benchmark_networks import networks
 from _benchmark_step import methods, print_peak, step
+from _benchmark_teacher import teacher
 from mmengine.config import DictAction
 
-COMMANDS = {'step': step, 'methods': methods, 'assign': assign, 'scale': scale}
+COMMANDS = {
+    **{'step': step, 'methods': methods, 'teacher': teacher},
+    **{'assign': assign, 'scale': scale},
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,6 +54,17 @@ def parse_args() -> argparse.Namespace:
     one.add_argument('--memory-of', help=argparse.SUPPRESS)
     many = commands.add_parser('methods', help='one iteration of each config')
     many.add_argument('configs', nargs='+', help='configs with `distillation`')
+    options = commands.add_parser('teacher', help="the teacher's options")
+    options.add_argument('config', help='config with `distillation`')
+    options.add_argument(
+        '--compile', action='store_true', help='too; takes minutes to compile'
+    )
+    options.add_argument(
+        '--forward', action='store_true', help='no iterations'
+    )
+    options.add_argument(
+        '--cpu-time', action='store_true', help="not the clock's; on the CPU"
+    )
     fit = commands.add_parser('assign', help='LAD and its mixtures')
     fit.add_argument('--config', default='configs/lad_r50.py')
     fit.add_argument(
@@ -56,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     growth.add_argument(
         '--networks', type=int, nargs='+', help='numbers of students, instead'
     )
-    for command in (one, many, fit, growth):
+    for command in (one, many, options, fit, growth):
         add_common(command, several=command is growth)
     return parser.parse_args()
 

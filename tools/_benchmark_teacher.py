@@ -1,0 +1,117 @@
+"""A teacher's options: its forward, and iterations that have it."""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from _benchmark import Trainer, build, interleaved, spread
+
+BASE = 'as it is'
+BEST = 'fold_bn, channels_last'
+CACHE = 'cache, all images known'
+EVERY = 4
+RARE = f'distilled, every={EVERY}, mean of {EVERY} iterations'
+VARIANTS: dict[str, dict[str, Any]] = {
+    BASE: {},
+    'fold_bn': dict(fold_bn=True),
+    'channels_last': dict(channels_last=True),
+    BEST: dict(fold_bn=True, channels_last=True),
+    "autocast='bfloat16'": dict(autocast='bfloat16'),
+}
+COMPILED = {
+    'compile': dict(compile=True),
+    'fold_bn, compile': dict(fold_bn=True, compile=True),
+}
+
+
+def teacher(
+    args: argparse.Namespace, device: str
+) -> tuple[dict[str, Any], str]:
+    """Times of the teacher's forward and of iterations, by option."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    with tempfile.TemporaryDirectory() as folder:
+        known = {CACHE: dict(cache=dict(dir=folder))}
+        variants = {**VARIANTS, **(COMPILED if args.compile else {}), **known}
+        teachers, trainer = _build(args, device, variants)
+        runs = {n: partial(_forward, trainer, t) for n, t in teachers.items()}
+        times = interleaved(runs, device, args.repeat, clock)
+        result = {'forward_seconds': times}
+        tables = [_table("teacher's forward", times, BASE)]
+        if not args.forward:
+            runs = _iterations(trainer, teachers)
+            times = interleaved(runs, device, args.repeat, clock)
+            times[RARE] = [seconds / EVERY for seconds in times[RARE]]
+            result['iteration_seconds'] = times
+            tables.append(_table('iteration', times, 'plain student'))
+    return result, '\n\n'.join(tables)
+
+
+def _build(
+    args: argparse.Namespace,
+    device: str,
+    variants: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Any], Any]:
+    """A teacher of each variant, and a trainer that knows what is read."""
+    teachers, trainer = {}, None
+    for name, options in variants.items():
+        distiller, batch = build(_with(args, options), device)
+        teachers[name] = distiller.teacher
+        if trainer is None:
+            trainer = Trainer(distiller.student, batch, distiller)
+            trainer.see_teacher()
+    return teachers, trainer
+
+
+def _with(
+    args: argparse.Namespace, options: Mapping[str, Any]
+) -> argparse.Namespace:
+    """The arguments for a config whose teacher has options."""
+    changes = {f'distillation.teacher.{k}': v for k, v in options.items()}
+    given = {**(args.cfg_options or {}), **changes}
+    return argparse.Namespace(**{**vars(args), 'cfg_options': given})
+
+
+def _iterations(
+    trainer: Any, teachers: Mapping[str, Any]
+) -> dict[str, Callable[[], None]]:
+    def distilled(name: str) -> None:
+        trainer.distiller.teacher = teachers[name]
+        trainer.distilled()
+
+    def every() -> None:
+        distilled(BASE)
+        for _ in range(EVERY - 1):
+            trainer.plain()
+
+    return {
+        'plain student': trainer.plain,
+        f'distilled, teacher {BASE}': partial(distilled, BASE),
+        f'distilled, {BEST}': partial(distilled, BEST),
+        f'distilled, {CACHE}': partial(distilled, CACHE),
+        RARE: every,
+    }
+
+
+def _forward(trainer: Any, network: Any) -> None:
+    trainer.distiller.teacher = network
+    trainer.teacher()
+
+
+def _table(what: str, times: Mapping[str, list[float]], base: str) -> str:
+    """Seconds, and the ratios to ``base`` round by round."""
+    rows = [
+        f'| {what} | median s | range | time / {base} | range |',
+        '|---|---|---|---|---|',
+    ]
+    for name, seconds in times.items():
+        ratios = [s / b for s, b in zip(seconds, times[base], strict=True)]
+        rows.append(
+            f'| {name} | {spread(seconds)} | '
+            f'**{statistics.median(ratios):.3f}** | '
+            f'{min(ratios):.3f}-{max(ratios):.3f} |'
+        )
+    return '\n'.join(rows)
