@@ -7,7 +7,6 @@ import pytest
 import test_peers
 import torch
 import toy
-from hooks.test_loss_check import CpuAmpOptimWrapper  # noqa: F401
 from mmengine.hooks import Hook
 from test_distributed import close, launch, records
 
@@ -142,7 +141,7 @@ def test_in_bfloat16(tmp_path, name):
     """Losses are those of single precision, within bfloat16's three digits."""
     plain = config(tmp_path / 'plain', name)
     half = config(tmp_path / 'half', name)
-    half.optim_wrapper.update(type='CpuAmpOptimWrapper', scale=False)
+    half.optim_wrapper.update(type='toy.CpuAmpOptimWrapper', scale=False)
     for cfg in (plain, half):
         toy.train(cfg)
     (expected,), (found,) = (

@@ -16,7 +16,8 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,15 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
 from mmengine.logging import MessageHub
-from mmengine.registry import HOOKS, METRICS, MODELS, RUNNERS, DefaultScope
+from mmengine.optim import OptimWrapper
+from mmengine.registry import (
+    HOOKS,
+    METRICS,
+    MODELS,
+    OPTIM_WRAPPERS,
+    RUNNERS,
+    DefaultScope,
+)
 from mmengine.runner import Runner
 
 from mmkd import shrink
@@ -331,6 +340,28 @@ class Falling(BaseMetric):
     def compute_metrics(self, results: list) -> dict[str, float]:
         epoch = MessageHub.get_current_instance().get_info('epoch')
         return {'falling': 10.0 - epoch}
+
+
+@OPTIM_WRAPPERS.register_module(name='toy.CpuAmpOptimWrapper')
+class CpuAmpOptimWrapper(OptimWrapper):
+    """Mixed precision on the CPU; MMEngine's is for GPUs alone."""
+
+    def __init__(self, *, scale: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.scaler = torch.amp.GradScaler('cpu', enabled=scale)
+
+    @contextmanager
+    def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
+        with super().optim_context(model), torch.autocast('cpu'):
+            yield
+
+    def backward(self, loss: torch.Tensor, **options: Any) -> None:
+        self.scaler.scale(loss).backward(**options)
+
+    def step(self, **options: Any) -> None:
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer, **options)
+        self.scaler.update()
 
 
 @TASK_UTILS.register_module(name='toy.FirstSampler')

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -10,33 +9,10 @@ import torch
 import toy
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.registry import OPTIM_WRAPPERS
 
 from mmkd.hooks import LossCheckHook
 from mmkd.hooks.loss_check import NonFiniteLossError
 from mmkd.utils import ConfigError
-
-
-@OPTIM_WRAPPERS.register_module()
-class CpuAmpOptimWrapper(OptimWrapper):
-    """Mixed precision on the CPU; MMEngine's is for GPUs alone."""
-
-    def __init__(self, *, scale, **options):
-        super().__init__(**options)
-        self.scaler = torch.amp.GradScaler('cpu', enabled=scale)
-
-    @contextmanager
-    def optim_context(self, model):
-        with super().optim_context(model), torch.autocast('cpu'):
-            yield
-
-    def backward(self, loss, **options):
-        self.scaler.scale(loss).backward(**options)
-
-    def step(self, **options):
-        self.scaler.unscale_(self.optimizer)
-        self.scaler.step(self.optimizer, **options)
-        self.scaler.update()
 
 
 class Break(Hook):
@@ -89,7 +65,7 @@ class TestNotFinite:
         )
         cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
         cfg.optim_wrapper.update(
-            type='CpuAmpOptimWrapper', scale=wrapper == 'scaled'
+            type='toy.CpuAmpOptimWrapper', scale=wrapper == 'scaled'
         )
         runner, broken = toy.build(cfg), Break(1)
         runner.register_hook(broken)

@@ -7,15 +7,20 @@ from toy import ROOT
 from mmkd import methods
 
 
-def test_readme_is_up_to_date():
+@pytest.fixture(scope='module')
+def written():
+    return table()
+
+
+def test_readme_is_up_to_date(written):
     text = (ROOT / 'README.md').read_text()
-    assert updated(text, table()) == text, (
+    assert updated(text, written) == text, (
         'run `python tools/method_table.py` and commit README.md'
     )
 
 
-def test_every_method_and_every_link():
-    rows = table().splitlines()[2:]
+def test_every_method_and_every_link(written):
+    rows = written.splitlines()[2:]
     names = {row.split('`')[1].removeprefix('mmkd.') for row in rows}
     assert names == {*methods.__all__, 'COPHead'} - {'Method'}
     for row in rows:
