@@ -25,13 +25,11 @@ from .several_teachers import (
     named,
 )
 from .teacher import Teacher
+from .teacher_probe import PROBE_SIZE, probe_sample
 from .utils import ConfigError, check_options, isolated_random_state
 
 Losses = dict[str, Tensor | list[Tensor]]
 Observer = Callable[[Losses, dict[str, dict[str, Tensor]]], None]
-
-PROBE_SIZE = 320
-"""Side of the blank image that tells the widths; SSD needs about 300."""
 
 
 class Distiller(nn.Module):
@@ -388,24 +386,14 @@ def blank_pass(
     detector that cannot run so far still gives what it produced; what is
     missing is reported where it is read.
     """
-    size = (PROBE_SIZE, PROBE_SIZE)
     image = torch.linspace(-1, 1, 3 * PROBE_SIZE**2, device=device)
-    sample = DetDataSample(
-        metainfo=dict(
-            img_id=0,
-            img_shape=size,
-            ori_shape=size,
-            pad_shape=size,
-            batch_input_shape=size,
-            scale_factor=(1.0, 1.0),
-        )
-    )
     outputs = Outputs(model, paths)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with outputs.recording():
-            model(image.view(1, 3, *size), [sample], mode='tensor')
+            image = image.view(1, 3, PROBE_SIZE, PROBE_SIZE)
+            model(image, [probe_sample()], mode='tensor')
     except Exception as error:  # any detector, any reason: see docstring
         outputs.note = f' (its test pass ended with {error!r})'
     finally:

@@ -15,7 +15,7 @@ from .teacher_outputs import TeacherOutputs
 if TYPE_CHECKING:
     from .teacher import Teacher
 
-SIZE = 320
+PROBE_SIZE = 320
 """Side of the test images; SSD needs about 300."""
 ROIS = ((8.0, 8.0, 200.0, 120.0), (90.0, 40.0, 310.0, 310.0))
 """xyxy, in each test image."""
@@ -38,7 +38,7 @@ def probe(
     """
     device = next(teacher.model.parameters()).device
     inputs = torch.stack([_noise(number) for number in images]).to(device)
-    view = TeacherOutputs(teacher, inputs, [_sample()] * len(images))
+    view = TeacherOutputs(teacher, inputs, [probe_sample()] * len(images))
     parts: dict[str, Any] = {'the feature maps': view.maps}
     with contextlib.suppress(Exception):
         parts['the RPN'] = view.rpn
@@ -59,11 +59,12 @@ def probe(
 
 def _noise(seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(3, SIZE, SIZE, generator=generator)
+    return torch.randn(3, PROBE_SIZE, PROBE_SIZE, generator=generator)
 
 
-def _sample() -> DetDataSample:
-    size = (SIZE, SIZE)
+def probe_sample() -> DetDataSample:
+    """The meta data of a test image."""
+    size = (PROBE_SIZE, PROBE_SIZE)
     return DetDataSample(
         metainfo=dict(
             img_id=0,

@@ -24,13 +24,6 @@ KINDS = (
 )
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _tools_importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TOOLS)
-        yield
-
-
 @pytest.fixture
 def tool():
     import compatibility

@@ -12,15 +12,7 @@ import pytest
 from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / 'tools'
 NEON = ROOT / 'data' / 'neon'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _tools_importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TOOLS)
-        yield
 
 
 @pytest.fixture

@@ -14,15 +14,7 @@ import toy
 from mmkd.utils import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / 'tools'
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _tools_importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TOOLS)
-        yield
 
 
 @pytest.fixture(scope='module')

@@ -20,13 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / 'tools'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _tools_importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TOOLS)
-        yield
-
-
 @pytest.fixture
 def tool():
     import study

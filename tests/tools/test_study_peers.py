@@ -8,7 +8,6 @@ import toy
 import yaml
 from test_study import (
     ROOT,
-    TOOLS,
     a_checkpoint,
     cells,
     finish,
@@ -19,13 +18,6 @@ from test_study import (
 )
 
 from mmkd.utils import ConfigError
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _tools_importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TOOLS)
-        yield
 
 
 @pytest.fixture
