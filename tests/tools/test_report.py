@@ -18,7 +18,7 @@ BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
 
 
 @pytest.fixture(scope='module')
-def tool(_tools_importable):
+def tool():
     import report
 
     return report
