@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmkd.fold_bn import _fold, fold_batch_norms, watched
 from mmkd.outputs import Outputs
-from mmkd.teacher import Teacher
 from mmkd.utils import ConfigError
 
 SIZES = ((96, 128), (128, 96))
@@ -37,19 +36,9 @@ def norms_in(module):
     return [m for m in module.modules() if isinstance(m, _BatchNorm)]
 
 
-def wrap(model, paths=()):
-    return Teacher(
-        model,
-        tiny.CLASSES,
-        student=model,
-        student_classes=tiny.CLASSES,
-        paths=paths,
-    )
-
-
 def folded(model, paths=()):
     """A folded teacher beside the network as it is."""
-    teacher = wrap(copy.deepcopy(model), paths)
+    teacher = tiny.wrap(copy.deepcopy(model), paths)
     return teacher, fold_batch_norms(teacher)
 
 

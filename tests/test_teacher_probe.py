@@ -8,18 +8,7 @@ import pytest
 import tiny_detectors as tiny
 import torch
 
-from mmkd.teacher import Teacher
 from mmkd.teacher_probe import difference, probe
-
-
-def wrap(model, paths=()):
-    return Teacher(
-        model,
-        tiny.CLASSES,
-        student=model,
-        student_classes=tiny.CLASSES,
-        paths=paths,
-    )
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +18,7 @@ def model():
 
 def test_all_parts_and_taps(model):
     tap = 'roi_head.bbox_head.shared_fcs.1'
-    teacher = wrap(model, ('backbone.layer2', tap, 'backbone.layer9'))
+    teacher = tiny.wrap(model, ('backbone.layer2', tap, 'backbone.layer9'))
     parts = probe(teacher, (0, 1))
     maps, rpn, roi = 'the feature maps', 'the RPN', 'RoI stage 0'
     assert list(parts) == [maps, rpn, roi, 'backbone.layer2', tap]
@@ -50,7 +39,7 @@ def test_a_change_shows_in_its_part(model, changed, part):
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.get_submodule(changed).weight[0] *= 1.5
-    ours, theirs = (probe(wrap(each)) for each in (model, other))
+    ours, theirs = (probe(tiny.wrap(each)) for each in (model, other))
     only = [{part: parts[part]} for parts in (ours, theirs)]
     worst, where = difference(*only)
     assert worst > 0.01

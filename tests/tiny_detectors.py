@@ -14,6 +14,7 @@ from mmengine.registry import MODELS
 from torch.nn import BatchNorm2d
 
 from mmkd.shrink import noise_batch as raw_batch
+from mmkd.teacher import Teacher
 
 CLASSES = ('cat', 'dog', 'cow')
 BACKBONE = dict(
@@ -215,6 +216,17 @@ def build(config, seed=0, spread=1.0):
             torch.nn.init.normal_(parameter, std=0.1 * spread)
     torch.set_rng_state(state)
     return model.train()
+
+
+def wrap(model, paths=()):
+    """The detector as the teacher of itself."""
+    return Teacher(
+        model,
+        CLASSES,
+        student=model,
+        student_classes=CLASSES,
+        paths=paths,
+    )
 
 
 def in_eval(model, **options):

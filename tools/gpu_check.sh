@@ -125,7 +125,7 @@ export wheels out env py python capability
 failed=0
 # The machine's compiler is slow on mmcv: this stage alone has half an hour.
 limit=$minutes minutes=$((minutes > 30 ? minutes : 30))
-stage environment bash -c make_environment || { minutes=$limit; failed=1; }
+stage environment bash -c make_environment || failed=1
 minutes=$limit
 if [ $failed = 0 ]; then
     stage tests "$py" -m pytest -m gpu -q -p no:cacheprovider tests || failed=1
