@@ -4,7 +4,6 @@ import copy
 
 import tiny_detectors as tiny
 import torch
-from torch import nn
 
 from mmkd.distiller import build_distiller
 
@@ -71,16 +70,6 @@ class Taught:
         return tiny.seeded_loss(self.student, self.inputs, self.samples)
 
 
-def spread(model, seed):
-    """Let a dense head's predictions differ from place to place."""
-    generator = torch.Generator().manual_seed(seed)
-    head = getattr(model, 'bbox_head', None)
-    for module in head.children() if head is not None else ():
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=0.3, generator=generator)
-    return model
-
-
 def rows(model, inputs, part=0, columns=6):
     """A dense head's maps anew, (B, N, columns): level, row, column, prior."""
     maps = model.bbox_head(model.extract_feat(inputs))[part]
@@ -122,7 +111,7 @@ def stock_weights(taught):
 
 
 def student_of(model, classes=CLASSES):
-    return spread(tiny.build(sized(model, classes), seed=1, spread=5), 1)
+    return tiny.spread(tiny.build(sized(model, classes), seed=1, spread=5), 1)
 
 
 def spread_like(network, seed):
@@ -134,4 +123,4 @@ def spread_like(network, seed):
         parameter.mul_(1 + 0.3 * noise)
         if name.split('.')[-2] in PREDICTING:
             parameter.copy_(0.5 * noise)
-    return tiny.in_eval(spread(other, seed))
+    return tiny.in_eval(tiny.spread(other, seed))

@@ -26,13 +26,7 @@ def config(work_dir, *, iterations=3, **options):
     # MMDetection counts an image without positive anchors as if it had one.
     cfg.model.train_cfg.rpn.assigner.min_pos_iou = 0.0
     cfg.distillation.teacher = toy.untrained(cfg)
-    for step in cfg.train_dataloader.dataset.pipeline:
-        if step.type == 'Resize':
-            step.keep_ratio = False  # the same padding for all
-        elif step.type == 'RandomFlip':
-            step.prob = 0.0
-    cfg.train_dataloader.sampler.shuffle = False
-    cfg.train_dataloader.pop('batch_sampler')
+    toy.in_order(cfg)
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     cfg.custom_hooks = [dict(type='toy.SaveRecord')]
     return cfg

@@ -198,13 +198,7 @@ def test_two_processes_are_one(tmp_path, method):
         )
     cfg.custom_imports = dict(imports=['toy'])
     cfg.env_cfg.dist_cfg = dict(backend='gloo', timeout=300)
-    for step in cfg.train_dataloader.dataset.pipeline:
-        if step.type == 'Resize':
-            step.keep_ratio = False
-        elif step.type == 'RandomFlip':
-            step.prob = 0.0
-    cfg.train_dataloader.sampler.shuffle = False
-    cfg.train_dataloader.pop('batch_sampler')
+    toy.in_order(cfg)
     cfg.train_dataloader.batch_size = 1
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     cfg.custom_hooks = [dict(type='toy.SaveRecord')]

@@ -49,13 +49,7 @@ def config(work_dir, name, *, iterations=2):
     cfg.distillation = dict(peers=peers, methods=dict(m=METHODS[name]))
     if name == 'offline':
         cfg.distillation.teacher = dict(config=peer, checkpoint=None)
-    for step in cfg.train_dataloader.dataset.pipeline:
-        if step.type == 'Resize':
-            step.keep_ratio = False  # the same padding for all
-        elif step.type == 'RandomFlip':
-            step.prob = 0.0
-    cfg.train_dataloader.sampler.shuffle = False
-    cfg.train_dataloader.pop('batch_sampler')
+    toy.in_order(cfg)
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     cfg.custom_imports = dict(imports=['toy', 'toy_distributed'])
     cfg.env_cfg.dist_cfg = dict(backend='gloo', timeout=300)

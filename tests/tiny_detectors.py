@@ -218,6 +218,16 @@ def build(config, seed=0, spread=1.0):
     return model.train()
 
 
+def spread(model, seed):
+    """Let a dense head's predictions differ from place to place."""
+    generator = torch.Generator().manual_seed(seed)
+    head = getattr(model, 'bbox_head', None)
+    for module in head.children() if head is not None else ():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=0.3, generator=generator)
+    return model
+
+
 def wrap(model, paths=()):
     """The detector as the teacher of itself."""
     return Teacher(

@@ -81,6 +81,17 @@ def small_data(cfg: Config, *, images: int = 8, batch: int = 2) -> None:
     shrink.small_data(cfg, DATA / 'coco_tiny', images=images, batch=batch)
 
 
+def in_order(cfg: Config) -> None:
+    """Let every process read the same images alike, one after the other."""
+    for step in cfg.train_dataloader.dataset.pipeline:
+        if step.type == 'Resize':
+            step.keep_ratio = False  # the same padding for all
+        elif step.type == 'RandomFlip':
+            step.prob = 0.0
+    cfg.train_dataloader.sampler.shuffle = False
+    cfg.train_dataloader.pop('batch_sampler')
+
+
 def plain(
     work_dir: Path, base: str = FASTER_RCNN, *, epochs: int = 1, **data: Any
 ) -> Config:

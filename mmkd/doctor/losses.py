@@ -22,7 +22,8 @@ def check_losses(patient: Patient) -> None:
     step = patient.distilled_step()
     report = patient.report
     parts = trained_parts(patient)
-    task = gradient(step.task.values(), parts['student'])
+    of_task = _gradients(step.task.values(), parts)
+    task = of_task['student']
     scale = float(norm(task))
     shown: dict[str, dict[str, float]] = {
         'task': {
@@ -31,16 +32,17 @@ def check_losses(patient: Patient) -> None:
             'cosine': 1.0,
         }
     }
-    reached = {'task': _reached(step.task.values(), parts)}
+    reached = {'task': _reached(of_task)}
     for losses in step.distilled.values():
         for name, loss in losses.items():
-            own = gradient([loss], parts['student'])
+            gradients = _gradients([loss], parts)
+            own = gradients['student']
             shown[name] = {
                 'value': float(loss.detach()),
                 'gradient': float(norm(own)),
                 'cosine': float(cosine(own, task)),
             }
-            reached[name] = _reached([loss], parts)
+            reached[name] = _reached(gradients)
     images, _, height, width = patient.inputs.shape
     rows = [['loss', 'value', 'gradient', 'cosine with the task', 'trains']]
     for name, row in shown.items():
@@ -68,17 +70,18 @@ def trained_parts(patient: Patient) -> dict[str, list[nn.Parameter]]:
     return parts
 
 
-def _reached(
+def _gradients(
     losses: Iterable[Tensor], parts: Mapping[str, Sequence[nn.Parameter]]
-) -> list[str]:
-    """The parts that losses have a gradient in."""
+) -> dict[str, list[Tensor | None]]:
+    """The gradient of a sum of losses in each part, in one pass."""
     every = [p for part in parts.values() for p in part]
-    gradients = iter(gradient(losses, every))
-    norms = {
-        name: norm([next(gradients) for _ in part])
-        for name, part in parts.items()
-    }
-    return [name for name, value in norms.items() if float(value)]
+    found = iter(gradient(losses, every))
+    return {name: [next(found) for _ in part] for name, part in parts.items()}
+
+
+def _reached(gradients: Mapping[str, Sequence[Tensor | None]]) -> list[str]:
+    """The parts in which losses have a gradient."""
+    return [name for name, each in gradients.items() if float(norm(each))]
 
 
 def _judge(
@@ -155,7 +158,7 @@ def _stays_zero(patient: Patient, name: str) -> bool:
         step = patient.on(raw).distilled_step()
         loss = {k: v for d in step.distilled.values() for k, v in d.items()}
         if name in loss and _teaches(
-            patient, name, _reached([loss[name]], parts)
+            patient, name, _reached(_gradients([loss[name]], parts))
         ):
             return False
     return True

@@ -4,22 +4,12 @@ import contextlib
 
 import tiny_detectors as tiny
 import torch
-from torch import nn
+from tiny_detectors import spread
 
 from mmkd.distiller import build_distiller
 
 SIZES = ((96, 128), (128, 96))
 """Two images that pad each other."""
-
-
-def spread(model, seed):
-    """Let a dense head's predictions differ from place to place."""
-    generator = torch.Generator().manual_seed(seed)
-    head = getattr(model, 'bbox_head', None)
-    for module in head.children() if head is not None else ():
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=0.3, generator=generator)
-    return model
 
 
 class Pair:
