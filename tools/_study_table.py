@@ -143,7 +143,7 @@ def results_table(
     stale: Mapping[str, str],
 ) -> str:
     header = ['run', 'seeds', *study.metrics]
-    header += ['training, min', 'memory, MiB', 'teacher']
+    header += ['training, min', 'CPU, min', 'memory, MiB', 'teacher']
     rows = []
     for network, results in done.items():
         values = list(results.values())
@@ -154,8 +154,9 @@ def results_table(
             for key in study.metrics.values()
         ]
         if values:
-            times = [r['training_seconds'] / 60 for r in values]
-            cells.append(f'{statistics.fmean(times):.1f}')
+            for key in ('training_seconds', 'training_cpu_seconds'):
+                times = [r[key] / 60 for r in values]
+                cells.append(f'{statistics.fmean(times):.1f}')
             cells.append(f'{max(r["memory_mib"] for r in values):.0f}')
             teachers = [r['inputs']['teacher'] for r in values]
             # A hash as in names of checkpoints; a URL names itself.
@@ -193,7 +194,8 @@ def remarks(study: Study) -> str:
     text = (
         'Metrics in per cent, of the last checkpoint of each run: mean ± '
         'standard deviation (n - 1) over the seeds. Training: mean wall time '
-        'on this machine, side by side where there was more than one job. '
+        'on this machine, side by side where there was more than one job; '
+        'CPU: the processor time in it, which other work prolongs less. '
         "Memory: the largest peak, of the GPU or else of the run's process. "
         "Teacher: the start of its checkpoint's SHA-256, by seed."
     )

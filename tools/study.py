@@ -50,6 +50,8 @@ from mmkd.checkpoint import CheckpointError
 from mmkd.logs import complete_rows
 from mmkd.utils import ConfigError
 
+COST = ('training_seconds', 'training_cpu_seconds', 'memory_mib', 'memory_of')
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -272,10 +274,12 @@ def cost_of(run: Run) -> dict[str, float | str]:
     """Of the training, which may be that of the run it is of."""
     if isinstance(run, Tested):
         theirs = run.source.result
-        keys = ('training_seconds', 'memory_mib', 'memory_of')
-        return {'trained_in': run.source.name} | {k: theirs[k] for k in keys}
-    seconds = run.noted['wall_seconds']
-    return {'training_seconds': seconds, **memory_of(run)}
+        return {'trained_in': run.source.name} | {k: theirs[k] for k in COST}
+    return {
+        'training_seconds': run.noted['wall_seconds'],
+        'training_cpu_seconds': run.noted['cpu_seconds'],
+        **memory_of(run),
+    }
 
 
 def memory_of(run: Run) -> dict[str, float | str]:

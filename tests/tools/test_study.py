@@ -215,6 +215,7 @@ def finish(run, weight=1.0, **metrics):
     result = {
         'metrics': {'coco/bbox_mAP': 0.0, **metrics},
         'training_seconds': 90.0,
+        'training_cpu_seconds': 60.0,
         'memory_mib': 800.0,
         'inputs': run.inputs,
         'checkpoint': run.checkpoint_hash,
@@ -406,7 +407,8 @@ def test_the_table_by_hand(reading, write, tmp_path):
     assert over['deviation'] == pytest.approx(0.02)
     # The teacher is ahead by 10 each time: no spread, no test.
     assert table['gains']['teacher']['AP']['p'] is None
-    assert cells(text, 'student') == ['3', '42.0 ± 2.0', '1.5', '800', '']
+    costs = ['1.5', '1.0', '800', '']
+    assert cells(text, 'student') == ['3', '42.0 ± 2.0', *costs]
     assert cells(text, 'distilled')[:2] == ['3', '44.3 ± 2.3']
     hashes = [run.checkpoint_hash[:8] for run in study.of('teacher')]
     assert len(set(hashes)) == 3
@@ -519,6 +521,7 @@ def test_a_study_is_killed_resumed_and_not_repeated(write, code, tmp_path):
         tested = (folder / f'{network}-seed0' / 'test').glob('*/*.json')
         assert row['metrics'] == json.loads(next(tested).read_text())
         assert row['training_seconds'] > 3
+        assert row['training_cpu_seconds'] > 3
         assert 200 < row['memory_mib'] < 20_000
     teacher = table['runs']['teacher']['by_seed']['0']
     distilled = table['runs']['distilled']['by_seed']['0']

@@ -193,6 +193,7 @@ def finished(reading, write):
         result = {
             'metrics': {'coco/bbox_mAP': ap},
             'training_seconds': 90.0,
+            'training_cpu_seconds': 60.0,
             'memory_mib': 800.0,
             'inputs': row.inputs,
             'checkpoint': row.checkpoint_hash,
@@ -344,7 +345,7 @@ def test_a_real_run_and_its_rows(write, together, tmp_path):
     )
     assert len({round(value, 2) for value in found.values()}) == 3
     for name in ('both', 'second'):
-        for key in ('training_seconds', 'memory_mib'):
+        for key in ('training_cpu_seconds', 'memory_mib'):
             assert rows[name][key] == rows['dml'][key]
         assert rows[name]['trained_in'] == 'dml-seed0'
     assert 'both of dml, second of dml' in output
