@@ -8,9 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 import torch.nn.functional as F
-from mmengine.model import MMDistributedDataParallel
 from torch import Tensor, nn
 
 from mmkd.hooks.telemetry import gradient, norm, student_parameters
@@ -377,45 +375,3 @@ def _broken_recording(patient: Patient, dtype: torch.dtype) -> list[str]:
     with torch.autocast(patient.device.type, dtype):
         losses = recording.losses()
     return [name for name, loss in losses.items() if not math.isfinite(loss)]
-
-
-# --------------------------------------------------------------- distributed
-
-
-def check_distributed(patient: Patient) -> None:
-    """In a distributed run every loss is what it is in a single process."""
-    if torch_dist.is_initialized():
-        return
-    plain = _values(patient.distilled_step().distilled)
-    torch_dist.init_process_group(
-        'gloo', store=torch_dist.HashStore(), rank=0, world_size=1
-    )
-    try:
-        wrapper = MMDistributedDataParallel(
-            module=patient.student,
-            device_ids=None,
-            broadcast_buffers=False,
-            find_unused_parameters=False,
-        )
-        wrapped = _values(patient.distributed_step(wrapper).distilled)
-    finally:
-        torch_dist.destroy_process_group()
-    lost = {**dict.fromkeys(plain, 0.0), **wrapped}
-    changed = differing(plain, lost, TOLERANCE)
-    if changed:
-        patient.report.find(
-            f'{some(changed)}: not the same in one process and wrapped for '
-            'distributed training.'
-        )
-    else:
-        patient.report.say(
-            SECTION, 'wrapped for distributed training, losses are the same'
-        )
-
-
-def _values(distilled: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    return {
-        name: float(loss.detach())
-        for losses in distilled.values()
-        for name, loss in losses.items()
-    }

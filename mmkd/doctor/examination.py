@@ -15,10 +15,10 @@ from mmkd.utils import ConfigError
 
 from .conditions import (
     check_class_order,
-    check_distributed,
     check_half_precision,
     check_padding,
 )
+from .distributed import check_distributed
 from .losses import check_losses
 from .networks import check_classes, check_modes, check_precision, watched
 from .patient import Patient
