@@ -5,12 +5,18 @@ import copy
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from _benchmark import Trainer, build, build_student, interleaved, size_of
 from _training import peak_resident
+
+from mmkd.doctor.conditions import mapped
+from mmkd.methods import Method
+from mmkd.several_teachers import single_views
 
 KINDS = {
     'plain': 'plain student iteration',
@@ -48,33 +54,99 @@ def step(args: argparse.Namespace, device: str) -> tuple[dict[str, Any], str]:
 def methods(
     args: argparse.Namespace, device: str
 ) -> tuple[dict[str, Any], str]:
-    """The overhead of each config's methods beyond the teacher's forward."""
+    """What each config's methods cost beyond both networks' passes.
+
+    Not as a difference of whole iterations, in which a few per cent drown:
+    the losses are computed, and their gradients in what they read of the
+    student, from one step's recorded outputs.
+    """
+    clock = time.process_time if args.cpu_time else time.perf_counter
     rows = [
-        '| config | plain s | teacher s | distilled s | overhead / plain | '
+        '| config | plain s | teacher s | methods s | methods / plain | '
         'range | plain MiB | teacher and adapters MiB | more MiB |',
         '|---|---|---|---|---|---|---|---|---|',
     ]
     results = {}
     for config in args.configs:
         each = argparse.Namespace(**{**vars(args), 'config': config})
-        result = {**ratios(each, device), 'memory_mib': memory(each, device)}
-        results[Path(config).stem] = result
-        median = {
-            kind: statistics.median(times)
-            for kind, times in result['all_seconds'].items()
+        distiller, batch = build(each, device)
+        trainer = Trainer(distiller.student, batch, distiller)
+        trainer.see_teacher()
+        runs = {
+            'plain': trainer.plain,
+            'teacher': trainer.teacher,
+            'methods': methods_alone(trainer),
         }
-        shares, peak = result['all_overheads'], result['memory_mib']
+        times = interleaved(runs, device, args.repeat, clock)
+        del distiller, trainer, runs
+        shares = [
+            m / p
+            for p, m in zip(times['plain'], times['methods'], strict=True)
+        ]
+        peak = memory(each, device)
+        results[Path(config).stem] = {
+            'all_seconds': times,
+            'all_shares': shares,
+            'memory_mib': peak,
+        }
+        seconds = [f'{statistics.median(t):.3f}' for t in times.values()]
         rows.append(
-            f'| {Path(config).stem} | {median["plain"]:.3f} | '
-            f'{median["teacher"]:.3f} | {median["distilled"]:.3f} | '
-            f'{statistics.median(shares):+.1%} | '
-            f'{min(shares):+.1%} to {max(shares):+.1%} | '
+            f'| {Path(config).stem} | {" | ".join(seconds)} | '
+            f'**{statistics.median(shares):.1%}** | '
+            f'{min(shares):.1%}-{max(shares):.1%} | '
             f'{peak["plain"]:.0f} | '
             f'{peak["teacher_weights"] + peak["adapters"]:.0f} | '
             f'{peak["other"]:.0f} |'
         )
         print(rows[-1], flush=True)
     return {'methods': results}, '\n'.join(rows)
+
+
+def methods_alone(trainer: Trainer) -> Callable[[], None]:
+    """A call that takes a step's losses, and their gradients, once more."""
+    distiller, samples = trainer.distiller, trainer.samples
+    assert distiller
+    active = distiller.active_methods()
+    for name, (method, _) in active.items():
+        if type(method).forward is Method.forward:
+            raise SystemExit(
+                f'error: {name} ({type(method).__name__}) computes no loss, '
+                "it steers the student's own. Measure it with `step` or "
+                '`assign`.'
+            )
+    student = distiller._outputs()
+    teacher = distiller.teacher(trainer.inputs, samples)
+    with student.recording():
+        type(distiller.student).loss(
+            distiller.student, trainer.inputs, samples
+        )
+    leaves: list[torch.Tensor] = []
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    student._fired = mapped(cut, student._fired)
+    for sample in student.rois if student._roi_calls else ():
+        sample.logits = mapped(cut, sample.logits)
+        sample.deltas = mapped(cut, sample.deltas)
+
+    def run() -> None:
+        for part in (student, *single_views(teacher)):
+            part.cache.clear()
+        vars(student).pop('anchors', None)
+        losses = [
+            weight * loss
+            for method, weight in active.values()
+            for loss in method(student, teacher, samples).values()
+        ]
+        for tensor in (*leaves, *distiller.parameters()):
+            tensor.grad = None
+        torch.stack(losses).sum().backward()
+
+    return run
 
 
 def ratios(args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -91,7 +163,6 @@ def ratios(args: argparse.Namespace, device: str) -> dict[str, Any]:
         'all_seconds': times,
         'ratio': statistics.median(ratio),
         'all_ratios': ratio,
-        'all_overheads': [(d - p - t) / p for p, t, d in rounds],
     }
 
 
@@ -114,9 +185,9 @@ def memory(args: argparse.Namespace, device: str) -> dict[str, float]:
 
 
 def peak_memory(args: argparse.Namespace, kind: str) -> float:
-    """Peak memory in MiB of a fresh process that runs three iterations."""
-    configs = getattr(args, 'configs', [args.config])
-    options = [word for word in sys.argv[2:] if word not in configs]
+    """Peak memory in MiB of a fresh process that runs two iterations."""
+    others = {*getattr(args, 'configs', [args.config]), '--cpu-time'}
+    options = [word for word in sys.argv[2:] if word not in others]
     command = [sys.executable, sys.argv[0], 'step', args.config, *options]
     command += ['--memory-of', kind]
     output = subprocess.run(
@@ -133,7 +204,7 @@ def print_peak(args: argparse.Namespace, device: str) -> None:
     else:
         distiller, batch = build(args, device)
         trainer = Trainer(distiller.student, batch, distiller)
-    for _ in range(3):
+    for _ in range(2):  # the second one with the optimiser's state
         getattr(trainer, args.memory_of)()
     if device == 'cuda':
         peak = torch.cuda.max_memory_allocated() / 2**20

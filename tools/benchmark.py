@@ -12,10 +12,12 @@ What is compared runs in turn, again and again, in one process, so that a busy
 machine slows all of it alike; a first round is not counted. ``step``: the
 plain student's iteration (forward, backward, optimiser), the teacher's
 forward under ``no_grad`` (what the methods read, no more) and the distilled
-iteration; peak memory is that of a fresh process for each. ``methods``: the
-same ratio for several configs. ``teacher``: its forward with each of its
-options, and iterations with some of them; ``--cpu-time`` counts the seconds
-that the process computes, whatever others do on the machine. ``assign``: the
+iteration; peak memory is that of a fresh process for each. ``methods``: what
+the methods of each config take beyond both networks, their losses and the
+gradients of these, as a share of the plain iteration. ``teacher``: its
+forward with each of its options, and iterations with some of them;
+``--cpu-time`` counts the seconds that the process computes, whatever others
+do on the machine. ``assign``: the
 batched mixture fit against scikit-learn's, and LAD against MMDetection's own
 detector. ``scale``: the distilled iteration with few and with many objects,
 or with ``--networks`` the iteration of so many students together against the
@@ -62,9 +64,12 @@ def parse_args() -> argparse.Namespace:
     options.add_argument(
         '--forward', action='store_true', help='no iterations'
     )
-    options.add_argument(
-        '--cpu-time', action='store_true', help="not the clock's; on the CPU"
-    )
+    for command in (many, options):
+        command.add_argument(
+            '--cpu-time',
+            action='store_true',
+            help="not the clock's; on the CPU",
+        )
     fit = commands.add_parser('assign', help='LAD and its mixtures')
     fit.add_argument('--config', default='configs/lad_r50.py')
     fit.add_argument(
