@@ -165,6 +165,11 @@ class Trainer:
         """Find out which of the teacher's outputs a distilled step reads."""
         assert self.distiller
         teacher = self.distiller.teacher
+        if teacher is None:
+            raise SystemExit(
+                'error: the config has no distillation.teacher. Networks that '
+                'train together are measured by `scale --networks`.'
+            )
         self.rois: dict[int, Any] = {}
         views: list[Any] = []
 

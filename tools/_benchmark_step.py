@@ -102,8 +102,11 @@ def methods(
     return {'methods': results}, '\n'.join(rows)
 
 
-def methods_alone(trainer: Trainer) -> Callable[[], None]:
-    """A call that takes a step's losses, and their gradients, once more."""
+def methods_alone(trainer: Trainer) -> Callable[[], torch.Tensor]:
+    """A call that takes a step's losses, and their gradients, once more.
+
+    It returns the losses' sum.
+    """
     distiller, samples = trainer.distiller, trainer.samples
     assert distiller
     active = distiller.active_methods()
@@ -133,7 +136,7 @@ def methods_alone(trainer: Trainer) -> Callable[[], None]:
         sample.logits = mapped(cut, sample.logits)
         sample.deltas = mapped(cut, sample.deltas)
 
-    def run() -> None:
+    def run() -> torch.Tensor:
         for part in (student, *single_views(teacher)):
             part.cache.clear()
         vars(student).pop('anchors', None)
@@ -144,7 +147,9 @@ def methods_alone(trainer: Trainer) -> Callable[[], None]:
         ]
         for tensor in (*leaves, *distiller.parameters()):
             tensor.grad = None
-        torch.stack(losses).sum().backward()
+        total = torch.stack(losses).sum()
+        total.backward()
+        return total.detach()
 
     return run
 

@@ -134,7 +134,13 @@ if [ $failed = 0 ]; then
         benchmark "step_batch$batch" step configs/faster_rcnn_kd_r50.py \
             --batch "$batch" --cfg-options $no_download || failed=1
         benchmark "lad_batch$batch" assign --batch "$batch" || failed=1
+        benchmark "teacher_batch$batch" teacher configs/pkd_faster_rcnn_r50.py \
+            --batch "$batch" --compile --cfg-options $no_download || failed=1
     done
+    retinanet=(configs/{kd,dist,cwd,fgd,mgd,tat}_retinanet_r50.py)
+    others=(configs/{ld_gfl,crosskd_gfl,dkd_faster_rcnn,fbkd_faster_rcnn}_r50.py)
+    benchmark methods methods "${retinanet[@]}" "${others[@]}" \
+        --batch 2 --cfg-options $no_download || failed=1
 fi
 "$python" - "$out" <<'EOF'
 import json

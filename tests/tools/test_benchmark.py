@@ -1,0 +1,138 @@
+"""The benchmarks time what a training step does, and nothing else."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import _benchmark
+import _benchmark_step
+import _benchmark_teacher
+import pytest
+import torch
+import toy
+
+GFL = 'gfl/gfl_r50_fpn_1x_coco.py'
+
+
+def arguments(config, **options):
+    given = dict(size=(96, 128), batch=2, objects=3, cfg_options=None)
+    return argparse.Namespace(**{**given, 'config': str(config), **options})
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(base, methods):
+        cfg = toy.distilled(tmp_path, base, methods=methods)
+        return str(toy.write(cfg, tmp_path / 'config.py'))
+
+    return write
+
+
+def trainer_of(path):
+    distiller, batch = _benchmark.build(arguments(path), 'cpu')
+    trainer = _benchmark.Trainer(distiller.student, batch, distiller)
+    trainer.see_teacher()
+    return trainer
+
+
+def losses_of_a_step(trainer):
+    """The sum of the methods' losses, and the adapters' gradients."""
+    seen = {}
+    trainer.distiller.observers.append(
+        lambda task, distilled: seen.update(distilled)
+    )
+    trainer.distilled()
+    trainer.distiller.observers.clear()
+    total = sum(v for losses in seen.values() for v in losses.values())
+    return total.detach(), [p.grad for p in trainer.distiller.parameters()]
+
+
+@pytest.mark.parametrize(
+    ('base', 'methods'),
+    [
+        (GFL, dict(kd=dict(type='mmkd.KD'), ld=dict(type='mmkd.LD'))),
+        (GFL, dict(fgd=dict(type='mmkd.FGD', loss_weight=2.0))),
+        (GFL, dict(crosskd=dict(type='mmkd.CrossKD'))),
+        (toy.FASTER_RCNN, dict(pkd=dict(type='mmkd.PKD'), hint=toy.HINT)),
+    ],
+)
+def test_methods_alone_are_those_of_a_step(config, base, methods):
+    trainer = trainer_of(config(base, methods))
+    alone = _benchmark_step.methods_alone(trainer)
+    first, second = alone(), alone()
+    gradients = [p.grad for p in trainer.distiller.parameters()]
+    total, expected = losses_of_a_step(trainer)
+    torch.testing.assert_close(first, total)
+    assert torch.equal(first, second)
+    assert len(gradients) == len(expected)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_teacher_s_options_are_timed(config):
+    path = config(toy.RETINANET, dict(pkd=dict(type='mmkd.PKD')))
+    args = arguments(
+        path, repeat=2, cpu_time=False, compile=False, forward=False
+    )
+    result, table = _benchmark_teacher.teacher(args, 'cpu')
+    forward, iteration = result.values()
+    cached = 'cache, all images known'
+    assert list(forward) == [*_benchmark_teacher.VARIANTS, cached]
+    assert all(len(times) == 2 for times in forward.values())
+    # Reading is faster than computing, and every fourth is less than each.
+    assert min(forward[cached]) < min(forward['as it is'])
+    each = min(iteration['distilled, teacher as it is'])
+    assert min(iteration['plain student']) < each
+    assert min(iteration[_benchmark_teacher.RARE]) < each
+    assert table.count('**1.000**') == 2
+
+
+def test_a_command_s_table_and_its_file(config, tmp_path):
+    path = config(GFL, dict(kd=dict(type='mmkd.KD')))
+    size = ('--size', '96', '128', '--objects', '3', '--batch', '2')
+    done = run(
+        'methods', path, *size, '--repeat', '2', '--json', tmp_path / 'x'
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / 'x').read_text())
+    assert content['size'] == [96, 128]
+    assert content['torch'] == torch.__version__
+    result = content['methods']['config']
+    times = result['all_seconds']
+    for plain, own, share in zip(
+        times['plain'], times['methods'], result['all_shares'], strict=True
+    ):
+        assert share == own / plain
+        assert own < plain
+    peak = result['memory_mib']
+    parts = peak['teacher_weights'] + peak['adapters'] + peak['other']
+    assert peak['distilled'] == pytest.approx(peak['plain'] + parts)
+    assert '| config | 0.' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ('path', 'message'),
+    [
+        (
+            'configs/bccd/lad.py',
+            'LabelAssignmentDistillation) computes no loss',
+        ),
+        ('configs/bccd/peers/dml.py', 'has no distillation.teacher'),
+    ],
+)
+def test_configs_that_cannot_be_measured(path, message):
+    size = ('--size', '96', '128', '--objects', '3', '--batch', '2')
+    done = run('methods', path, *size)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def run(*words):
+    return subprocess.run(
+        [sys.executable, 'tools/benchmark.py', *map(str, words)],
+        cwd=toy.ROOT,
+        capture_output=True,
+        text=True,
+    )
