@@ -164,12 +164,7 @@ class Trainer:
     def see_teacher(self) -> None:
         """Find out which of the teacher's outputs a distilled step reads."""
         assert self.distiller
-        teacher = self.distiller.teacher
-        if teacher is None:
-            raise SystemExit(
-                'error: the config has no distillation.teacher. Networks that '
-                'train together are measured by `scale --networks`.'
-            )
+        teacher = teacher_of(self.distiller)
         self.rois: dict[int, Any] = {}
         views: list[Any] = []
 
@@ -205,6 +200,16 @@ class Trainer:
                 getattr(view, part)
             for stage, sample in self.rois.items():
                 view.score_rois(sample, stage)
+
+
+def teacher_of(distiller: Distiller) -> Any:
+    """A config's frozen network; an error if it has none."""
+    if distiller.teacher is None:
+        raise SystemExit(
+            'error: the config has no distillation.teacher. Networks that '
+            'train together are measured by `scale --networks`.'
+        )
+    return distiller.teacher
 
 
 def timed(

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import statistics
 import subprocess
 import sys
@@ -11,9 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark import Trainer, build, build_student, interleaved, size_of
+from _benchmark import (
+    Trainer,
+    build,
+    build_student,
+    interleaved,
+    load_config,
+    size_of,
+    spread,
+    teacher_of,
+)
 from _training import peak_resident
 
+from mmkd.distiller import Distiller
 from mmkd.doctor.conditions import mapped
 from mmkd.methods import Method
 from mmkd.several_teachers import single_views
@@ -58,45 +69,49 @@ def methods(
 
     Not as a difference of whole iterations, in which a few per cent drown:
     the losses are computed, and their gradients in what they read of the
-    student, from one step's recorded outputs.
+    student, from one step's recorded outputs. A student that several configs
+    share is measured once.
     """
     clock = time.process_time if args.cpu_time else time.perf_counter
     rows = [
-        '| config | plain s | teacher s | methods s | methods / plain | '
-        'range | plain MiB | teacher and adapters MiB | more MiB |',
-        '|---|---|---|---|---|---|---|---|---|',
+        '| config | plain s | methods s | range | methods / plain | '
+        'plain MiB | teacher and adapters MiB | more MiB |',
+        '|---|---|---|---|---|---|---|---|',
     ]
     results = {}
+    students: dict[str, tuple[float, float]] = {}
     for config in args.configs:
         each = argparse.Namespace(**{**vars(args), 'config': config})
+        student = json.dumps(load_config(each).model.to_dict(), default=repr)
         distiller, batch = build(each, device)
         trainer = Trainer(distiller.student, batch, distiller)
-        trainer.see_teacher()
-        runs = {
-            'plain': trainer.plain,
-            'teacher': trainer.teacher,
-            'methods': methods_alone(trainer),
-        }
+        runs = {'methods': methods_alone(trainer)}
+        if student not in students:
+            runs['plain'] = trainer.plain
         times = interleaved(runs, device, args.repeat, clock)
+        weights, adapters = sizes(distiller)
         del distiller, trainer, runs
-        shares = [
-            m / p
-            for p, m in zip(times['plain'], times['methods'], strict=True)
-        ]
-        peak = memory(each, device)
+        if student not in students:
+            seconds = statistics.median(times['plain'])
+            students[student] = seconds, peak_memory(each, 'plain')
+        plain, peak = students[student]
+        more = peak_memory(each, 'distilled') - peak - weights - adapters
+        own = statistics.median(times['methods'])
         results[Path(config).stem] = {
+            'plain_seconds': plain,
             'all_seconds': times,
-            'all_shares': shares,
-            'memory_mib': peak,
+            'share': own / plain,
+            'memory_mib': {
+                'plain': peak,
+                'teacher_weights': weights,
+                'adapters': adapters,
+                'other': more,
+            },
         }
-        seconds = [f'{statistics.median(t):.3f}' for t in times.values()]
         rows.append(
-            f'| {Path(config).stem} | {" | ".join(seconds)} | '
-            f'**{statistics.median(shares):.1%}** | '
-            f'{min(shares):.1%}-{max(shares):.1%} | '
-            f'{peak["plain"]:.0f} | '
-            f'{peak["teacher_weights"] + peak["adapters"]:.0f} | '
-            f'{peak["other"]:.0f} |'
+            f'| {Path(config).stem} | {plain:.3f} | '
+            f'{spread(times["methods"])} | **{own / plain:.1%}** | '
+            f'{peak:.0f} | {weights + adapters:.0f} | {more:.0f} |'
         )
         print(rows[-1], flush=True)
     return {'methods': results}, '\n'.join(rows)
@@ -109,7 +124,7 @@ def methods_alone(trainer: Trainer) -> Callable[[], torch.Tensor]:
     """
     distiller, samples = trainer.distiller, trainer.samples
     assert distiller
-    active = distiller.active_methods()
+    frozen, active = teacher_of(distiller), distiller.active_methods()
     for name, (method, _) in active.items():
         if type(method).forward is Method.forward:
             raise SystemExit(
@@ -118,7 +133,7 @@ def methods_alone(trainer: Trainer) -> Callable[[], torch.Tensor]:
                 '`assign`.'
             )
     student = distiller._outputs()
-    teacher = distiller.teacher(trainer.inputs, samples)
+    teacher = frozen(trainer.inputs, samples)
     with student.recording():
         type(distiller.student).loss(
             distiller.student, trainer.inputs, samples
@@ -173,10 +188,7 @@ def ratios(args: argparse.Namespace, device: str) -> dict[str, Any]:
 
 def memory(args: argparse.Namespace, device: str) -> dict[str, float]:
     """Peak memory in MiB, and what explains it."""
-    distiller, _ = build(args, device)
-    weights = size_of([t.model for t in distiller.networks.values()])
-    adapters = size_of([distiller])
-    del distiller
+    weights, adapters = sizes(build(args, device)[0])
     plain, distilled = (
         peak_memory(args, kind) for kind in ('plain', 'distilled')
     )
@@ -187,6 +199,12 @@ def memory(args: argparse.Namespace, device: str) -> dict[str, float]:
         'adapters': adapters,
         'other': distilled - plain - weights - adapters,
     }
+
+
+def sizes(distiller: Distiller) -> tuple[float, float]:
+    """MiB of the teachers' weights and of the adapters."""
+    networks = [teacher.model for teacher in distiller.networks.values()]
+    return size_of(networks), size_of([distiller])
 
 
 def peak_memory(args: argparse.Namespace, kind: str) -> float:
