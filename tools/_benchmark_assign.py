@@ -1,8 +1,7 @@
-"""Label assignment: the batched mixtures, LAD, and many objects."""
+"""Label assignment: the batched mixtures, and LAD."""
 
 import argparse
 import copy
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -218,24 +217,3 @@ def mmdet_lad(args: argparse.Namespace, distiller: Any) -> nn.Module:
     model.teacher_model.load_state_dict(teacher.state_dict(), strict=False)
     model.train()
     return model
-
-
-def scale(args: argparse.Namespace, device: str) -> tuple[dict[str, Any], str]:
-    """The distilled iteration with few and with many objects an image."""
-    runs, keep = {}, []
-    for objects in args.objects:
-        each = argparse.Namespace(**{**vars(args), 'objects': objects})
-        distiller, batch = build(each, device)
-        trainer = Trainer(distiller.student, batch, distiller)
-        keep.append(trainer)
-        runs[str(objects)] = trainer.distilled
-    times = interleaved(runs, device, args.repeat)
-    first = next(iter(times.values()))
-    rows = ['| objects an image | median s | range | to the first |']
-    rows.append('|---|---|---|---|')
-    for objects, values in times.items():
-        ratio = statistics.median(
-            [v / f for v, f in zip(values, first, strict=True)]
-        )
-        rows.append(f'| {objects} | {spread(values)} | {ratio:.3f} |')
-    return {'seconds': times}, '\n'.join(rows)

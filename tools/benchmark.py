@@ -7,6 +7,7 @@ Examples:
     python tools/benchmark.py assign --costs paa_big/epoch_12.pth
     python tools/benchmark.py scale configs/lad_r50.py --objects 10 200
     python tools/benchmark.py scale configs/bccd/peers/dml.py --networks 2 3
+    python tools/benchmark.py scale configs/kd_retinanet_r50.py --processes 1 2
 
 What is compared runs in turn, again and again, in one process, so that a busy
 machine slows all of it alike; a first round is not counted. ``step``: the
@@ -19,10 +20,12 @@ forward with each of its options, and iterations with some of them;
 ``--cpu-time`` counts the seconds that the process computes, whatever others
 do on the machine. ``assign``: the
 batched mixture fit against scikit-learn's, and LAD against MMDetection's own
-detector. ``scale``: the distilled iteration with few and with many objects,
-or with ``--networks`` the iteration of so many students together against the
-sum of what each costs alone (and the frozen teacher's forward), with the
-memory of each.
+detector. ``scale``: the distilled iteration with few and with many objects;
+with ``--sizes`` against its parts, for images of several sizes; with
+``--processes`` against the plain one, both wrapped for distributed training;
+with ``--networks`` the iteration of so many students together against the sum
+of what each costs alone (and the frozen teacher's forward), with the memory
+of each.
 """
 
 import argparse
@@ -32,8 +35,8 @@ from pathlib import Path
 
 import torch
 from _benchmark import environment
-from _benchmark_assign import assign, scale
-from _benchmark_networks import networks
+from _benchmark_assign import assign
+from _benchmark_scale import scale
 from _benchmark_step import methods, print_peak, step
 from _benchmark_teacher import teacher
 from mmengine.config import DictAction
@@ -77,12 +80,28 @@ def parse_args() -> argparse.Namespace:
     )
     growth = commands.add_parser('scale', help='cost against objects')
     growth.add_argument('config', help='config with `distillation`')
-    growth.add_argument(
+    other = growth.add_mutually_exclusive_group()
+    other.add_argument(
         '--networks', type=int, nargs='+', help='numbers of students, instead'
+    )
+    other.add_argument(
+        '--sizes', type=as_size, nargs='+', metavar='HxW', help='or of pixels'
+    )
+    other.add_argument(
+        '--processes', type=int, nargs='+', help='or of processes'
     )
     for command in (one, many, options, fit, growth):
         add_common(command, several=command is growth)
     return parser.parse_args()
+
+
+def as_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition('x')
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f'expected height x width, such as 480x640, got {text!r}'
+        )
+    return int(height), int(width)
 
 
 def add_common(command: argparse.ArgumentParser, *, several: bool) -> None:
@@ -113,10 +132,7 @@ def main() -> None:
     if getattr(args, 'memory_of', None):
         print_peak(args, device)
         return
-    command = COMMANDS[args.command]
-    if getattr(args, 'networks', None):
-        command = networks
-    result, table = command(args, device)
+    result, table = COMMANDS[args.command](args, device)
     print(table)
     if args.json:
         content = {**environment(args, device), **result}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import _benchmark
+import _benchmark_scale
 import _benchmark_step
 import _benchmark_teacher
 import pytest
@@ -86,6 +87,46 @@ def test_the_teacher_s_options_are_timed(config):
     assert min(iteration['plain student']) < each
     assert min(iteration[_benchmark_teacher.RARE]) < each
     assert table.count('**1.000**') == 2
+
+
+def test_growth_with_the_images_size(config):
+    path = config(toy.RETINANET, dict(pkd=dict(type='mmkd.PKD')))
+    args = arguments(
+        path,
+        objects=[3],
+        sizes=[(64, 64), (320, 320)],
+        networks=None,
+        repeat=2,
+    )
+    found = _benchmark_scale.scale(args, 'cpu')[0]['sizes']
+    small, large = found['64x64'], found['320x320']
+    for kind in ('plain', 'teacher', 'distilled'):
+        assert sum(large['seconds'][kind]) > sum(small['seconds'][kind])
+    for each in (small, large):
+        parts = each['seconds']
+        for ratio, p, t, d in zip(
+            each['ratios'], *parts.values(), strict=True
+        ):
+            assert ratio == pytest.approx(d / (p + t))
+
+
+@pytest.mark.slow
+def test_growth_with_processes(config):
+    path = config(GFL, dict(pkd=dict(type='mmkd.PKD')))
+    args = arguments(
+        path,
+        objects=[3],
+        sizes=None,
+        networks=None,
+        processes=[1, 2],
+        repeat=2,
+    )
+    args.threads = 1
+    found = _benchmark_scale.scale(args, 'cpu')[0]['processes']
+    assert list(found) == [1, 2]
+    for each in found.values():
+        assert len(each['ratios']) == 2
+        assert min(each['ratios']) > 0.5
 
 
 def test_a_command_s_table_and_its_file(config, tmp_path):
