@@ -1,5 +1,5 @@
-# A quarter of the teacher's width, with the same schedule.
-_base_ = ['./gfl_teacher.py']
+# A quarter of the teacher's width, half of its epochs.
+_base_ = ['../_base_/bccd_gfl.py']
 
 model = dict(
     backbone=dict(base_channels=8),

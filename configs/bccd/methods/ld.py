@@ -6,7 +6,7 @@ _base_ = ['../gfl_student.py']
 distillation = dict(
     teacher=dict(
         config='configs/bccd/gfl_teacher.py',
-        checkpoint='work_dirs/bccd/gfl_teacher/epoch_8.pth',
+        checkpoint='work_dirs/bccd/gfl_teacher/epoch_16.pth',
     ),
     # The sums grow with the objects of a batch: about 3 * 7 in the paper's
     # configs, 8 * 13 here, so a fifth of its weights of 0.25.

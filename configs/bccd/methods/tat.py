@@ -6,7 +6,7 @@ _base_ = ['../gfl_student.py']
 distillation = dict(
     teacher=dict(
         config='configs/bccd/gfl_teacher.py',
-        checkpoint='work_dirs/bccd/gfl_teacher/epoch_8.pth',
+        checkpoint='work_dirs/bccd/gfl_teacher/epoch_16.pth',
     ),
     # all options: the defaults of the class
     methods=dict(tat=dict(type='mmkd.TaT')),
