@@ -222,9 +222,8 @@ def same_priors(ours: Recorded, theirs: Recorded) -> bool:
 
 
 def reads_predictions(recorded: Recorded) -> bool:
-    """Whether the recorded assigners were given predictions."""
+    """Whether the recorded assigners were called, and given predictions."""
     return bool(recorded) and all(
-        'bboxes' in predicted and 'scores' in predicted
+        images and all('bboxes' in p and 'scores' in p for p, _ in images)
         for images in recorded.values()
-        for predicted, _ in images
     )

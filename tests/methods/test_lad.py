@@ -434,6 +434,17 @@ def test_static_assignment(make):
         Pair(make())
 
 
+def test_an_assigner_that_the_loss_never_asks():
+    """FreeAnchor has one and assigns by itself: LAD would change nothing."""
+    head = dict(
+        type='FreeAnchorRetinaHead',
+        loss_bbox=dict(type='SmoothL1Loss', beta=0.11, loss_weight=0.75),
+    )
+    config = tiny.merged(tiny.retinanet(), bbox_head=head)
+    with pytest.raises(ConfigError, match='is not made by its assigner'):
+        Pair(config)
+
+
 def test_two_stage():
     with pytest.raises(ConfigError, match='one-stage'):
         Pair(tiny.faster_rcnn())
