@@ -134,6 +134,8 @@ class Trainer:
         distiller: Distiller | None = None,
     ) -> None:
         self.student, self.distiller = student, distiller
+        self.model: nn.Module = student
+        """What is called: the student, or its wrapper."""
         self.inputs, self.samples = batch
         adapters = distiller.parameters() if distiller else ()
         self.optimizer = torch.optim.SGD(
@@ -142,7 +144,7 @@ class Trainer:
 
     def step(self) -> None:
         """One iteration; distilled if the distiller is attached."""
-        losses = self.student.loss(self.inputs, self.samples)
+        losses = self.model(self.inputs, self.samples, mode='loss')
         total, _ = self.student.parse_losses(losses)
         self.optimizer.zero_grad()
         total.backward()

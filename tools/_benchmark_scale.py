@@ -3,8 +3,7 @@
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from _benchmark import (
     teacher_of,
 )
 from _benchmark_networks import networks
+from _benchmark_step import ratios
 from mmengine.model import MMDistributedDataParallel
-from torch import nn
 
 Times = Mapping[str, list[float]]
 
@@ -40,16 +39,20 @@ def objects(
     args: argparse.Namespace, device: str
 ) -> tuple[dict[str, Any], str]:
     """The distilled iteration with few and with many objects an image."""
-    runs = {
-        str(number): trainer(args, device, objects=number).distilled
-        for number in args.objects
-    }
+    runs = {}
+    for number in args.objects:
+        each = argparse.Namespace(**{**vars(args), 'objects': number})
+        distiller, batch = build(each, device)
+        trainer = Trainer(distiller.student, batch, distiller)
+        runs[str(number)] = trainer.distilled
     times = interleaved(runs, device, args.repeat)
     rows = ['| objects an image | median s | range | to the first |']
     rows.append('|---|---|---|---|')
     first = next(iter(times.values()))
     for number, values in times.items():
-        growth = statistics.median(ratios(values, first))
+        growth = statistics.median(
+            [v / f for v, f in zip(values, first, strict=True)]
+        )
         rows.append(f'| {number} | {spread(values)} | {growth:.3f} |')
     return {'seconds': times}, '\n'.join(rows)
 
@@ -64,12 +67,9 @@ def sizes(args: argparse.Namespace, device: str) -> tuple[dict[str, Any], str]:
     result = {}
     args.objects = args.objects[0]
     for size in args.sizes:
-        each = trainer(args, device, size=size)
-        each.see_teacher()
-        runs = {k: getattr(each, k) for k in ('plain', 'teacher', 'distilled')}
-        times = interleaved(runs, device, args.repeat)
-        parts = map(sum, zip(times['plain'], times['teacher'], strict=True))
-        found = ratios(times['distilled'], list(parts))
+        each = argparse.Namespace(**{**vars(args), 'size': size})
+        measured = ratios(each, device)
+        times, found = measured['all_seconds'], measured['all_ratios']
         name = 'x'.join(map(str, size))
         result[name] = {'seconds': times, 'ratios': found}
         medians = [f'{statistics.median(v):.3f}' for v in times.values()]
@@ -80,16 +80,6 @@ def sizes(args: argparse.Namespace, device: str) -> tuple[dict[str, Any], str]:
         )
         print(rows[-1], flush=True)
     return {'sizes': result}, '\n'.join(rows)
-
-
-def trainer(args: argparse.Namespace, device: str, **changes: Any) -> Trainer:
-    each = argparse.Namespace(**{**vars(args), **changes})
-    distiller, batch = build(each, device)
-    return Trainer(distiller.student, batch, distiller)
-
-
-def ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
-    return [v / b for v, b in zip(values, base, strict=True)]
 
 
 # ---------------------------------------------------------------- processes
@@ -118,7 +108,10 @@ def processes(
                 one_process, (number, args, device, folder), number
             )
             times = torch.load(Path(folder) / 'times')
-        found = ratios(times['distilled'], times['plain'])
+        found = [
+            d / p
+            for p, d in zip(times['plain'], times['distilled'], strict=True)
+        ]
         result[number] = {'seconds': times, 'ratios': found}
         rows.append(
             f'| {number} | {spread(times["plain"])} | '
@@ -160,16 +153,8 @@ def wrapped_times(args: argparse.Namespace, device: str) -> Times:
     distiller.attach()
     runs: dict[str, Callable[[], None]] = {}
     for name, each in {'plain': plain, 'distilled': distilled}.items():
-        wrapper = MMDistributedDataParallel(
+        each.model = MMDistributedDataParallel(
             module=each.student, broadcast_buffers=False
         )
-        runs[name] = partial(wrapped_step, wrapper, each)
+        runs[name] = each.step
     return interleaved(runs, device, args.repeat)
-
-
-def wrapped_step(wrapper: nn.Module, each: Trainer) -> None:
-    losses = wrapper(each.inputs, each.samples, mode='loss')
-    total, _ = each.student.parse_losses(losses)
-    each.optimizer.zero_grad()
-    total.backward()
-    each.optimizer.step()

@@ -61,13 +61,13 @@ def check_dynamic(student: Outputs, teacher: Outputs, method: str) -> None:
         ('student', 'teacher'), (student, teacher), recorded, strict=True
     ):
         if not reads_predictions(record):
-            idle = record and not any(record.values())
             why = 'is static, it does not read predictions'
+            if record and not any(record.values()):
+                why = 'is not made by its assigner'
             raise ConfigError(
                 f'{method}: the assignment of the {role} '
                 f'({type(outputs.model.bbox_head).__name__}) '
-                f'{"is not made by its assigner" if idle else why}, so there '
-                f'is nothing to distil. It fits {FITTING}.'
+                f'{why}, so there is nothing to distil. It fits {FITTING}.'
             )
     if not same_priors(*recorded):
         raise ConfigError(

@@ -83,7 +83,8 @@ def test_the_teacher_s_options_are_timed(config):
     assert list(forward) == [*_benchmark_teacher.VARIANTS, cached]
     assert all(len(times) == 2 for times in forward.values())
     assert {'plain student', _benchmark_teacher.RARE} < {*iteration}
-    assert table.count('**1.000**') == 2
+    firsts = [row for row in table.splitlines() if '| as it is |' in row]
+    assert len(firsts) == 1 and '**1.000**' in firsts[0]
 
 
 def test_growth_with_the_images_size(config):
