@@ -5,15 +5,14 @@ _base_ = ['mmdet::gfl/gfl_r50_fpn_1x_coco.py']
 
 runner_type = 'mmkd.DistillationRunner'
 distillation = dict(
-    peers=dict(
-        second=dict(config='mmdet::gfl/gfl_r50_fpn_1x_coco.py'),
-        # For a frozen one: distillation.teacher, and without teacher= below.
-        r101=dict(config='mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py'),
+    # For a trained, frozen one: checkpoint=..., or name=..., and no trainable.
+    teacher=dict(
+        config='mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py', trainable=True
     ),
+    peers=dict(second=dict(config='mmdet::gfl/gfl_r50_fpn_1x_coco.py')),
     methods=dict(
         several=dict(
             type='mmkd.OneTeacherSeveralStudents',
-            teacher='r101',
             alpha=1.0,
             beta=1.0,
             temperature=1.0,

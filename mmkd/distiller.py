@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .checkpoint import ATTACHED
 from .methods import Method
 from .outputs import Outputs
-from .peers import Peer, build_peer
+from .peers import Peer, build_peer, with_trained_teacher
 from .several_teachers import (
     FromEach,
     MeanTeacher,
@@ -245,7 +245,8 @@ def build_distiller(
 
     Args:
         cfg: ``distillation`` of the config: ``teacher``, ``peers`` and
-            ``methods``.
+            ``methods``. A teacher with ``trainable=True`` is the peer
+            ``teacher``.
         student: The stock detector on its device.
         classes: The student's class names.
         seed: Seeds the adapters' weights. The global random state is left as
@@ -257,9 +258,11 @@ def build_distiller(
         TapError: If a tap never fires.
     """
     _check_keys(cfg)
+    cfg = with_trained_teacher(cfg)
     method_cfgs, peer_cfgs = cfg.get('methods') or {}, cfg.get('peers') or {}
     _check_names('methods', method_cfgs)
     _check_names('peers', peer_cfgs, taken=method_cfgs)
+    _check_reserved(peer_cfgs, cfg)
     device = next(student.parameters()).device
     peers = {
         name: build_peer(
@@ -360,6 +363,17 @@ def _check_names(
             raise ConfigError(
                 f'distillation.{key}: "{name}" is the name of a method, too. '
                 'Choose another one.'
+            )
+
+
+def _check_reserved(peers: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
+    """Refuse names that losses and metrics of others begin with."""
+    frozen = ('teacher',) if cfg.get('teacher') else ()
+    for name in (*frozen, 'ensemble', 'idle'):
+        if name in peers:
+            raise ConfigError(
+                f'distillation.peers: "{name}" cannot be a name, other '
+                'losses or metrics begin with it. Choose another one.'
             )
 
 

@@ -1,11 +1,15 @@
 """What networks that train together show each other."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .class_logits import ClassLogits, check_class_logits, class_logits
 from .outputs import BoxSample, Outputs, box_heads
@@ -17,22 +21,22 @@ if TYPE_CHECKING:
 
 
 class PeerView:
-    """A network in training in the place of a teacher, with its gradients.
+    """A network in training in the place of a teacher.
 
-    It has the parts of :class:`~mmkd.teacher.TeacherOutputs` that logits
-    are read from. Whoever uses it as a target stops the gradient.
+    It has the parts of :class:`~mmkd.teacher.TeacherOutputs` that logits,
+    boxes and maps of images are read from. Whoever uses it as a target stops
+    the gradient.
 
     Args:
         outputs: What the network has produced in this step.
+        learns: Whether others' RoIs are scored with a gradient.
     """
 
-    def __init__(self, outputs: Outputs) -> None:
+    def __init__(self, outputs: Outputs, *, learns: bool) -> None:
         self.model = outputs.model
         self.cache = outputs.cache
-        # They train on the same labels: the classes are the same.
-        names = [str(number) for number in range(_class_count(self.model))]
-        self.class_map = ClassMap(names, names)
-        self._outputs = outputs
+        self.class_map = _same_classes(_class_count(self.model))
+        self._outputs, self._learns = outputs, learns
         self._roi_scores: dict[int, tuple[BoxSample, Any]] = {}
 
     @property
@@ -45,30 +49,67 @@ class PeerView:
         """What the heads saw: the levels of the tap ``'neck'``."""
         return self._outputs.features('neck')
 
+    def features(self, path: str, *_: object) -> tuple[Tensor, ...]:
+        """The output of the module at ``path``, a tensor a level."""
+        return self._outputs.features(path)
+
     def score_rois(
         self, sample: BoxSample, stage: int
     ) -> tuple[Tensor, Tensor | None]:
         """The network's RoI head on another's RoIs, on its own features.
 
+        Its running statistics (batch norm) stay those of its own training.
+
         Returns:
-            Logits (N, K+1) and deltas (N, 4 or 4K), with gradient.
+            Logits (N, K+1) and deltas (N, 4 or 4K).
         """
         # With the sample itself, so that its id stays its own.
         if id(sample) not in self._roi_scores:
             head = self.model.roi_head
             cascade = isinstance(head.bbox_head, nn.ModuleList)
             arguments = [self.maps, sample.boxes]
-            result = head._bbox_forward(*[stage] * cascade, *arguments)
+            with torch.set_grad_enabled(self._learns), _held_statistics(head):
+                result = head._bbox_forward(*[stage] * cascade, *arguments)
             self._roi_scores[id(sample)] = (sample, result)
         result = self._roi_scores[id(sample)][1]
         return result['cls_score'], result['bbox_pred']
 
 
-def as_teacher(outputs: Outputs) -> 'TeacherOutputs':
-    """The same view for all that read it in a step."""
-    if 'view' not in outputs.cache:
-        outputs.cache['view'] = PeerView(outputs)
-    return cast('TeacherOutputs', outputs.cache['view'])
+def as_teacher(outputs: Outputs, *, learns: bool = True) -> 'TeacherOutputs':
+    """The same view for all that read it in a step.
+
+    Args:
+        outputs: Of the network that stands in the place of a teacher.
+        learns: Whether it learns itself from what it is compared with.
+    """
+    key = 'learning view' if learns else 'view'
+    if key not in outputs.cache:
+        outputs.cache[key] = PeerView(outputs, learns=learns)
+    return cast('TeacherOutputs', outputs.cache[key])
+
+
+@functools.cache
+def _same_classes(number: int) -> ClassMap:
+    """Networks that train together train on the same labels."""
+    names = [str(label) for label in range(number)]
+    return ClassMap(names, names)
+
+
+@contextmanager
+def _held_statistics(head: nn.Module) -> Iterator[None]:
+    """Batch norms use the batch's statistics, and do not keep them."""
+    norms = [
+        module
+        for module in head.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def networks_of(student: Outputs) -> dict[str, Outputs]:
@@ -125,7 +166,8 @@ def check_mutual(networks: Mapping[str, Outputs], method: str) -> None:
         except ConfigError as error:
             raise ConfigError(
                 f'{method}: the networks "{first}" and "{name}" cannot learn '
-                f'from each other. {error} ("teacher" stands for "{name}".)'
+                f'from each other. "{name}" in the place of a teacher: '
+                f'{error}'
             ) from error
 
 

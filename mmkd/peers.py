@@ -38,6 +38,9 @@ PEER_OPTIONS = (
     'trust_checkpoint',
 )
 
+TRAINED_TEACHER = 'teacher'
+"""The peer that ``teacher=dict(..., trainable=True)`` is."""
+
 
 class Peer(nn.Module):
     """A detector that trains on the student's batches, by its own loss.
@@ -85,6 +88,29 @@ class Peer(nn.Module):
             )
 
 
+def with_trained_teacher(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Put a teacher that trains in the same step where it is built.
+
+    ``distillation.teacher=dict(..., trainable=True)`` has the options of a
+    peer, and is one: the last, with the name ``teacher``.
+
+    Args:
+        cfg: ``distillation`` of a config, which is left as it is.
+
+    Returns:
+        The same without the option ``trainable``.
+    """
+    teacher = cfg.get('teacher')
+    if not isinstance(teacher, Mapping) or 'trainable' not in teacher:
+        return cfg
+    options = {k: v for k, v in teacher.items() if k != 'trainable'}
+    if not teacher['trainable']:
+        return {**cfg, 'teacher': options}
+    others = {k: v for k, v in cfg.items() if k != 'teacher'}
+    peers = {**(cfg.get('peers') or {}), TRAINED_TEACHER: options}
+    return {**others, 'peers': peers}
+
+
 def build_peer(
     name: str,
     cfg: Mapping[str, Any],
@@ -96,7 +122,8 @@ def build_peer(
     """Build a network that trains beside the student.
 
     Args:
-        name: The key in ``distillation.peers``.
+        name: The key in ``distillation.peers``; ``'teacher'`` for a teacher
+            with ``trainable=True``.
         cfg: ``config`` (a path, ``mmdet::…``, a config dict), or the
             ``name`` of a model in MMDetection's index whose config and
             weights it takes. ``checkpoint`` to start from, otherwise the
@@ -111,7 +138,8 @@ def build_peer(
         ConfigError: If the description is incomplete or does not fit.
         CheckpointError: If the checkpoint does not fit the config exactly.
     """
-    where = f'distillation.peers.{name}'
+    trained = 'teacher' if name == TRAINED_TEACHER else f'peers.{name}'
+    where = f'distillation.{trained}'
     if name == 'student':
         raise ConfigError(
             f'{where}: "student" is the name of the model itself in losses. '
@@ -181,55 +209,100 @@ def add_to_optimizer(
         adapters: The methods' own parameters.
 
     Raises:
-        ConfigError: If a peer asks for another kind of optimiser, or clips
-            gradients where the student does not.
+        ConfigError: If a peer asks for another kind of optimiser or wrapper,
+            accumulates other numbers of steps, or clips gradients where the
+            student does not.
     """
     trained = [p for g in wrapper.optimizer.param_groups for p in g['params']]
     apart = {id(parameter) for parameter in adapters}
     own = [p for p in trained if id(p) not in apart]
     layers = [p for p in trained if id(p) in apart]
-    clipping = wrapper.clip_grad_kwargs
-    networks = [(own, clipping), (layers, clipping)]
+    networks = [_Clipped(own, wrapper), _Clipped(layers, wrapper)]
     for name, peer in peers.items():
         cfg = copy.deepcopy(dict(peer.optim_wrapper or student_cfg))
         theirs = build_optim_wrapper(peer.model, cfg)
-        where = f'distillation.peers.{name}.optim_wrapper'
-        kinds = [type(w.optimizer).__name__ for w in (wrapper, theirs)]
-        if kinds[0] != kinds[1]:
-            raise ConfigError(
-                f'{where}: the optimiser is {kinds[1]}, the '
-                f"student's {kinds[0]}. Use the same kind."
-            )
-        if theirs.clip_grad_kwargs and not wrapper.clip_grad_kwargs:
-            raise ConfigError(
-                f'{where} has clip_grad, the student has none. Give the '
-                "student's optim_wrapper clip_grad=dict(max_norm=...), too; "
-                'a large one clips nothing.'
-            )
+        _check_same_steps(wrapper, theirs, name)
         for group in theirs.optimizer.param_groups:
             wrapper.optimizer.add_param_group(group)
         parameters = [
             p for g in theirs.optimizer.param_groups for p in g['params']
         ]
-        networks.append((parameters, theirs.clip_grad_kwargs))
+        networks.append(_Clipped(parameters, theirs))
     if wrapper.clip_grad_kwargs:
         wrapper._clip_grad = types.MethodType(_ClipEach(networks), wrapper)
+
+
+def check_trained(wrapper: OptimWrapper, peers: Mapping[str, Peer]) -> None:
+    """Refuse an optimiser that was built elsewhere, without the peers.
+
+    Raises:
+        ConfigError: Names the first peer that it does not train.
+    """
+    trained = {
+        id(p) for g in wrapper.optimizer.param_groups for p in g['params']
+    }
+    for name, peer in peers.items():
+        if not any(id(p) in trained for p in peer.parameters()):
+            raise ConfigError(
+                'optim_wrapper is an optimiser that is built already, and '
+                f'does not train distillation.peers.{name}. Give its config: '
+                'the peers are added to what is built of it.'
+            )
+
+
+def _check_same_steps(
+    student: OptimWrapper, peer: OptimWrapper, name: str
+) -> None:
+    """Refuse what one optimiser for all networks cannot do."""
+    where = f'distillation.peers.{name}.optim_wrapper'
+    for what, ours, theirs in (
+        ('optimiser is', *map(_optimizer, (student, peer))),
+        ('wrapper is', type(student).__name__, type(peer).__name__),
+        (
+            'accumulative_counts are',
+            student._accumulative_counts,
+            peer._accumulative_counts,
+        ),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                f"{where}: the {what} {theirs}, the student's {ours}. All "
+                'networks take their steps together: give both the same.'
+            )
+    if peer.clip_grad_kwargs and not student.clip_grad_kwargs:
+        raise ConfigError(
+            f'{where} has clip_grad, the student has none. Give the '
+            "student's optim_wrapper clip_grad=dict(max_norm=...), too; "
+            'a large one clips nothing.'
+        )
+
+
+def _optimizer(wrapper: OptimWrapper) -> str:
+    return type(wrapper.optimizer).__name__
+
+
+class _Clipped:
+    """The weights of a network, and how their gradient is clipped."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], wrapper: OptimWrapper
+    ) -> None:
+        self.parameters, self.options = parameters, wrapper.clip_grad_kwargs
+        self.clip = wrapper.clip_func if self.options else None
 
 
 class _ClipEach:
     """Clips the gradient of each network by itself."""
 
-    def __init__(
-        self, networks: Sequence[tuple[list[Tensor], dict | None]]
-    ) -> None:
+    def __init__(self, networks: Sequence[_Clipped]) -> None:
         self.networks = networks
 
     def __call__(self, wrapper: OptimWrapper) -> None:
-        for index, (parameters, options) in enumerate(self.networks):
-            with_gradient = [p for p in parameters if p.grad is not None]
-            if not options or not with_gradient:
+        for index, each in enumerate(self.networks):
+            gradients = [p for p in each.parameters if p.grad is not None]
+            if each.clip is None or not gradients:
                 continue
-            norm = wrapper.clip_func(with_gradient, **options)
+            norm = each.clip(gradients, **each.options)
             if index == 0 and isinstance(norm, torch.Tensor):
                 wrapper.message_hub.update_scalar(
                     'train/grad_norm', float(norm)

@@ -29,7 +29,13 @@ from .checkpoint import (
 from .data_guard import check_images, explain_data_error
 from .distiller import Distiller, build_distiller
 from .hooks import LossCheckHook, PeerValidationHook, ProgressHook
-from .peers import Peer, add_to_optimizer, save_peers
+from .peers import (
+    Peer,
+    add_to_optimizer,
+    check_trained,
+    save_peers,
+    with_trained_teacher,
+)
 from .registry import HOOKS, RUNNERS
 from .resume import ExactResumeHook
 from .utils import ConfigError, build_checked
@@ -69,6 +75,8 @@ class DistillationRunner(Runner):
         super().__init__(*args, **kwargs)
         self.register_hook(self._exact)
         self._check_distillation_key()
+        if self.cfg.get('distillation'):
+            self.cfg.distillation = with_trained_teacher(self.cfg.distillation)
 
     def train(self) -> nn.Module:
         """Attach the distiller, train, and leave the stock student."""
@@ -112,6 +120,8 @@ class DistillationRunner(Runner):
             cfg, self.model, classes, self.seed or 0
         )
         self.logger.info(_described(self.distiller))
+        length = len(self.train_loop.dataloader)
+        self.message_hub.update_info('epoch_length', length)
         self.distiller.attach()
         self._register_once(LossCheckHook)
         if self._peers:
@@ -224,9 +234,11 @@ class DistillationRunner(Runner):
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """Build the optimiser; peers' parameters join with their settings."""
-        built = isinstance(optim_wrapper, OptimWrapper)
-        if built or self.distiller is None or not self._peers:
+        if self.distiller is None or not self._peers:
             return super().build_optim_wrapper(optim_wrapper)
+        if isinstance(optim_wrapper, OptimWrapper):
+            check_trained(optim_wrapper, self._peers)
+            return optim_wrapper
         modules = self.distiller._modules
         peers = modules.pop('peers')
         try:
@@ -309,8 +321,7 @@ class DistillationRunner(Runner):
                     out_dir, osp.basename(path), *args, **kwargs
                 ),
             )
-            if not filename.startswith('best_'):
-                save_peers(out_dir, filename, self._peers, self._saved)
+            save_peers(out_dir, filename, self._peers, self._saved)
         except OSError as error:
             raise CheckpointError(
                 f'{path} could not be written: {error}. The checkpoints '

@@ -11,11 +11,14 @@ import tiny_dense
 import tiny_detectors as tiny
 import torch
 import toy
+from mmengine.optim import build_optim_wrapper
 
 from mmkd.checkpoint import join_checkpoint, load_checkpoint_file
 from mmkd.data_guard import check_images, diagnose
 from mmkd.distiller import build_distiller
+from mmkd.ensemble import EnsembleDetector
 from mmkd.hooks import LossCheckHook, WeightScheduleHook
+from mmkd.peers import add_to_optimizer, check_trained
 from mmkd.registry import HOOKS, METHODS
 from mmkd.teacher_view import ClassMap
 from mmkd.utils import build_checked, distiller_of
@@ -94,6 +97,27 @@ def built(**cfg):
     return lambda: build_distiller(cfg, torch.nn.Linear(1, 1), ('cat',))
 
 
+def student_optimizer():
+    cfg = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    return build_optim_wrapper(torch.nn.Linear(1, 1), cfg)
+
+
+def a_peer(optim_wrapper=None):
+    peer = torch.nn.Module()
+    peer.model, peer.optim_wrapper = torch.nn.Linear(1, 1), optim_wrapper
+    return peer
+
+
+def peer_optimizer(optimizer, **options):
+    own = dict(type='OptimWrapper', optimizer=optimizer, **options)
+    add_to_optimizer(student_optimizer(), dict(second=a_peer(own)), own)
+
+
+def ensemble_in_training():
+    pair = [tiny.build(tiny.gfl(), seed=seed) for seed in (1, 2)]
+    EnsembleDetector(pair)(*tiny.batch_for(pair[0]), mode='loss')
+
+
 def option(method, **options):
     cfg = dict(type=f'mmkd.{method}', **options)
     return lambda: build_checked(METHODS, cfg, 'distillation.methods.m')
@@ -161,6 +185,14 @@ class NoImages(torch.utils.data.Dataset):
 def nan_loss():
     hook = LossCheckHook()
     hook.observe({}, {'hint': {'hint.loss_hint': torch.tensor(np.nan)}})
+    hook.check()
+
+
+def diverged_peer():
+    hook = LossCheckHook()
+    hook._peers = ('second',)
+    nan = torch.tensor(np.nan)
+    hook.observe({'second.loss_cls': nan}, {'m': {'m.loss_student': nan}})
     hook.check()
 
 
@@ -263,6 +295,65 @@ CASES = {
         'MutualLearning', tiny.gfl(), classes=tiny.CLASSES[::-1]
     ),
     'Too few peers': peers('FFSD', tiny.gfl()),
+    'Too many peers': peers('DCM', tiny.gfl(), tiny.gfl()),
+    'A peer without config': built(
+        peers=dict(second=dict(checkpoint='second.pth')),
+        methods=dict(m=dict(type='mmkd.MutualLearning')),
+    ),
+    'A name of a peer that losses cannot have': built(
+        peers=dict(student=dict(config='a.py')),
+        methods=dict(m=dict(type='mmkd.MutualLearning')),
+    ),
+    'A peer named like a method': built(
+        peers=dict(dml=dict(config='a.py')),
+        methods=dict(dml=dict(type='mmkd.MutualLearning')),
+    ),
+    'A peer named like other metrics': built(
+        peers=dict(ensemble=dict(config='a.py')),
+        methods=dict(m=dict(type='mmkd.MutualLearning')),
+    ),
+    'A weight for a teacher that is not there': peers(
+        'OneTeacherSeveralStudents', tiny.gfl()
+    ),
+    'A weight for other students that are not there': lambda: build_distiller(
+        dict(
+            teacher=dict(config=dict(model=tiny.gfl()), trainable=True),
+            methods=dict(m=dict(type='mmkd.OneTeacherSeveralStudents')),
+        ),
+        tiny.build(tiny.gfl()),
+        tiny.CLASSES,
+    ),
+    'Features by a method that compares none': peers(
+        'MutualLearning', tiny.gfl(), features=dict(type='mmkd.KD')
+    ),
+    'Another optimiser of a peer': lambda: peer_optimizer(
+        dict(type='AdamW', lr=1e-3)
+    ),
+    'Another accumulation of a peer': lambda: peer_optimizer(
+        dict(type='SGD', lr=0.1), accumulative_counts=4
+    ),
+    'Clipping of a peer alone': lambda: peer_optimizer(
+        dict(type='SGD', lr=0.1), clip_grad=dict(max_norm=1)
+    ),
+    'A built optimiser without the peers': lambda: check_trained(
+        student_optimizer(), dict(second=a_peer())
+    ),
+    # ensembles
+    'Too few members': lambda: EnsembleDetector([tiny.build(tiny.gfl())]),
+    'Members of other classes': lambda: EnsembleDetector(
+        [
+            tiny.build(tiny.gfl()),
+            tiny.build(tiny.gfl(bbox_head__num_classes=5)),
+        ]
+    ),
+    'Logits of unlike heads': lambda: EnsembleDetector(
+        [tiny.build(tiny.gfl()), tiny.build(tiny.retinanet())],
+        fusion='logits',
+    ),
+    'A member without checkpoint': lambda: EnsembleDetector(
+        [dict(config='a.py'), dict(config='b.py')]
+    ),
+    'An ensemble in training': ensemble_in_training,
     # files
     'Missing config of the teacher': built(
         teacher=dict(config='no.py', checkpoint=None), methods=dict(m=HINT)
@@ -284,6 +375,7 @@ CASES = {
     'Missing images': lambda: check_images(NoImages()),
     # training
     'A loss is NaN or infinite': nan_loss,
+    'A network diverges': diverged_peer,
 }
 # --------------------------------------------------------------------- tests
 

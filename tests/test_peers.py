@@ -7,6 +7,7 @@ import torch
 import toy
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from test_distributed import launch, records
 from test_resume import assert_same_outcome
@@ -270,8 +271,42 @@ class TestBadPeers:
         cfg.distillation.peers.big.optim_wrapper = dict(
             type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3)
         )
-        with pytest.raises(ConfigError, match='Use the same kind'):
+        with pytest.raises(ConfigError, match='the optimiser is AdamW'):
             toy.train(cfg)
+
+    def test_an_optimiser_built_without_the_peers(self, tmp_path):
+        cfg = config(tmp_path)
+        model = toy.detector(cfg.model)
+        runner = toy.build(cfg)
+        runner.optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        with pytest.raises(ConfigError, match=r'not train .*peers\.big'):
+            runner.train()
+
+
+def test_a_peer_is_clipped_in_its_own_way(tmp_path):
+    """By value, beside a student that is clipped by its norm."""
+    cfg = config(tmp_path, base=toy.RETINANET, methods={}, images=4)
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    own = copy.deepcopy(cfg.optim_wrapper.to_dict())
+    own['clip_grad'] = dict(type='value', clip_value=1e-4)
+    cfg.distillation.peers.big.optim_wrapper = own
+    largest = []
+
+    class Largest(Hook):
+        def before_train(self, runner):
+            optimizer = runner.optim_wrapper.optimizer
+            optimizer.register_step_pre_hook(lambda *_: self.note(runner))
+
+        def note(self, runner):
+            grads = [
+                p.grad.abs().max().item()
+                for p in runner.distiller.peers.big.parameters()
+                if p.grad is not None
+            ]
+            largest.append(max(grads))
+
+    toy.train(cfg, Largest())
+    assert largest == pytest.approx([1e-4] * len(largest))
 
 
 def test_a_methods_layers_are_clipped_by_themselves(tmp_path):

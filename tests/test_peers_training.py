@@ -18,7 +18,7 @@ GFL = 'gfl/gfl_r50_fpn_1x_coco.py'
 SEVERAL = dict(type='mmkd.OneTeacherSeveralStudents')
 METHODS = {
     'dml': dict(type='mmkd.MutualLearning', box_weight=1.0),
-    'online': dict(SEVERAL, teacher='big'),
+    'online': SEVERAL,
     'offline': SEVERAL,
     'dcm': dict(
         type='mmkd.DCM', stages=['backbone.layer2', 'backbone.layer3']
@@ -47,6 +47,8 @@ def config(work_dir, name, *, iterations=2):
     if name in ('online', 'ffsd'):
         peers['second'] = dict(config=equal)
     cfg.distillation = dict(peers=peers, methods=dict(m=METHODS[name]))
+    if name == 'online':
+        cfg.distillation.teacher = dict(config=peer, trainable=True)
     if name == 'offline':
         cfg.distillation.teacher = dict(config=peer, checkpoint=None)
     toy.in_order(cfg)
@@ -150,20 +152,30 @@ def test_in_bfloat16(tmp_path, name):
     assert all(w.isfinite().all() for w in found['weights'].values())
 
 
+@pytest.mark.parametrize('culprit', ['student', 'big'])
 @pytest.mark.parametrize('name', EACH)
-def test_a_network_that_diverges_is_named(tmp_path, name):
-    """The checkpoints of all stay as they were."""
+def test_a_network_that_diverges_is_named(tmp_path, name, culprit):
+    """It alone, though it has broken what the others learn from it.
+
+    The checkpoints of all stay as they were.
+    """
 
     class Diverge(Hook):
         def before_train_epoch(self, runner):
             if runner.epoch == 1:
-                head = runner.distiller.peers.big.model.bbox_head
-                head.gfl_cls.bias.data.fill_(float('nan'))
+                models = {'student': runner.model}
+                for peer, module in runner.distiller.peers.items():
+                    models[peer] = module.model
+                models[culprit].bbox_head.gfl_cls.bias.data.fill_(float('nan'))
 
     cfg = config(tmp_path, name)
     cfg.train_cfg.max_epochs = 2
-    with pytest.raises(NonFiniteLossError, match=r'big\.loss_cls'):
+    own = 'big.loss_cls' if culprit == 'big' else 'loss_cls'
+    with pytest.raises(
+        NonFiniteLossError, match=f'^{own}.* It is "{culprit}" that diverged'
+    ) as caught:
         toy.train(cfg, Diverge())
+    assert 'm.loss' not in str(caught.value)
     for folder in ('', *cfg.distillation.peers):
         checkpoint = toy.load(tmp_path / folder / 'epoch_1.pth')
         weights = checkpoint['state_dict'].values()

@@ -22,7 +22,7 @@ class EnsembleValidationHook(Hook):
     """Evaluates the ensemble of networks at each validation.
 
     Its metrics are logged as ``ensemble/<metric>`` beside the student's;
-    ``save_best`` may name one.
+    ``save_best`` may name one; the files of all networks are then kept.
 
     Args:
         members: Names of peers, and ``'student'``; by default all of them. A
@@ -71,7 +71,7 @@ class EnsembleValidationHook(Hook):
         if metrics is None or not hasattr(self, 'ensemble'):
             return
         with isolated_random_state():
-            theirs = evaluate(runner, self.ensemble)
+            theirs = evaluate(runner, self.ensemble, 'ensemble')
         for key, value in theirs.items():
             metrics[f'ensemble/{key}'] = value
             runner.message_hub.update_scalar(f'val/ensemble/{key}', value)

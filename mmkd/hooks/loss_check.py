@@ -12,14 +12,15 @@ from mmkd.utils import ConfigError, distiller_of
 
 
 class NonFiniteLossError(RuntimeError):
-    """A distillation loss, or a peer's own, is NaN or infinite."""
+    """A distillation loss, or a network's own, is NaN or infinite."""
 
 
 @HOOKS.register_module()
 class LossCheckHook(Hook):
     """Stops at a non-finite distillation loss, warns of one that stays 0.
 
-    A peer's own losses are watched, too: a network that diverges is named.
+    Where networks train together their own losses are watched, too: one that
+    diverges is named.
 
     The stop comes before the optimiser's step, so the weights and the last
     checkpoint are intact. On a GPU the flags travel to the host while the
@@ -38,6 +39,7 @@ class LossCheckHook(Hook):
         self.patience = patience
         self._peers: tuple[str, ...] = ()
         self._names: list[str] = []
+        self._owners: dict[str, str] = {}
         self._finite: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
         self._largest: dict[str, Tensor] = {}
@@ -57,21 +59,23 @@ class LossCheckHook(Hook):
     ) -> None:
         """Note this step's losses without waiting for them."""
         losses = {k: v for part in distilled.values() for k, v in part.items()}
-        for name, loss in task.items():
-            if name.partition('.')[0] in self._peers and 'loss' in name:
+        own = task if self._peers else {}
+        for name, loss in own.items():
+            if 'loss' in name:
                 levels = loss if isinstance(loss, list) else [loss]
                 losses[name] = torch.stack([v.mean() for v in levels]).sum()
         if not losses:
             return
         values = torch.stack([v.detach() for v in losses.values()])
         self._names = list(losses)
+        self._owners = {n: self._owner(n) for n in own}
         self._finite = values.isfinite().to('cpu', non_blocking=True)
         if values.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
         if self._seen < self.patience:
             for name, value in zip(losses, values.abs(), strict=True):
-                if name.partition('.')[0] in self._peers:
+                if name in own:
                     continue
                 largest = self._largest.get(name, value)
                 self._largest[name] = torch.maximum(largest, value)
@@ -93,13 +97,34 @@ class LossCheckHook(Hook):
             if not ok
         ]
         if broken:
-            raise NonFiniteLossError(
-                f'{", ".join(broken)} is NaN or infinite; training stopped '
-                'before the optimiser used it, and the last checkpoint is '
-                'intact. Lower the learning rate or the loss_weight of '
-                f'"{broken[0].partition(".")[0]}", warm it up '
-                '(mmkd.WeightScheduleHook), or clip gradients.'
+            raise NonFiniteLossError(self._explained(broken))
+
+    def _owner(self, name: str) -> str:
+        """The network whose own loss it is."""
+        peer = name.partition('.')[0]
+        return peer if peer in self._peers else 'student'
+
+    def _explained(self, broken: list[str]) -> str:
+        own = [name for name in broken if name in self._owners]
+        # What it taught the others is broken by it.
+        names = own or broken
+        remedy = (
+            'Lower the learning rate or the loss_weight of '
+            f'"{names[0].partition(".")[0]}", warm it up '
+            '(mmkd.WeightScheduleHook), or clip gradients.'
+        )
+        if own:
+            networks = dict.fromkeys(self._owners[name] for name in own)
+            listed = ', '.join(f'"{network}"' for network in networks)
+            remedy = (
+                f'It is {listed} that diverged: lower its learning rate (for '
+                'a peer its optim_wrapper) or clip gradients.'
             )
+        return (
+            f'{", ".join(names)} is NaN or infinite; training stopped before '
+            'the optimiser used it, and the last checkpoint is intact. '
+            f'{remedy}'
+        )
 
     def after_train_iter(
         self, runner: Runner, *_: object, **__: object

@@ -1,8 +1,11 @@
 """The metrics of the networks that train beside the student."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, autocast
 
@@ -15,8 +18,10 @@ class PeerValidationHook(Hook):
     """Evaluates every peer at each validation of the student.
 
     The metrics are logged beside the student's, as ``<peer>/<metric>``:
-    ``save_best`` may name one. The runner registers the hook where there are
-    peers.
+    ``save_best`` may name one, and the best weights of the peer are then in
+    its folder. Where the evaluator writes results (``outfile_prefix``), each
+    peer's files are ``<prefix>.<peer>...``. The runner registers the hook
+    where there are peers.
     """
 
     priority = 'ABOVE_NORMAL'  # before averaged weights (EMA) are taken back
@@ -28,15 +33,15 @@ class PeerValidationHook(Hook):
             return
         for name, peer in distiller_of(runner).peers.items():
             with isolated_random_state():
-                theirs = evaluate(runner, peer.model)
+                theirs = evaluate(runner, peer.model, name)
             for key, value in theirs.items():
                 metrics[f'{name}/{key}'] = value
                 runner.message_hub.update_scalar(f'val/{name}/{key}', value)
 
 
 @torch.no_grad()
-def evaluate(runner: Runner, model: Any) -> dict[str, float]:
-    """Metrics of a detector on the validation data."""
+def evaluate(runner: Runner, model: Any, name: str) -> dict[str, float]:
+    """Metrics of a detector, which has a name, on the validation data."""
     loop = runner.val_loop
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -45,7 +50,25 @@ def evaluate(runner: Runner, model: Any) -> dict[str, float]:
             with autocast(enabled=getattr(loop, 'fp16', False)):
                 results = model.val_step(batch)
             loop.evaluator.process(data_samples=results, data_batch=batch)
-        return loop.evaluator.evaluate(len(loop.dataloader.dataset))
+        with _own_files(loop.evaluator, name):
+            return loop.evaluator.evaluate(len(loop.dataloader.dataset))
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _own_files(evaluator: Evaluator, name: str) -> Iterator[None]:
+    """Let the metrics write beside the student's files, not over them."""
+    writing = {
+        metric: metric.outfile_prefix
+        for metric in evaluator.metrics
+        if getattr(metric, 'outfile_prefix', None)
+    }
+    try:
+        for metric, prefix in writing.items():
+            metric.outfile_prefix = f'{prefix}.{name}'
+        yield
+    finally:
+        for metric, prefix in writing.items():
+            metric.outfile_prefix = prefix

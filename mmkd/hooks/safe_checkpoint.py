@@ -58,8 +58,8 @@ class SafeCheckpointHook(CheckpointHook):
             if is_main_process():
                 for outdated in kept[: -self.max_keep_ckpts]:
                     name = self.filename_tmpl.format(outdated)
-                    for folder in ('', *peers_of(runner)):
-                        self._remove(osp.join(folder, name))
+                    for network in ('', *peers_of(runner)):
+                        self._remove(osp.join(self.out_dir, network, name))
             kept = kept[-self.max_keep_ckpts :]
             self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
             runner.message_hub.update_info('keep_ckpt_ids', kept)
@@ -77,10 +77,11 @@ class SafeCheckpointHook(CheckpointHook):
         best = (getattr(self, 'best_ckpt_path', None), *many.values())
         for path in former:
             if path not in best:
-                self.file_backend.remove(path)
+                folder, name = osp.split(path)
+                for network in ('', *peers_of(runner)):
+                    self._remove(osp.join(folder, network, name))
 
-    def _remove(self, filename: str) -> None:
-        path = self.file_backend.join_path(self.out_dir, filename)
+    def _remove(self, path: str) -> None:
         if self.file_backend.isfile(path):
             self.file_backend.remove(path)
 

@@ -254,7 +254,12 @@ class FFSD(Method):
         return [outputs.features(path)[-1] for path in self.stages]
 
     def _ramp(self) -> float:
-        epoch = MessageHub.get_current_instance().get_info('epoch', 0)
+        hub = MessageHub.get_current_instance()
+        # A loop by iterations counts no epochs.
+        length = hub.get_info('epoch_length', 0)
+        epoch = hub.get_info('epoch', 0)
+        if length:
+            epoch = hub.get_info('iter', 0) // length
         if epoch >= self.ramp_epochs:
             return 1.0
         return math.exp(-5 * (1 - epoch / self.ramp_epochs) ** 2)

@@ -1,7 +1,8 @@
 """Deep mutual learning (DML)."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from mmdet.models.dense_heads import (
@@ -13,7 +14,8 @@ from mmdet.models.dense_heads import (
 )
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_overlaps
-from torch import Tensor
+from mmdet.utils import reduce_mean
+from torch import Tensor, nn
 
 from mmkd.dense import (
     DenseOutputs,
@@ -22,12 +24,19 @@ from mmkd.dense import (
     student_dense,
     student_targets,
 )
-from mmkd.outputs import Outputs
-from mmkd.peer_view import check_mutual, mutual_logits, networks_of
+from mmkd.outputs import Outputs, box_heads
+from mmkd.peer_view import (
+    as_teacher,
+    check_mutual,
+    mutual_logits,
+    networks_of,
+)
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
+from mmkd.two_stage import deltas_of_label
+from mmkd.utils import ConfigError, build_checked
 
 from .base import Method
+from .feature_base import FeatureMethod
 from .kd import class_kl
 
 if TYPE_CHECKING:
@@ -59,26 +68,32 @@ class MutualLearning(Method):
       on its own features, with a gradient into the network that learns.
       Stage by stage in a cascade.
 
-    ``box_weight`` adds, for one-stage detectors, the boxes of the positives
-    of i, of which there are :math:`P_i` (averaged over the processes):
+    ``box_weight`` adds the boxes of the positives of i, of which there are
+    :math:`P_i` (averaged over the processes; in two-stage detectors those of
+    its RoIs, stage by stage):
 
     .. math::
         \frac{1}{K - 1} \sum_{j \ne i} \frac{1}{P_i} \sum_{n \in P_i}
             (1 - \mathrm{GIoU}(b^i_n, \mathrm{sg}[b^j_n]))
 
+    ``features`` adds any method on feature maps, by which each network
+    learns from each other one's maps, through adapters of each pair's own.
+
     All networks are updated in the same step from the same outputs; the
     paper updates one after the other and computes the targets anew.
 
-    Logged as ``<method>.loss_<network>`` and ``loss_box_<network>``;
-    ``student`` is the name of the first.
+    Logged as ``<method>.loss_<network>``, ``loss_box_<network>`` and
+    ``loss_features_<network>``; ``student`` is the name of the first.
 
     Source: Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning", CVPR 2018,
     https://arxiv.org/abs/1706.00384, for classification with T = 1. What it
-    becomes for detectors, the temperature and the box term are ours.
+    becomes for detectors, the temperature and the other two terms are ours.
 
     Args:
         temperature: T, above 0.
         box_weight: Weight of the box term, at least 0.
+        features: Config of a method on feature maps, with its own
+            ``loss_weight``, such as ``dict(type='mmkd.PKD')``.
         loss_weight: Weight of the method; 0: every network trains alone.
 
     Raises:
@@ -93,26 +108,40 @@ class MutualLearning(Method):
         *,
         temperature: float = 1.0,
         box_weight: float = 0.0,
+        features: Mapping[str, Any] | None = None,
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
         self.check_positive(temperature=temperature)
         self.check_not_negative(box_weight=box_weight)
         self.temperature, self.box_weight = temperature, box_weight
+        self.feature_cfg = features
+        self.paths = ('neck',)  # what RoI heads score the others' RoIs on
+        if features is not None:
+            method = _feature_method(features)
+            both = (*method.student_paths, *method.teacher_paths)
+            self.paths = tuple(dict.fromkeys(('neck', *both)))
+        self.features = nn.ModuleDict()
+        """``<learner>_from_<target>`` to the method between their maps."""
 
     @property
     def student_paths(self) -> Sequence[str]:
-        return ('neck',)  # what RoI heads score the others' RoIs on
+        return self.paths
 
     @property
     def peer_paths(self) -> Sequence[str]:
-        return ('neck',)
+        return self.paths
 
     def prepare(self, student: Outputs, teacher: Outputs) -> None:
         networks = networks_of(student)
         check_mutual(networks, 'MutualLearning')
         if self.box_weight:
             _check_boxes(networks)
+        if self.feature_cfg is not None:
+            for learner, target in itertools.permutations(networks, 2):
+                method = _feature_method(self.feature_cfg)
+                method.prepare(networks[learner], networks[target])
+                self.features[f'{learner}_from_{target}'] = method
 
     def forward(
         self,
@@ -122,15 +151,37 @@ class MutualLearning(Method):
     ) -> dict[str, Tensor]:
         networks = networks_of(student)
         losses = mutual_losses(networks, data_samples, self.temperature)
-        if self.box_weight:
-            for name, learner in networks.items():
-                each = [
-                    box_distance(learner, target, data_samples)
-                    for target in networks.values()
-                    if target is not learner
-                ]
-                losses[f'box_{name}'] = self.box_weight * _mean(each)
+        for name, learner in networks.items():
+            others = {n: o for n, o in networks.items() if n != name}
+            if self.box_weight:
+                boxes = _mean(
+                    [
+                        box_distance(learner, target, data_samples)
+                        for target in others.values()
+                    ]
+                )
+                losses[f'box_{name}'] = self.box_weight * boxes
+            if self.features:
+                losses[f'features_{name}'] = _mean(
+                    [
+                        self._from_maps(name, learner, other, data_samples)
+                        for other in others.items()
+                    ]
+                )
         return losses
+
+    def _from_maps(
+        self,
+        name: str,
+        learner: Outputs,
+        other: tuple[str, Outputs],
+        data_samples: Sequence[DetDataSample],
+    ) -> Tensor:
+        """What one network's maps have to learn from another one's."""
+        target, outputs = other
+        method = cast(Method, self.features[f'{name}_from_{target}'])
+        losses = method(learner, as_teacher(outputs), data_samples)
+        return method.loss_weight * sum_of(list(losses.values()))
 
 
 def mutual_losses(
@@ -168,11 +219,39 @@ def box_distance(
     data_samples: Sequence[DetDataSample],
 ) -> Tensor:
     """1 - GIoU on the learner's positives; the target gets no gradient."""
+    if box_heads(learner.model):
+        stages = range(len(learner.rois))
+        return sum_of([_roi_box_distance(learner, target, s) for s in stages])
     targets = student_targets(learner, data_samples)
     ours = boxes_at(student_dense(learner), targets.index)
     theirs = boxes_at(student_dense(target), targets.index).detach()
     overlap = bbox_overlaps(ours, theirs, mode='giou', is_aligned=True)
     return (1 - overlap).sum() / targets.number
+
+
+def _roi_box_distance(learner: Outputs, target: Outputs, stage: int) -> Tensor:
+    """The same on the RoIs that one stage of the learner was trained on."""
+    sample = learner.rois[stage]
+    _, theirs = as_teacher(target).score_rois(sample, stage)
+    assert sample.deltas is not None
+    assert theirs is not None
+    rois = sample.boxes[:, 1:]
+    coders = [
+        box_heads(outputs.model)[stage].bbox_coder
+        for outputs in (learner, target)
+    ]
+    ours, theirs = (
+        coder.decode(rois, deltas_of_label(deltas, sample.labels).float())
+        for coder, deltas in zip(
+            coders, (sample.deltas, theirs.detach()), strict=True
+        )
+    )
+    overlap = bbox_overlaps(ours, theirs, mode='giou', is_aligned=True)
+    positive = (sample.labels < sample.head.num_classes).float()
+    number = reduce_mean(positive.sum()).clamp(min=1)
+    heads = len(box_heads(learner.model))
+    weights = learner.model.roi_head.stage_loss_weights if heads > 1 else [1]
+    return weights[stage] * ((1 - overlap) * positive).sum() / number
 
 
 def boxes_at(dense: DenseOutputs, index: tuple[Tensor, Tensor]) -> Tensor:
@@ -185,7 +264,7 @@ def boxes_at(dense: DenseOutputs, index: tuple[Tensor, Tensor]) -> Tensor:
     if dense.bins is not None:
         bins = dense.bins[index].float().softmax(-1)  # (P, 4, n + 1)
         values = torch.arange(bins.shape[-1]).to(bins)
-        distances = bins @ values
+        distances = (bins * values).sum(-1)  # a product `@` would be rounded
     elif isinstance(dense.head, FCOSHead):
         distances = dense.regression[index].float()
     else:
@@ -203,7 +282,21 @@ def _mean(losses: Sequence[Tensor]) -> Tensor:
     return sum_of(losses) / len(losses)
 
 
+def _feature_method(cfg: Mapping[str, Any]) -> FeatureMethod:
+    where = 'MutualLearning.features'
+    method = build_checked(METHODS, cfg, where)
+    if not isinstance(method, FeatureMethod) or not method.images_only:
+        raise ConfigError(
+            f'{where} takes a method on feature maps of whole images, such '
+            f"as dict(type='mmkd.PKD'), got {type(method).__name__}."
+        )
+    return method
+
+
 def _check_boxes(networks: Mapping[str, Outputs]) -> None:
+    if box_heads(networks['student'].model):
+        _check_roi_boxes(networks)
+        return
     heads: dict[str, Any] = {}
     for name, outputs in networks.items():
         head = check_dense(outputs, name, 'MutualLearning.box_weight').head
@@ -221,3 +314,21 @@ def _check_boxes(networks: Mapping[str, Outputs]) -> None:
         check_same_priors(
             first, head, 'MutualLearning.box_weight', centres=True
         )
+        units = [getattr(h, 'norm_on_bbox', False) for h in (first, head)]
+        if units[0] != units[1]:
+            raise ConfigError(
+                'MutualLearning.box_weight compares distances in one unit; '
+                f'norm_on_bbox is {units[0]} in the head of "student", '
+                f'{units[1]} in that of "{name}". Give both the same.'
+            )
+
+
+def _check_roi_boxes(networks: Mapping[str, Outputs]) -> None:
+    for name, outputs in networks.items():
+        for head in box_heads(outputs.model):
+            if not head.with_reg or not hasattr(head.bbox_coder, 'means'):
+                raise ConfigError(
+                    'MutualLearning.box_weight compares boxes that RoI heads '
+                    f'predict as deltas; the {type(head).__name__} of '
+                    f'"{name}" has none. Set it to 0.'
+                )

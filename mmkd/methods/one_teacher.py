@@ -9,8 +9,9 @@ from torch import Tensor
 from mmkd.class_logits import check_class_logits, class_logits
 from mmkd.outputs import Outputs
 from mmkd.peer_view import as_teacher, check_mutual, networks_of
+from mmkd.peers import TRAINED_TEACHER
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError, nearest
+from mmkd.utils import ConfigError
 
 from .base import Method
 from .kd import class_kl
@@ -30,9 +31,9 @@ class OneTeacherSeveralStudents(Method):
               \mathrm{KL}(\mathrm{sg}[p_{S_j}] \| p_{S_k})
 
     The students are the model and ``distillation.peers``. The teacher is
-    ``distillation.teacher``, trained before and frozen (offline), or the
-    peer that ``teacher`` names, which trains in the same step by its own
-    task loss alone (online). The first KL is exactly
+    ``distillation.teacher``, trained before and frozen (offline) or, with
+    ``teacher=dict(config=..., trainable=True)``, trained in the same step by
+    its own task loss alone (online). The first KL is exactly
     :class:`~mmkd.methods.kd.KD` for each student, the second exactly
     :class:`~mmkd.methods.mutual.MutualLearning` among them, with their
     weights and normalisers: :math:`\alpha = 0` is DML, :math:`\beta = 0` is
@@ -53,8 +54,6 @@ class OneTeacherSeveralStudents(Method):
         alpha: Weight of the teacher, at least 0.
         beta: Weight of the other students, at least 0.
         temperature: T, above 0.
-        teacher: Name of the peer that teaches; None for
-            ``distillation.teacher``.
         loss_weight: Weight of the method; 0: every network trains alone.
 
     Raises:
@@ -70,13 +69,12 @@ class OneTeacherSeveralStudents(Method):
         alpha: float = 1.0,
         beta: float = 1.0,
         temperature: float = 1.0,
-        teacher: str | None = None,
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
         self.check_not_negative(alpha=alpha, beta=beta)
         self.check_positive(temperature=temperature)
-        self.alpha, self.beta, self.teacher = alpha, beta, teacher
+        self.alpha, self.beta = alpha, beta
         self.temperature = temperature
 
     @property
@@ -89,11 +87,6 @@ class OneTeacherSeveralStudents(Method):
 
     def prepare(self, student: Outputs, teacher: Outputs | None) -> None:
         name = type(self).__name__
-        if self.teacher is not None and self.teacher not in student.peers:
-            raise ConfigError(
-                f'{name}.teacher: there is no peer "{self.teacher}". '
-                f'{nearest(self.teacher, student.peers)}'
-            )
         students = self._students(student)
         if self.beta:
             if len(students) < 2:
@@ -103,12 +96,11 @@ class OneTeacherSeveralStudents(Method):
                 )
             check_mutual(students, name)
         if self.alpha:
-            source = student.peers[self.teacher] if self.teacher else teacher
+            source = student.peers.get(TRAINED_TEACHER, teacher)
             if source is None:
                 raise ConfigError(
                     f'{name}.alpha is the weight of a teacher, and there is '
-                    'none: add distillation.teacher, name one of the peers '
-                    'with the option teacher, or set alpha to 0.'
+                    'none: add distillation.teacher, or set alpha to 0.'
                 )
             for each in students.values():
                 check_class_logits(each, source, name)
@@ -122,8 +114,10 @@ class OneTeacherSeveralStudents(Method):
         students = self._students(student)
         losses = {}
         if self.alpha:
-            if self.teacher is not None:
-                teacher = as_teacher(student.peers[self.teacher])
+            if TRAINED_TEACHER in student.peers:
+                teacher = as_teacher(
+                    student.peers[TRAINED_TEACHER], learns=False
+                )
             for name, each in students.items():
                 pairs = class_logits(each, teacher, data_samples)
                 kd = sum_of([class_kl(p, self.temperature) for p in pairs])
@@ -136,4 +130,4 @@ class OneTeacherSeveralStudents(Method):
 
     def _students(self, student: Outputs) -> Mapping[str, Outputs]:
         networks = networks_of(student)
-        return {n: o for n, o in networks.items() if n != self.teacher}
+        return {n: o for n, o in networks.items() if n != TRAINED_TEACHER}

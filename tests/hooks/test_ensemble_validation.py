@@ -5,6 +5,7 @@ import copy
 import pytest
 import toy
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from test_peers import peer_config
 
 from mmkd.utils import ConfigError
@@ -61,6 +62,36 @@ def test_the_saved_networks_give_the_logged_metrics(tmp_path, fusion):
     for key, value in expected.items():
         assert logged[f'ensemble/{key}'] == value
     assert {'coco/bbox_mAP', 'big/coco/bbox_mAP'} <= set(logged)
+
+
+def test_each_network_s_results_and_best_weights_are_its_own(tmp_path):
+    """Of a metric that names the peer, which is best in the first epoch."""
+    cfg = config(tmp_path)
+    cfg.train_cfg.max_epochs = 2
+    cfg.val_evaluator.outfile_prefix = str(tmp_path / 'results')
+    cfg.default_hooks.checkpoint.update(
+        save_best='big/coco/bbox_mAP', rule='less', max_keep_ckpts=1
+    )
+
+    class Better(Hook):
+        def after_val_epoch(self, runner, metrics=None):
+            metrics['big/coco/bbox_mAP'] = 1.0 - runner.epoch
+
+    toy.train(cfg, Better())
+    written = [
+        tmp_path / f'results{name}.bbox.json'
+        for name in ('', '.big', '.ensemble')
+    ]
+    texts = {path.read_text() for path in written}
+    assert len(texts) == 3
+    best = 'best_big_coco_bbox_mAP_epoch_2.pth'
+    for folder in ('', 'big'):
+        kept = sorted(path.name for path in (tmp_path / folder).glob('*.pth'))
+        assert kept == [best, 'epoch_2.pth']
+        saved, last = (
+            toy.load(tmp_path / folder / name)['state_dict'] for name in kept
+        )
+        assert toy.same(saved, last)
 
 
 def test_it_changes_no_training(tmp_path):

@@ -9,6 +9,7 @@ import tiny_detectors as tiny
 import torch
 import toy
 from logit_pair import seen_targets, spread
+from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from test_dcm import divergence, flat
 from test_mutual import Alone as Seen
@@ -33,6 +34,7 @@ COMMON = ('first', 'second')
 def epoch():
     """From epoch 5 on the weights are whole."""
     hub = MessageHub.get_current_instance()
+    hub.pop_info('epoch_length')  # of an earlier run
     hub.update_info('epoch', 5)
     yield lambda number: hub.update_info('epoch', number)
     hub.pop_info('epoch')
@@ -313,3 +315,28 @@ def test_a_run_resumes_exactly(tmp_path):
     for losses in record.losses:
         assert losses['m.loss_kd_student'] > 0
         assert losses['m.loss_features_student'] > 0
+
+
+@pytest.mark.usefixtures('shared_data')
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_the_weights_rise_in_a_run(tmp_path, by_epoch):
+    """By epochs, which a loop by iterations does not count."""
+    cfg = mutual_run(tmp_path, method=dict(FFSD, ramp_epochs=2))
+    cfg.distillation.peers.second = dict(config=peer_config(cfg, channels=8))
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    cfg.param_scheduler = []
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=3)
+    if not by_epoch:
+        cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=6)
+        cfg.default_hooks.checkpoint = dict(
+            type='CheckpointHook', by_epoch=False, interval=6
+        )
+    seen = []
+
+    class Ramp(Hook):
+        def after_train_iter(self, runner, *_, **__):
+            seen.append(runner.distiller.methods['m']._ramp())
+
+    toy.train(cfg, Ramp())
+    first, second = math.exp(-5), math.exp(-5 / 4)
+    assert seen == pytest.approx([first] * 2 + [second] * 2 + [1.0] * 2)

@@ -306,9 +306,115 @@ def test_boxes_of_fcos_and_of_twins():
     assert losses['box_student'].item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize('agnostic', [False, True])
+def test_boxes_of_rois_by_loops(agnostic):
+    """Of the learner's positive RoIs, whose class chooses the deltas."""
+    config = tiny.faster_rcnn(roi_head__bbox_head__reg_class_agnostic=agnostic)
+    networks = dml(config, box_weight=1.5)
+    batch = networks.batch()
+    student, big = networks.student, networks.peers['big']
+    kept = []
+    with intercepted(
+        student.roi_head.bbox_head,
+        'loss_and_target',
+        lambda result, **kwargs: kept.append(kwargs),
+    ):
+        losses = networks.of_method(batch)
+    (call,) = kept
+    targets = student.roi_head.bbox_head.get_targets(
+        call['sampling_results'], call['rcnn_train_cfg']
+    )
+    rois = call['rois']
+    with torch.no_grad():
+        theirs = big.roi_head._bbox_forward(big.extract_feat(batch[0]), rois)
+    total, number = 0.0, 0
+    for roi, label, ours, other in zip(
+        rois.tolist(),
+        targets[0].tolist(),
+        call['bbox_pred'].tolist(),
+        theirs['bbox_pred'].tolist(),
+        strict=True,
+    ):
+        if label == 3:
+            continue
+        start = 0 if agnostic else 4 * label
+        boxes = [
+            from_deltas(roi[1:], values[start : start + 4])
+            for values in (ours, other)
+        ]
+        total, number = total + 1 - giou(*boxes), number + 1
+    assert number > 2
+    loss = losses['box_student']
+    assert loss.item() == pytest.approx(1.5 * total / number, rel=1e-3)
+    assert networks.gets_gradient(loss) == {'student'}
+    twins = dml(config, {'b': config}, twins=True, box_weight=1.0)
+    twin = twins.of_method(twins.batch())['box_student']
+    assert twin.item() == pytest.approx(0, abs=1e-5)
+
+
+def from_deltas(box, deltas):
+    """With the standard deviations of RoI heads."""
+    x1, y1, x2, y2 = box
+    w, h = x2 - x1, y2 - y1
+    dx, dy, dw, dh = (
+        d * std for d, std in zip(deltas, (0.1, 0.1, 0.2, 0.2), strict=True)
+    )
+    limit = abs(math.log(16 / 1000))
+    dw, dh = (max(-limit, min(limit, d)) for d in (dw, dh))
+    x, y = (x1 + x2) / 2 + dx * w, (y1 + y2) / 2 + dy * h
+    w, h = w * math.exp(dw), h * math.exp(dh)
+    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+
+
+@pytest.mark.parametrize('name', ['gfl', 'faster-rcnn'])
+def test_features_of_each_other(name):
+    """The method's own loss of each pair, at its weight."""
+    config = tiny.gfl() if name == 'gfl' else tiny.faster_rcnn()
+    networks = dml(
+        config,
+        {'b': config, 'c': config},
+        features=dict(type='mmkd.PKD', loss_weight=3.0),
+    )
+    batch = networks.batch(sizes=[(64, 64), (64, 64)])
+    losses = networks.of_method(batch)
+    maps = {
+        name: [m.detach() for m in model.extract_feat(batch[0])]
+        for name, model in networks.all.items()
+    }
+    for learner in maps:
+        total = 0.0
+        for target in maps.keys() - {learner}:
+            for ours, theirs in zip(maps[learner], maps[target], strict=True):
+                rows = [
+                    each.transpose(0, 1).flatten(1).double().numpy()
+                    for each in (ours, theirs)
+                ]
+                correlations = [
+                    np.corrcoef(a, b)[0, 1]
+                    for a, b in zip(*rows, strict=True)
+                    if a.std() > 0 and b.std() > 0
+                ]
+                total += 1 - np.mean(correlations)
+        loss = losses[f'features_{learner}']
+        assert loss.item() == pytest.approx(3.0 * total / 2, rel=1e-3)
+        assert networks.gets_gradient(loss) == {learner}
+
+
+def test_features_through_adapters_of_each_pair():
+    networks = dml(tiny.gfl(), features=dict(type='mmkd.CWD'))
+    pairs = networks.distiller.methods['m'].features
+    assert set(pairs) == {'student_from_big', 'big_from_student'}
+    losses = networks.of_method(networks.batch())
+    for name in ('student', 'big'):
+        assert networks.gets_gradient(losses[f'features_{name}']) == {name}
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in pairs.parameters())
+
+
 @pytest.mark.parametrize('objects', [0, [0, 2]])
-def test_images_without_objects(objects):
-    networks = dml(tiny.gfl(), box_weight=1.0)
+@pytest.mark.parametrize('config', [tiny.gfl(), tiny.faster_rcnn()])
+def test_images_without_objects(objects, config):
+    networks = dml(config, box_weight=1.0)
     losses = networks.losses(networks.batch(objects=objects))
     sum(v for k, v in losses.items() if k.startswith('m.')).backward()
     assert all(v.isfinite() for k, v in losses.items() if k.startswith('m.'))
@@ -347,7 +453,9 @@ class TestNetworksThatDoNotFit:
             dml(tiny.gfl(), {'big': peer})
 
     def test_other_kinds(self):
-        with pytest.raises(ConfigError, match='"teacher" stands for "big"'):
+        with pytest.raises(
+            ConfigError, match='"big" in the place of a teacher'
+        ):
             dml(tiny.gfl(), {'big': tiny.faster_rcnn()})
 
     def test_other_classes(self):
@@ -373,8 +481,22 @@ class TestNetworksThatDoNotFit:
     def test_boxes_of_other_heads(self):
         with pytest.raises(ConfigError, match='"big" ATSSHead'):
             dml(tiny.gfl(), {'big': tiny_dense.atss()}, box_weight=1.0)
-        with pytest.raises(ConfigError, match='box_weight fits'):
-            dml(tiny.faster_rcnn(), box_weight=1.0)
+        config = tiny.fcos()
+        other = tiny.fcos(bbox_head__norm_on_bbox=True)
+        with pytest.raises(ConfigError, match='norm_on_bbox is False in the'):
+            dml(config, {'big': other}, box_weight=1.0)
+
+    @pytest.mark.parametrize(
+        'features', [dict(type='mmkd.KD'), dict(type='mmkd.FeatureHint')]
+    )
+    def test_features_by_other_methods(self, features):
+        with pytest.raises(ConfigError, match='features takes a method on'):
+            dml(tiny.gfl(), features=features)
+
+    @pytest.mark.parametrize('name', ['ensemble', 'idle'])
+    def test_names_of_other_losses_and_metrics(self, name):
+        with pytest.raises(ConfigError, match=f'"{name}" cannot be a name'):
+            dml(tiny.gfl(), {name: tiny.gfl()})
 
     def test_bad_options(self):
         with pytest.raises(ConfigError, match='temperature must be above 0'):

@@ -1,5 +1,7 @@
 """One teacher and several students, of real detectors."""
 
+import copy
+
 import pytest
 import tiny_detectors as tiny
 import toy
@@ -14,7 +16,8 @@ from test_mutual import (
 from test_peers import peer_config
 from together import Networks, wide
 
-from mmkd.utils import ConfigError
+from mmkd.distiller import build_distiller
+from mmkd.utils import ConfigError, isolated_random_state
 
 METHOD = dict(type='mmkd.OneTeacherSeveralStudents')
 CONFIGS = dict(gfl=tiny.gfl(), rcnn=tiny.faster_rcnn())
@@ -126,9 +129,10 @@ def test_the_teacher_scores_each_students_own_rois():
 def test_online_the_teacher_learns_from_its_task_alone(name):
     config = CONFIGS[name]
     networks = Networks(
-        {'m': dict(METHOD, teacher='big')},
+        {'m': METHOD},
         config,
-        {'second': wide(config), 'big': wide(config)},
+        {'second': wide(config)},
+        trained=wide(config),
     )
     losses = networks.of_method(networks.batch())
     assert set(losses) == {
@@ -143,17 +147,36 @@ def test_online_the_teacher_learns_from_its_task_alone(name):
     }
 
 
+def test_an_online_teacher_is_not_moved_by_others_rois():
+    """Neither by a gradient nor by its batch norms' running statistics."""
+    config = tiny.double_head()
+    networks = Networks(
+        {'m': dict(METHOD, beta=0)}, config, {}, trained=config
+    )
+    teacher, batch = networks.peers['teacher'], networks.batch()
+    alone = copy.deepcopy(teacher)
+    peer = networks.distiller.peers['teacher']
+    with isolated_random_state():
+        peer.loss(batch[0], copy.deepcopy(batch[1]))
+    own = {k: v.clone() for k, v in teacher.state_dict().items()}
+    assert not toy.same(own, alone.state_dict())
+    teacher.load_state_dict(alone.state_dict())
+    networks.losses(batch)
+    assert toy.same(teacher.state_dict(), own)
+
+
 def test_online_distillation_of_one_student():
     """A twin in training teaches nothing; a stranger what KD teaches."""
-    online = dict(METHOD, teacher='big', beta=0)
-    twin = Networks({'m': online}, tiny.gfl(), {'big': tiny.gfl()}, twins=True)
+    online = {'m': dict(METHOD, beta=0)}
+    config = tiny.gfl()
+    twin = Networks(online, config, {}, twins=True, trained=config)
     batch = twin.batch()
     assert values(twin.of_method(batch)) == {
         'kd_student': pytest.approx(0, abs=1e-5)
     }
-    networks = Networks({'m': online}, tiny.gfl(), {'big': wide(tiny.gfl())})
+    networks = Networks(online, config, {}, trained=wide(config))
     expected = kd_reference(
-        _AsPair(networks.student, networks.peers['big'], batch), 1.0
+        _AsPair(networks.student, networks.peers['teacher'], batch), 1.0
     )
     loss = networks.of_method(batch)['kd_student']
     assert loss.item() == pytest.approx(expected, rel=1e-3)
@@ -176,12 +199,39 @@ def test_switched_off_each_trains_alone(off):
 
 
 class TestBadConfigs:
-    def test_a_misspelt_teacher(self):
-        with pytest.raises(ConfigError, match='Did you mean "second"'):
+    def test_a_frozen_teacher_and_a_peer_of_that_name(self):
+        with pytest.raises(ConfigError, match='"teacher" cannot be a name'):
             Networks(
-                {'m': dict(METHOD, teacher='secnod')},
+                {'m': METHOD},
                 tiny.gfl(),
-                {'second': tiny.gfl()},
+                {'teacher': tiny.gfl()},
+                tiny.gfl(),
+            )
+
+    def test_options_of_frozen_teachers(self):
+        with pytest.raises(
+            ConfigError, match=r'distillation\.teacher has no option "fold_bn"'
+        ):
+            build_distiller(
+                dict(
+                    teacher=dict(
+                        config=dict(model=tiny.gfl()),
+                        trainable=True,
+                        fold_bn=True,
+                    ),
+                    methods={'m': dict(METHOD, beta=0)},
+                ),
+                tiny.build(tiny.gfl()),
+                tiny.CLASSES,
+            )
+
+    def test_methods_that_need_a_frozen_one(self):
+        with pytest.raises(ConfigError, match=r'needs distillation\.teacher'):
+            Networks(
+                {'m': dict(type='mmkd.KD')},
+                tiny.gfl(),
+                {},
+                trained=tiny.gfl(),
             )
 
     def test_no_teacher(self):
@@ -190,11 +240,7 @@ class TestBadConfigs:
 
     def test_no_other_student(self):
         with pytest.raises(ConfigError, match='beta is the weight of other'):
-            Networks(
-                {'m': dict(METHOD, teacher='big')},
-                tiny.gfl(),
-                {'big': tiny.gfl()},
-            )
+            Networks({'m': METHOD}, tiny.gfl(), {}, trained=tiny.gfl())
 
     def test_a_teacher_of_another_kind(self):
         with pytest.raises(ConfigError, match='the teacher is FasterRCNN'):
@@ -214,7 +260,9 @@ class TestBadConfigs:
 @pytest.mark.usefixtures('shared_data')
 def test_a_run_resumes_exactly(tmp_path):
     """Two students and a teacher in training."""
-    cfg = mutual_run(tmp_path, method=dict(METHOD, teacher='big'))
+    cfg = mutual_run(tmp_path, method=METHOD)
+    big = cfg.distillation.peers.pop('big')
+    cfg.distillation.teacher = dict(**big, trainable=True)
     second = peer_config(cfg, channels=8)
     cfg.distillation.peers.second = dict(config=second)
     record = trained_and_resumed(cfg, tmp_path)
@@ -222,4 +270,9 @@ def test_a_run_resumes_exactly(tmp_path):
         for part in ('kd', 'mutual'):
             assert losses[f'm.loss_{part}_student'] > 0
             assert losses[f'm.loss_{part}_second'] > 0
-        assert 'm.loss_kd_big' not in losses
+        assert 'm.loss_kd_teacher' not in losses
+        assert losses['teacher.loss_cls'] > 0
+    assert 'teacher/coco/bbox_mAP' in record.metrics[-1]
+    stock = toy.load(tmp_path / 'whole' / 'teacher' / 'epoch_2.pth')
+    model = tiny.build(big.config.model)
+    model.load_state_dict(stock['state_dict'], strict=True)

@@ -27,9 +27,12 @@ class Networks:
         student: Config of its model.
         peers: Configs of their models by name.
         teacher: Config of a frozen one.
+        trained: Config of a teacher that trains with them.
     """
 
-    def __init__(self, methods, student, peers, teacher=None, twins=False):
+    def __init__(
+        self, methods, student, peers, teacher=None, twins=False, trained=None
+    ):
         self.student = spread(tiny.build(student, seed=1, spread=5), 1)
         cfg = dict(
             peers={
@@ -46,6 +49,10 @@ class Networks:
                 ),
             )
             cfg['teacher'] = dict(config=source, checkpoint=None)
+        if trained is not None:
+            model = dict(model=trained)
+            cfg['teacher'] = dict(config=model, trainable=True)
+            peers = {**peers, 'teacher': trained}
         self.distiller = build_distiller(cfg, self.student, tiny.CLASSES)
         self.peers = {n: p.model for n, p in self.distiller.peers.items()}
         for seed, (name, model) in enumerate(self.peers.items(), 2):

@@ -3,14 +3,11 @@
 _base_ = ['../gfl_student.py']
 
 distillation = dict(
-    peers=dict(
-        second=dict(config='configs/bccd/gfl_student.py'),
-        big=dict(config='configs/bccd/gfl_teacher.py'),
-    ),
+    teacher=dict(config='configs/bccd/gfl_teacher.py', trainable=True),
+    peers=dict(second=dict(config='configs/bccd/gfl_student.py')),
     methods=dict(
         several=dict(
             type='mmkd.OneTeacherSeveralStudents',
-            teacher='big',
             alpha=1.0,
             beta=1.0,
             temperature=1.0,
