@@ -123,6 +123,24 @@ def option(method, **options):
     return lambda: build_checked(METHODS, cfg, 'distillation.methods.m')
 
 
+def images_twice():
+    """As TridentNet's branches do."""
+    model = tiny.build(tiny.retinanet())
+    stock = type(model.neck).forward
+    model.neck.forward = lambda maps: stock(
+        model.neck, [m.repeat(2, 1, 1, 1) for m in maps]
+    )
+    described = dict(config=dict(model=tiny.retinanet()), checkpoint=None)
+    distiller = build_distiller(
+        dict(teacher=described, methods=dict(m=HINT)), model, tiny.CLASSES
+    )
+    outputs = distiller._outputs()
+    batch = tiny.batch_for(model)
+    with outputs.recording():
+        model.extract_feat(batch[0])
+    distiller.methods['m'](outputs, distiller.teacher(*batch), batch[1])
+
+
 def truncated(folder):
     path = folder / 'teacher.pth'
     torch.save(dict(state_dict={'a': torch.rand(1000)}), path)
@@ -249,6 +267,9 @@ CASES = {
     'A weight below 0': option('CWD', loss_weight=-1),
     'A share outside its range': option('FasterRCNNDistillation', mu=1.5),
     'A value that is none of the known': option('CrossKD', align='images'),
+    'A number that must be whole': option('CrossKD', layer=0.5),
+    'A number that is infinite': option('LD', temperature=float('inf')),
+    'A number in quotes': option('LD', temperature='10'),
     'Levels that are no numbers': option('FeatureHint', levels='all'),
     # pairs
     'Sizes differ by a factor': one(
@@ -265,6 +286,12 @@ CASES = {
         source='backbone',
         adapt=False,
     ),
+    'Class scores of other classes': lambda: distil(
+        tiny.gfl(),
+        dict(m=dict(type='mmkd.CWD', source='bbox_head.gfl_cls')),
+        teacher_classes=tiny.CLASSES[::-1],
+    ),
+    'A module that sees an image several times': images_twice,
     'A module that does not exist': one(
         'FeatureHint', tiny.retinanet(), source='nek'
     ),

@@ -1,11 +1,11 @@
 """Soft labels whose easy samples weigh less."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkd.registry import MODELS
 from mmkd.utils import ConfigError
 
+from .kl import sigmoid_kl
 from .reduction import check_reduction, reduce_loss
 
 
@@ -67,12 +67,9 @@ class FocalKLLoss(nn.Module):
             avg_factor: Divides the sum, instead of the number of entries.
             reduction_override: Takes the place of ``reduction``.
         """
-        z, z_t = pred.float(), target.detach().float()
-        p_t = z_t.sigmoid()
-        divergence = p_t * (F.logsigmoid(z_t) - F.logsigmoid(z))
-        divergence += (1 - p_t) * (F.logsigmoid(-z_t) - F.logsigmoid(-z))
-        focus = ((p_t - z.sigmoid()) ** 2 + 1e-6) ** (self.gamma / 2)
-        loss = focus * divergence
+        p, p_t = pred.float().sigmoid(), target.detach().float().sigmoid()
+        focus = ((p_t - p) ** 2 + 1e-6) ** (self.gamma / 2)
+        loss = focus * sigmoid_kl(pred, target)
         return self.loss_weight * reduce_loss(
             loss, weight, avg_factor, reduction_override or self.reduction
         )

@@ -1,7 +1,9 @@
 """What every distillation method is to the Distiller."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmdet.structures import DetDataSample
@@ -25,7 +27,7 @@ class Method(nn.Module):
             switched off and its part of the step costs nothing.
 
     Raises:
-        ConfigError: If the weight is negative.
+        ConfigError: If the weight is negative or not finite.
     """
 
     needs: ClassVar[str] = 'teacher'
@@ -40,14 +42,26 @@ class Method(nn.Module):
         """Of the last step, logged as ``<method>.<name>``."""
 
     def check_positive(self, **options: float) -> None:
-        """Refuse options that are not above 0."""
+        """Refuse options that are not finite numbers above 0."""
         for name, value in options.items():
+            self._check_number(name, value)
             self.check_option(value > 0, name, value, 'above 0')
+            self.check_option(value < math.inf, name, value, 'finite')
 
     def check_not_negative(self, **options: float) -> None:
-        """Refuse options that are not at least 0."""
+        """Refuse options that are not finite numbers of at least 0."""
         for name, value in options.items():
+            self._check_number(name, value)
             self.check_option(value >= 0, name, value, 'at least 0')
+            self.check_option(value < math.inf, name, value, 'finite')
+
+    def check_whole(self, least: int, **options: int) -> None:
+        """Refuse options that are not whole numbers of at least ``least``."""
+        for name, value in options.items():
+            self._check_number(name, value)
+            whole = isinstance(value, Integral)
+            self.check_option(whole, name, value, 'a whole number')
+            self.check_option(value >= least, name, value, f'at least {least}')
 
     def check_choice(self, known: Sequence[Any], **options: Any) -> None:
         """Refuse options that are none of the known values."""
@@ -63,6 +77,10 @@ class Method(nn.Module):
             raise ConfigError(
                 f'{type(self).__name__}.{name} must be {what}, got {value!r}'
             )
+
+    def _check_number(self, name: str, value: Any) -> None:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        self.check_option(number, name, value, 'a number')
 
     @property
     def student_paths(self) -> Sequence[str]:

@@ -1,6 +1,7 @@
 """Cross-head knowledge distillation (Wang et al., CVPR 2024)."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,8 @@ class CrossKD(Method):
 
     Raises:
         ConfigError: If an option is outside its range, or the pair's heads
-            have no such towers, no sigmoid, or other priors.
+            have no such towers, no sigmoid, or other strides or numbers of
+            priors.
     """
 
     def __init__(
@@ -107,17 +109,18 @@ class CrossKD(Method):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
+        self.check_whole(0, layer=layer)
         self.check_not_negative(
-            layer=layer,
             beta=beta,
             cls_weight=cls_weight,
-            box_weight=box_weight or 0,
+            box_weight=1.0 if box_weight is None else box_weight,
             quality_weight=quality_weight,
         )
         self.check_choice(ALIGNMENTS, align=align)
         self.layer, self.beta, self.align = layer, beta, align
         self.cls_weight, self.box_weight = cls_weight, box_weight
         self.quality_weight = quality_weight
+        self.weights = {'cls_convs': cls_weight, 'reg_convs': box_weight}
         self.adapters = nn.ModuleDict()
         self._tapped: Sequence[str] = ()
 
@@ -132,14 +135,16 @@ class CrossKD(Method):
         # A layer is tapped behind its norm, or else behind its convolution.
         return [
             f'bbox_head.{branch}.{self.layer - 1}.{part}'
-            for branch in BRANCHES
+            for branch, weight in self.weights.items()
+            if weight != 0 or self.quality_weight
             for part in ('norm', 'conv')
         ]
 
     def prepare(self, student: Outputs, teacher: Outputs) -> None:
         ours = check_dense(student, 'student', 'CrossKD')
         theirs = check_dense(teacher, 'teacher', 'CrossKD')
-        check_same_priors(ours.head, theirs.head, 'CrossKD', centres=True)
+        # Not the centres: the box loss has the teacher's priors on both sides.
+        check_same_priors(ours.head, theirs.head, 'CrossKD')
         for role, dense in (('student', ours), ('teacher', theirs)):
             _check_head(dense, role, self.layer)
         if self.quality_weight and theirs.quality is None:
@@ -148,8 +153,9 @@ class CrossKD(Method):
                 f"IoU, the teacher's {type(theirs.head).__name__} has none. "
                 'Set it to 0.'
             )
-        self._tapped = [self._path(ours.head, branch) for branch in BRANCHES]
-        for branch in BRANCHES:
+        branches = self._read_towers(theirs.head)
+        self._tapped = [self._path(ours.head, branch) for branch in branches]
+        for branch in branches:
             mine = student.features(self._path(ours.head, branch))[0]
             other = teacher.features(self._path(theirs.head, branch))[0]
             self.adapters[branch] = build_adapter(
@@ -169,7 +175,7 @@ class CrossKD(Method):
         head = theirs.head
         features = {
             branch: self._aligned(branch, student, teacher, data_samples)
-            for branch in BRANCHES
+            for branch in self.adapters
         }
         crossed_head = from_layer(head, self.layer, features)
         crossed = read_dense(head, crossed_head(teacher.maps))
@@ -194,6 +200,15 @@ class CrossKD(Method):
             total = _quality_loss(crossed, theirs, targets)
             losses['quality'] = self.quality_weight * total
         return losses
+
+    def _read_towers(self, head: Any) -> list[str]:
+        """The towers that losses of this head read."""
+        of_quality = BRANCHES[getattr(head, 'centerness_on_reg', True)]
+        return [
+            branch
+            for branch, weight in self.weights.items()
+            if weight != 0 or (self.quality_weight and branch == of_quality)
+        ]
 
     def _path(self, head: Any, branch: str) -> str:
         """Where the feature behind layer i is tapped."""
@@ -255,6 +270,17 @@ class Feed(nn.Module):
         return next(self.features)
 
 
+class Idle(nn.Module):
+    """A tower that no loss reads: NaN, of one image, which costs little."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, level: Tensor) -> Tensor:
+        return level.new_full((1, self.width, *level.shape[2:]), math.nan)
+
+
 def from_layer(
     head: Any, layer: int, features: Mapping[str, Sequence[Tensor]]
 ) -> Any:
@@ -265,13 +291,14 @@ def from_layer(
             it is.
         layer: The number of layers that are left out.
         features: For each tower, what enters its first remaining layer, a
-            tensor a level. They are consumed in one call.
+            tensor a level. They are consumed in one call. A tower that is
+            left out is :class:`Idle`.
     """
     result = copy.copy(head)
-    towers = {
-        branch: nn.ModuleList([Feed(levels), *getattr(head, branch)[layer:]])
-        for branch, levels in features.items()
-    }
+    towers = {b: nn.ModuleList([Idle(head.feat_channels)]) for b in BRANCHES}
+    for branch, levels in features.items():
+        remaining = getattr(head, branch)[layer:]
+        towers[branch] = nn.ModuleList([Feed(levels), *remaining])
     # Past nn.Module's registration, which would change the head's own dict.
     result.__dict__['_modules'] = {**head._modules, **towers}
     return result

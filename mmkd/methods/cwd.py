@@ -7,6 +7,7 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
+from mmkd.losses.kl import softmax_kl
 from mmkd.outputs import Outputs
 from mmkd.registry import METHODS
 
@@ -35,7 +36,7 @@ class CWD(FeatureMethod):
     level with T = 1, weight 10 and no adaptation, which are the defaults. A
     1x1 convolution adapts where the widths differ, as in the paper. Class
     scores can be distilled too (``source='bbox_head.gfl_cls'``), where both
-    networks have the same classes in the same order.
+    networks have the same classes in the same order; others are refused.
 
     Args:
         temperature: T, above 0; softens the distributions.
@@ -89,12 +90,8 @@ def channel_divergence(
         The mean over images and channels.
     """
     padding = weights == 0
-    log_s, log_t = (
-        (maps.float() / temperature)
-        .masked_fill(padding, OUTSIDE)
-        .flatten(2)
-        .log_softmax(-1)
+    ours, theirs = (
+        maps.float().masked_fill(padding, OUTSIDE).flatten(2)
         for maps in (student, teacher)
     )
-    divergence = (log_t.exp() * (log_t - log_s)).sum(-1)  # (B, C)
-    return temperature**2 * divergence.mean()
+    return softmax_kl(ours, theirs, temperature).mean()  # of (B, C)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmdet.structures import DetDataSample
@@ -20,10 +20,13 @@ from mmkd.utils import ConfigError
 from .base import Method
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teacher import ClassMap, TeacherOutputs
 
 OUTSIDE = -1e30
 """A logit of padding: its softmax is 0, and differences of it are finite."""
+FLAT = 1e-5
+"""Channels whose deviation is a smaller part of their mean are constant but
+for rounding."""
 
 
 class FeatureMethod(Method):
@@ -31,7 +34,9 @@ class FeatureMethod(Method):
 
     A subclass implements :meth:`forward` on :meth:`pairs`, and
     :meth:`build_layers` if it trains more than the adapters. Student maps of
-    another size are resized (bilinear), never cropped.
+    another size are resized (bilinear), never cropped. Features know no
+    classes: a dense head's class scores meet only where both networks have
+    the same classes in the same order, or with ``adapt=True``.
 
     Args:
         source: Module path in the student: ``'neck'`` (the backbone in
@@ -86,6 +91,7 @@ class FeatureMethod(Method):
         self.adapt = adapt
         self.resize = resize
         self.adapters = nn.ModuleList()
+        self._class_scores = False
         self.where = f'{type(self).__name__} on "{source}"'
 
     @property
@@ -102,6 +108,12 @@ class FeatureMethod(Method):
         ours, theirs = self._chosen(ours, theirs)
         if self.images_only:
             self._check_maps(ours, theirs)
+        self._class_scores = (
+            self.adaptable
+            and not self.adapt
+            and _are_class_scores(student, self.source, ours)
+            and _are_class_scores(teacher, self.teacher_source, theirs)
+        )
         self.adapters = nn.ModuleList(
             self.build_adapter(s, t, f'{self.where}, level {i}')
             for i, (s, t) in enumerate(zip(ours, theirs, strict=True))
@@ -135,6 +147,9 @@ class FeatureMethod(Method):
         ours = student.features(self.source)
         theirs = teacher.features(self.teacher_source, student, self.source)
         ours, theirs = self._chosen(ours, theirs)
+        if self._class_scores:
+            self._check_classes(teacher.class_map)
+        self._check_images(ours, theirs)
         return [
             (resize_to(adapter(s), t.shape), t.detach())
             for adapter, s, t in zip(self.adapters, ours, theirs, strict=True)
@@ -165,6 +180,31 @@ class FeatureMethod(Method):
                         'mmkd.FeatureHint.'
                     )
 
+    def _check_classes(self, classes: 'ClassMap') -> None:
+        if not classes.identical:
+            raise ConfigError(
+                f'{self.where}: class scores meet channel by channel, so '
+                'both networks must have the same classes in the same order, '
+                f'got {", ".join(classes.student)} in the student and '
+                f'{", ".join(classes.teacher)} in the teacher. Use mmkd.KD, '
+                'which compares the classes that both have, or set '
+                'adapt=True.'
+            )
+
+    def _check_images(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor]
+    ) -> None:
+        for s, t in zip(student, teacher, strict=True):
+            if len(s) != len(t):
+                raise ConfigError(
+                    f'{self.where}: the student\'s "{self.source}" gives '
+                    f"{len(s)} maps for the batch, the teacher's "
+                    f'"{self.teacher_source}" {len(t)}: a module that sees '
+                    'an image several times, as the branches of TridentNet '
+                    'do, has no one map to compare. Tap a module in front '
+                    'of it, such as an earlier layer of the backbone.'
+                )
+
     def _checked_levels(
         self, option: str, levels: Sequence[int] | None
     ) -> tuple[int, ...] | None:
@@ -181,6 +221,20 @@ class FeatureMethod(Method):
                 'levels.'
             )
         return tuple(levels)
+
+
+def _are_class_scores(
+    outputs: Outputs, path: str, features: Sequence[Tensor]
+) -> bool:
+    """Whether a tap in a dense head has a channel a class (and prior)."""
+    head: Any = getattr(outputs.model, 'bbox_head', None)
+    if not path.startswith('bbox_head') or not hasattr(
+        head, 'prior_generator'
+    ):
+        return False
+    width = getattr(head, 'num_attrib', getattr(head, 'cls_out_channels', 0))
+    widths = [width * n for n in head.prior_generator.num_base_priors]
+    return any(feature.shape[1] in widths for feature in features)
 
 
 def _choose(
@@ -209,20 +263,23 @@ def image_weights(
     Returns:
         (B, 1, H, W), 1/n on the n positions of the image and 0 on padding;
         None where nothing is padded (or for vectors).
+
+    Raises:
+        ConfigError: If there is not one map an image.
     """
     if maps.dim() != 4:
         return None
+    images, _, height, width = maps.shape
+    if images != len(data_samples):
+        raise ConfigError(
+            f'a tapped map holds {images} images, the batch '
+            f'{len(data_samples)}: padding cannot be told apart. Tap a module '
+            'that sees every image once, such as the neck.'
+        )
     shapes = [sample.img_shape[:2] for sample in data_samples]
     full = data_samples[0].metainfo.get('batch_input_shape', shapes[0])
     if all(tuple(shape) == tuple(full) for shape in shapes):
         return None
-    images, _, height, width = maps.shape
-    if images != len(shapes):
-        raise ConfigError(
-            f'a tapped map holds {images} images, the batch {len(shapes)}: '
-            'padding cannot be told apart. Tap a module that sees every '
-            'image once, such as the neck.'
-        )
     weights = torch.zeros(images, 1, height, width, device=maps.device)
     for weight, (h, w) in zip(weights, shapes, strict=True):
         rows = math.ceil(h * height / full[0])
@@ -251,6 +308,8 @@ def standardize(
 ) -> tuple[Tensor, Tensor]:
     """Give every channel mean 0 and variance 1 over its positions.
 
+    A channel that is constant, but for rounding, gives 0 and no gradient.
+
     Args:
         maps: (B, C, H, W).
         weights: Of :func:`position_weights`, (B, 1, H, W).
@@ -268,9 +327,12 @@ def standardize(
         inside = (weights > 0).float()
         weights = inside / inside.sum()
     maps = maps.float()
-    centred = maps - (maps * weights).sum(over, keepdim=True)
+    mean = (maps * weights).sum(over, keepdim=True)
+    centred = maps - mean
     variance = (centred.square() * weights).sum(over, keepdim=True)
-    return centred * (variance + eps).rsqrt(), weights
+    scale = (variance + eps).rsqrt()
+    scale = scale.where(variance > FLAT**2 * mean.square(), 0.0)
+    return centred * scale, weights
 
 
 def spatial_attention(

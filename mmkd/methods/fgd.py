@@ -22,6 +22,9 @@ from .feature_base import (
 if TYPE_CHECKING:
     from mmkd.teacher import TeacherOutputs
 
+AT_ONCE = 32
+"""Boxes of an image that are painted at once: a mask each."""
+
 
 @METHODS.register_module()
 class FGD(FeatureMethod):
@@ -222,16 +225,21 @@ def paint_boxes(boxes: Tensor, size: Sequence[int]) -> Tensor:
     """1 / area of the smallest box over each position, or 0.
 
     Args:
-        boxes: Of :func:`relative_boxes`, (B, N, 4). All boxes are painted at
-            once, in (B, N, H, W).
+        boxes: Of :func:`relative_boxes`, (B, N, 4).
         size: H and W.
 
     Returns:
         (B, 1, H, W).
     """
+    painted = boxes.new_zeros(len(boxes), 1, *size)
+    for start in range(0, boxes.shape[1], AT_ONCE):
+        some = boxes[:, start : start + AT_ONCE]
+        painted = torch.maximum(painted, _paint(some, size))
+    return painted
+
+
+def _paint(boxes: Tensor, size: Sequence[int]) -> Tensor:
     height, width = size
-    if boxes.shape[1] == 0:
-        return boxes.new_zeros(len(boxes), 1, height, width)
     left, right = (
         (boxes[..., 0] * width).floor(),
         (boxes[..., 2] * width).ceil(),
@@ -247,5 +255,5 @@ def paint_boxes(boxes: Tensor, size: Sequence[int]) -> Tensor:
     across = (x >= left[..., None]) & (x <= right[..., None])  # (B, N, W)
     down = (y >= top[..., None]) & (y <= below[..., None])  # (B, N, H)
     covered = down[..., None] & across[:, :, None]
-    painted = share[..., None, None].where(covered, 0.0)
-    return painted.amax(1, keepdim=True)
+    each = share[..., None, None].where(covered, 0.0)  # (B, N, H, W)
+    return each.amax(1, keepdim=True)

@@ -98,7 +98,7 @@ class LD(Method):
         self.check_positive(temperature=temperature)
         self.check_not_negative(main_weight=main_weight, vlr_weight=vlr_weight)
         self.check_option(0 <= gamma <= 1, 'gamma', gamma, 'between 0 and 1')
-        self.check_option(topk >= 1, 'topk', topk, 'at least 1')
+        self.check_whole(1, topk=topk)
         self.temperature = temperature
         self.main_weight, self.vlr_weight = main_weight, vlr_weight
         self.gamma, self.topk = gamma, topk

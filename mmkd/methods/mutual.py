@@ -116,7 +116,8 @@ class MutualLearning(Method):
         self.check_not_negative(box_weight=box_weight)
         self.temperature, self.box_weight = temperature, box_weight
         self.feature_cfg = features
-        self.paths = ('neck',)  # what RoI heads score the others' RoIs on
+        # RoI heads score the others' RoIs on the neck.
+        self.paths: tuple[str, ...] = ('neck',)
         if features is not None:
             method = _feature_method(features)
             both = (*method.student_paths, *method.teacher_paths)

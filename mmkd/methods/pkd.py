@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mmkd.teacher import TeacherOutputs
 
 EPS = 1e-12
-"""Added to variances: channels that are constant give 0, not NaN."""
+"""Added to variances; channels that are constant learn nothing anyway."""
 
 
 @METHODS.register_module()

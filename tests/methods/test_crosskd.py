@@ -184,7 +184,7 @@ def reference(pair, names, layer, how='image', columns=(0, 1, 2)):
 
 def inside(pair, own):
     """Padding of FCOS is trained on; that of the others has no weight."""
-    head = pair.teacher.bbox_head
+    head = pair.student.bbox_head
     points = hasattr(head, 'regress_ranges')
     found = [[], []]
     for level, (step, _) in zip(
@@ -197,18 +197,28 @@ def inside(pair, own):
                 for image, sample in enumerate(pair.samples):
                     height, width = sample.img_shape
                     found[image] += [x < width and y < height] * (
-                        level[0].shape[1] // head.num_classes
+                        level[0].shape[1] // pair.teacher.bbox_head.num_classes
                     )
     return torch.tensor(found)
 
 
 def decoded(pair, own, values):
+    """Boxes from the teacher's own priors, written out."""
     head = pair.teacher.bbox_head
     sizes = [level[0].shape[-2:] for level in own]
     priors = torch.cat(head.prior_generator.grid_priors(sizes, device='cpu'))
-    return torch.stack(
-        [head.bbox_coder.decode(priors.double(), image) for image in values]
-    )
+    priors = priors.double()
+    if priors.shape[1] == 2:  # distances of a point
+        return torch.cat(
+            [priors - values[..., :2], priors + values[..., 2:]], -1
+        )
+    values = values * torch.tensor(head.bbox_coder.stds)
+    assert values[..., 2:].abs().max() < 4  # the coder would cut
+    centres = (priors[:, :2] + priors[:, 2:]) / 2
+    sides = priors[:, 2:] - priors[:, :2]
+    centres = centres + values[..., :2] * sides
+    sides = sides * values[..., 2:].exp()
+    return torch.cat([centres - sides / 2, centres + sides / 2], -1)
 
 
 @pytest.mark.parametrize('name', HEADS)
@@ -221,6 +231,21 @@ def test_the_cross_head_losses(name, layer):
     assert min(expected.values()) > 1e-4
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(
         expected, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher'), [('fcos', 'atss'), ('atss', 'fcos')]
+)
+def test_points_and_anchors(student, teacher):
+    """Priors whose centres are half a stride apart."""
+    config, *names = HEADS[teacher]
+    learner = copy.deepcopy(HEADS[student][0])
+    learner.data_preprocessor = config.data_preprocessor
+    pair = Pair('CrossKD', learner, config, layer=1)
+    losses = pair.losses()
+    assert {k: v.item() for k, v in losses.items()} == pytest.approx(
+        reference(pair, names, 1), rel=1e-3
     )
 
 
@@ -260,6 +285,93 @@ def test_other_widths_and_classes():
     )
     sum(losses.values()).backward()
     assert all(p.grad.abs().sum() > 0 for p in pair.method.parameters())
+
+
+WIDE = dict(
+    neck__out_channels=32,
+    bbox_head__in_channels=32,
+    bbox_head__feat_channels=64,
+)
+
+
+@pytest.mark.parametrize('layer', [0, 1])
+@pytest.mark.parametrize(
+    ('options', 'kept'),
+    [
+        (dict(cls_weight=0), ['box']),
+        (dict(box_weight=0), ['cls']),
+        (dict(cls_weight=0, box_weight=0), []),
+    ],
+)
+def test_a_tower_of_weight_0_is_left_out(options, kept, layer):
+    """Its adapter would get no gradient, for which DDP waits."""
+    pair = Pair(
+        'CrossKD', tiny.gfl(), tiny.gfl(**WIDE), layer=layer, **options
+    )
+    towers = {'box': 'reg_convs', 'cls': 'cls_convs'}
+    assert list(pair.method.adapters) == [towers[name] for name in kept]
+    runs = dict.fromkeys(towers, 0)
+    for name, tower in towers.items():
+        last = getattr(pair.teacher.bbox_head, tower)[-1]
+        handle = last.register_forward_hook(
+            lambda *_, name=name: runs.update({name: runs[name] + 1})
+        )
+        losses = pair.losses()
+        handle.remove()
+        assert runs[name] == 5 * (1 + (name in kept))
+    assert list(losses) == kept
+    full = Pair('CrossKD', tiny.gfl(), tiny.gfl(**WIDE), layer=layer)
+    for name in kept:
+        adapter = pair.method.adapters[towers[name]]
+        adapter.load_state_dict(
+            full.method.adapters[towers[name]].state_dict()
+        )
+        assert pair.losses()[name].item() == pytest.approx(
+            full.losses()[name].item(), rel=1e-5
+        )
+        pair.losses()[name].backward()
+    assert all(p.grad.abs().sum() > 0 for p in pair.method.parameters())
+
+
+@pytest.mark.parametrize(
+    ('config', 'tower'),
+    [
+        (tiny.fcos, 'cls_convs'),
+        (
+            lambda **wide: tiny.fcos(
+                bbox_head__centerness_on_reg=True, **wide
+            ),
+            'reg_convs',
+        ),
+        (tiny_dense.atss, 'reg_convs'),
+        (tiny_dense.paa, 'reg_convs'),
+    ],
+)
+def test_the_quality_alone(config, tower):
+    """Reads one tower, which depends on the head."""
+    options = dict(layer=1, cls_weight=0, box_weight=0, quality_weight=2.0)
+    pair = Pair('CrossKD', config(), config(**WIDE), **options)
+    assert list(pair.method.adapters) == [tower]
+    losses = pair.losses()
+    assert losses.keys() == {'quality'}
+    assert losses['quality'] > 0
+    losses['quality'].backward()
+    assert all(p.grad.abs().sum() > 0 for p in pair.method.parameters())
+
+
+def test_the_teacher_is_tapped_where_it_is_read():
+    def paths(**options):
+        cfg = dict(type='mmkd.CrossKD', **options)
+        return set(build_checked(METHODS, cfg, 'x').teacher_paths)
+
+    parts = {
+        tower: {f'bbox_head.{tower}.2.{part}' for part in ('norm', 'conv')}
+        for tower in ('cls_convs', 'reg_convs')
+    }
+    assert paths() == parts['cls_convs'] | parts['reg_convs']
+    assert paths(cls_weight=0) == parts['reg_convs']
+    assert paths(box_weight=0) == parts['cls_convs']
+    assert paths(box_weight=0, quality_weight=1) == paths()
 
 
 def test_weights_and_quality():
@@ -400,6 +512,9 @@ def test_the_stock_losses_are_untouched():
     ('options', 'message'),
     [
         (dict(layer=-1), r'CrossKD.layer must be at least 0, got -1'),
+        (dict(layer=0.5), r'CrossKD.layer must be a whole number, got 0.5'),
+        (dict(layer='1'), r"CrossKD.layer must be a number, got '1'"),
+        (dict(beta=math.inf), r'CrossKD.beta must be finite, got inf'),
         (dict(beta=-1), r'CrossKD.beta must be at least 0, got -1'),
         (dict(cls_weight=-1), r'CrossKD.cls_weight must be at least 0'),
         (dict(box_weight=-1), r'CrossKD.box_weight must be at least 0'),

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import tiny_dense
 import tiny_detectors as tiny
 import torch
 from feature_maps import (
@@ -13,6 +14,7 @@ from feature_maps import (
     twin,
     weights_of,
 )
+from logit_pair import Pair as ClassPair
 
 from mmkd.methods.cwd import channel_divergence
 from mmkd.utils import ConfigError
@@ -120,6 +122,55 @@ def test_class_scores():
     pair = Pair('CWD', tiny.retinanet(), source='bbox_head.retina_cls')
     assert len(pair.method.adapters) == 5
     assert pair.step()['cwd'] > 0
+
+
+@pytest.mark.parametrize(
+    ('teacher', 'classes'),
+    [
+        (tiny.gfl(), tiny.CLASSES[::-1]),
+        (tiny.gfl(bbox_head__num_classes=2), tiny.CLASSES[:2]),
+        (tiny_dense.atss(), tiny.CLASSES[::-1]),
+    ],
+)
+@pytest.mark.parametrize('method', ['CWD', 'PKD', 'FGD'])
+def test_scores_of_other_classes_are_refused(method, teacher, classes):
+    """Channel by channel, the cat's would meet the cow's."""
+    scores = {'GFLHead': 'gfl_cls', 'ATSSHead': 'atss_cls'}
+    options = dict(
+        source='bbox_head.gfl_cls',
+        teacher_source=f'bbox_head.{scores[teacher.bbox_head.type]}',
+    )
+    pair = ClassPair(
+        method, tiny.gfl(), teacher, teacher_classes=classes, **options
+    )
+    with pytest.raises(
+        ConfigError,
+        match=rf'{method} on "bbox_head.gfl_cls": class scores meet channel by'
+        rf'.* got cat, dog, cow in the student and {", ".join(classes)} in',
+    ):
+        pair.step()
+    pair = ClassPair(
+        method,
+        tiny.gfl(),
+        teacher,
+        teacher_classes=classes,
+        adapt=True,
+        **options,
+    )
+    assert all(loss > 0 for loss in pair.losses().values())
+
+
+@pytest.mark.parametrize(
+    'source', ['neck', 'bbox_head.cls_convs.1', 'bbox_head.gfl_reg']
+)
+def test_other_features_know_no_classes(source):
+    pair = ClassPair(
+        'CWD',
+        tiny.gfl(),
+        teacher_classes=tiny.CLASSES[::-1],
+        source=source,
+    )
+    assert pair.losses()['cwd'] > 0
 
 
 @pytest.mark.parametrize('temperature', [0, -1.0, float('nan')])

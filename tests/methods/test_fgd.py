@@ -16,8 +16,10 @@ from feature_maps import (
 )
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.methods.fgd import (
+    AT_ONCE,
     ContextBlock,
     channel_attention,
     paint_boxes,
@@ -202,6 +204,38 @@ def test_images_of_different_numbers_of_boxes():
         assert torch.equal(painted, alone)
     assert together[1].sum() == 0
     assert together.isfinite().all()
+
+
+@pytest.mark.parametrize('count', [AT_ONCE, AT_ONCE + 1, 3 * AT_ONCE + 5])
+def test_more_boxes_than_are_painted_at_once(count):
+    """Each position is the smallest of them all, wherever that comes."""
+    generator = torch.Generator().manual_seed(count)
+    boxes = 64 * torch.rand(count, 4, generator=generator)
+    boxes[:, 2:] = boxes[:, :2] + boxes[:, 2:] / 4
+    samples = [sample_of(boxes.tolist()), sample_of(boxes[:3].tolist())]
+    painted = paint_boxes(relative_boxes(samples), (16, 16))
+    for image, sample in zip(painted, samples, strict=True):
+        each = [
+            paint_boxes(relative_boxes([sample_of([box])]), (16, 16))
+            for box in sample.gt_instances.bboxes.tolist()
+        ]
+        assert torch.equal(image, torch.cat(each).amax(0))
+
+
+def test_many_boxes_take_no_more_memory_than_few():
+    """The masks of 1000 boxes together would be 40 times as large."""
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest.append(result.numel())
+            return result
+
+    with Watch():
+        paint_boxes(torch.rand(2, 1000, 4), (20, 30))
+    assert max(largest) == 2 * AT_ONCE * 20 * 30
 
 
 def test_a_box_without_area_marks_where_it_is():

@@ -1,8 +1,10 @@
 """Localization distillation on real detectors with distributions."""
 
 import copy
+import math
 import statistics
 
+import numpy as np
 import pytest
 import tiny_dense
 import tiny_detectors as tiny
@@ -274,11 +276,24 @@ def test_zero_weight_is_the_stock_loss():
         (dict(vlr_weight=-1), r'LD.vlr_weight must be at least 0, got -1'),
         (dict(gamma=1.5), r'LD.gamma must be between 0 and 1, got 1.5'),
         (dict(topk=0), r'LD.topk must be at least 1, got 0'),
+        (dict(topk=9.5), r'LD.topk must be a whole number, got 9.5'),
+        (dict(topk=True), r'LD.topk must be a number, got True'),
+        (dict(temperature=math.nan), r'LD.temperature must be above 0, got n'),
+        (dict(temperature=math.inf), r'LD.temperature must be finite, got in'),
+        (dict(temperature='10'), r"LD.temperature must be a number, got '10'"),
+        (dict(vlr_weight=math.inf), r'LD.vlr_weight must be finite, got inf'),
+        (dict(main_weight=None), r'LD.main_weight must be a number, got None'),
+        (dict(loss_weight=False), r'LD.loss_weight must be a number, got Fal'),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ConfigError, match=message):
         build_checked(METHODS, dict(type='mmkd.LD', **options), 'ld')
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = dict(topk=np.int64(3), temperature=np.float32(2))
+    build_checked(METHODS, dict(type='mmkd.LD', **options), 'ld')
 
 
 @pytest.mark.parametrize(

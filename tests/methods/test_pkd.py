@@ -105,19 +105,36 @@ def test_the_scale_of_a_channel_does_not_matter(per_image):
     assert loss.abs() < 1e-5
 
 
-def test_a_dead_channel_neither_breaks_nor_learns():
-    student = random_maps(2, 2, 4, 4)
-    student[:, 0] = 0
-    student.requires_grad_()
-    loss = anticorrelation(
-        student,
-        random_maps(2, 2, 4, 4, seed=1),
-        weights_of([(4, 4)] * 2, 4, 4),
-        per_image=False,
-    )
+@pytest.mark.parametrize('per_image', [False, True])
+@pytest.mark.parametrize('value', [0, 0.37, 3.3, 123.4, -1e4])
+@pytest.mark.parametrize('dead', ['student', 'teacher'])
+def test_a_dead_channel_neither_breaks_nor_learns(dead, value, per_image):
+    """Its rounding is no pattern; the other channel learns as alone."""
+    maps = {
+        role: random_maps(2, 2, 50, 67, seed=n)
+        for n, role in enumerate(('student', 'teacher'))
+    }
+    maps[dead][:, 0] = value
+    maps['student'].requires_grad_()
+    weights = weights_of([(50, 67), (41, 60)], 50, 67)
+    loss = anticorrelation(**maps, weights=weights, per_image=per_image)
     loss.backward()
-    assert loss.isfinite()
-    assert student.grad.isfinite().all()
+    ours, theirs = (m.detach()[:, 1:] for m in maps.values())
+    alone = anticorrelation(ours, theirs, weights, per_image=per_image)
+    assert loss.item() == pytest.approx((0.5 + alone.item()) / 2, abs=1e-5)
+    gradient = maps['student'].grad.abs().amax((0, 2, 3))
+    assert gradient[0] < 1e-5 * gradient[1]
+
+
+def test_a_faint_pattern_is_one():
+    """One thousandth of a channel's mean correlates as the whole does."""
+    student, teacher = (random_maps(2, 2, 20, 30, seed=n) for n in (1, 2))
+    weights = weights_of([(20, 30)] * 2, 20, 30)
+    loss, faint = (
+        anticorrelation(s, teacher, weights, per_image=False)
+        for s in (student, 100 + 0.1 * student)
+    )
+    assert faint.item() == pytest.approx(loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize('per_image', [False, True])
