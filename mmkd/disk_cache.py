@@ -61,15 +61,24 @@ class DiskCache:
                 f'The cache entry {path} is damaged; such are computed again.',
             )
             return None
+        try:
+            value = torch.load(io.BytesIO(content[start:]), weights_only=True)
+        except Exception as error:  # whatever another PyTorch has written
+            self._tell_once(
+                'unreadable',
+                f'The cache entry {path} cannot be read '
+                f'({type(error).__name__}); such are computed again.',
+            )
+            return None
         with suppress(OSError):  # removed meanwhile, or not ours
             os.utime(path)
-        return torch.load(io.BytesIO(content[start:]), weights_only=True)
+        return value
 
     def write(self, key: str, value: Any) -> None:
         """Keep nested tensors (lists, tuples and dicts of them).
 
-        A full disk or a folder that cannot be written is told of, once, and
-        leaves the entry out.
+        Anything else may be absent when it is read. A full disk or a folder
+        that cannot be written is told of, once, and leaves the entry out.
         """
         buffer = io.BytesIO()
         torch.save(value, buffer)

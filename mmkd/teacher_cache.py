@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mmcv
@@ -21,8 +22,11 @@ from .utils import ConfigError, check_options
 if TYPE_CHECKING:
     from .teacher import Teacher
 
-VERSION = 1
-"""Of what is kept, and how; another one reads no older entries."""
+SOURCES = (
+    *('fold_bn', 'heads/cop', 'outputs', 'teacher', 'teacher_cache'),
+    *('teacher_outputs', 'teacher_source', 'teacher_speed', 'teacher_view'),
+)
+"""The modules of mmkd that decide what a teacher's outputs are."""
 TOLERANCE = 1e-3
 """Of an output's largest value; rounding makes about 1e-5."""
 
@@ -33,9 +37,10 @@ class TeacherCache:
     The key of an entry is a hash of all that its value depends on: the
     pixels as the teacher gets them, padding included (and in them whatever
     the pipeline has done to the image), the teacher's weights, config and
-    options, the precision of the step and the versions of PyTorch, MMCV and
-    MMDetection; and which output it is. So entries are never out of date,
-    and nothing about the pipeline has to be declared.
+    options, the precision of the step, the device, the versions of PyTorch,
+    MMCV and MMDetection, and the text of mmkd's own modules that compute it
+    (:data:`SOURCES`); and which output it is. So entries are never out of
+    date, and nothing about the pipeline has to be declared.
 
     Args:
         teacher: With its weights and options, on its device.
@@ -58,8 +63,9 @@ class TeacherCache:
     ) -> None:
         _check_independent(teacher)
         versions = torch.__version__, mmcv.__version__, mmdet.__version__
-        facts = (VERSION, versions, teacher.speed, config)
-        digest = fast_hash(repr(facts).encode())
+        facts = (versions, teacher.speed, config)
+        digest = fast_hash(_code())
+        digest.update(repr(facts).encode())
         for name, value in teacher.model.state_dict().items():
             digest.update(f'{name} {value.dtype} {value.shape}'.encode())
             digest.update(_bytes(value))
@@ -78,7 +84,9 @@ class TeacherCache:
         half = torch.is_autocast_enabled(device)
         facts = (
             device,
+            torch.cuda.get_device_name(image.device) if image.is_cuda else '',
             torch.get_autocast_dtype(device) if half else None,
+            tensorfloat32(),
             image.dtype,
             tuple(image.shape),
             tuple(sample.img_shape),
@@ -111,6 +119,22 @@ def check_cache_options(cfg: Any) -> dict[str, Any]:
             f'{where}.max_gib must be above 0 and finite, got {size}.'
         )
     return dict(cfg)
+
+
+def tensorfloat32() -> tuple[bool, ...]:
+    """Whether a GPU multiplies, and convolves, in TensorFloat-32."""
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    if not hasattr(matmul, 'fp32_precision'):  # before PyTorch 2.9
+        return matmul.allow_tf32, cudnn.allow_tf32
+    parts = matmul, cudnn.conv
+    return tuple(part.fp32_precision == 'tf32' for part in parts)
+
+
+def _code() -> bytes:
+    """The text of :data:`SOURCES`."""
+    folder = Path(__file__).parent
+    return b''.join((folder / f'{s}.py').read_bytes() for s in SOURCES)
 
 
 def _bytes(value: Tensor) -> Any:

@@ -1,5 +1,6 @@
 """Entries on disk: whole or absent, bounded, shared by processes."""
 
+import argparse
 import multiprocessing
 import os
 import random
@@ -73,6 +74,22 @@ def test_a_damaged_entry_is_absent_until_it_is_written_again(kind, tmp_path):
     cache.write('a', value(1))
     assert torch.equal(cache.read('a'), value(1))
     assert torch.equal(cache.read('b'), value(2))
+
+
+@pytest.mark.parametrize('payload', [b'no archive', None])
+def test_what_cannot_be_loaded_is_absent(payload, tmp_path, monkeypatch):
+    """Whole entries: of something other than tensors, or of nothing."""
+    cache = DiskCache(tmp_path, 10**6)
+    if payload is not None:
+        monkeypatch.setattr(
+            torch, 'save', lambda value, file: file.write(payload)
+        )
+    cache.write('a', argparse.Namespace(b=1))  # read by pickle alone
+    assert len(files(tmp_path)) == 1
+    assert cache.read('a') is None
+    monkeypatch.undo()
+    cache.write('a', value(1))
+    assert torch.equal(cache.read('a'), value(1))
 
 
 class TestSize:

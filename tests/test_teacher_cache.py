@@ -1,6 +1,8 @@
 """The teacher's cache: the same losses, and never a wrong entry."""
 
 import copy
+import functools
+from unittest import mock
 
 import faster
 import pytest
@@ -9,6 +11,7 @@ import torch
 import toy
 from torch import nn
 
+from mmkd import teacher_cache
 from mmkd.utils import ConfigError
 
 METHODS = dict(
@@ -163,11 +166,42 @@ class TestKey:
         assert other.step(batch)[1] == 0
         assert other.ran == [3]
 
+    def test_code(self, teacher, known, batch, tmp_path, monkeypatch):
+        sources = (*teacher_cache.SOURCES, 'utils')
+        monkeypatch.setattr(teacher_cache, 'SOURCES', sources)
+        assert Cached(tmp_path, teacher).step(batch)[1] == 0
+
+    @pytest.mark.parametrize('part', ['cuda.matmul', 'cudnn'])
+    def test_tensorfloat32(self, known, batch, part):
+        backend = functools.reduce(getattr, part.split('.'), torch.backends)
+        allowed = backend.allow_tf32
+        try:
+            backend.allow_tf32 = not allowed
+            assert known.step(batch)[1] == 0
+        finally:
+            backend.allow_tf32 = allowed
+        assert known.step(batch)[1] == 1
+
     def test_half_precision_of_the_step(self, known, batch):
         with torch.autocast('cpu', torch.bfloat16):
             assert known.step(batch)[1] == 0
             assert known.step(batch)[1] == 1
         assert known.step(batch)[1] == 1
+
+
+def test_another_gpu_has_its_own_entries(teacher, batch, tmp_path):
+    """Without a GPU: an image that says it is on one."""
+
+    class Image(torch.Tensor):
+        is_cuda = True
+
+    cache = Cached(tmp_path, teacher).distiller.teacher.cache
+    image, sample = batch[0][0].as_subclass(Image), batch[1][0]
+    keys = set()
+    for name in ('H100', 'A100', 'H100'):
+        with mock.patch('torch.cuda.get_device_name', lambda _, n=name: n):
+            keys.add(cache.key(image, sample))
+    assert len(keys) == 2
 
 
 def test_damaged_entries_are_computed_again(teacher, plain, batch, tmp_path):

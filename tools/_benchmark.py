@@ -1,16 +1,12 @@
-"""What the benchmarks share: batches, networks, clocks, the environment."""
+"""What the benchmarks share: batches, networks, clocks."""
 
 import argparse
 import copy
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import mmdet
-import mmengine
 import torch
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
@@ -19,8 +15,8 @@ from mmengine.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-import mmkd
 from mmkd.distiller import Distiller, build_distiller
+from mmkd.peers import with_trained_teacher
 from mmkd.several_teachers import is_list, is_mean, single_views
 from mmkd.teacher import class_names
 
@@ -76,6 +72,8 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
+    if cfg.get('distillation'):
+        cfg.distillation = with_trained_teacher(cfg.distillation)
     return cfg
 
 
@@ -108,7 +106,9 @@ def build_together(
     if 'teacher' in distillation:
         untrain(distillation.teacher)
     for peer in distillation.get('peers', {}).values():
-        peer.cfg_options = {'model.backbone.init_cfg': None}
+        options = peer.get('cfg_options') or {}
+        peer.cfg_options = {**options, 'model.backbone.init_cfg': None}
+        peer.checkpoint = None
     classes = class_names({}, cfg) or ()
     return build_distiller(distillation, student, classes), batch
 
@@ -214,38 +214,49 @@ def teacher_of(distiller: Distiller) -> Any:
     return distiller.teacher
 
 
-def timed(
-    run: Callable[[], None],
-    device: str,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Seconds of one call, kernels on a GPU included."""
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    start = clock()
-    run()
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    return clock() - start
-
-
 def interleaved(
     runs: Mapping[str, Callable[[], Any]],
+    args: argparse.Namespace,
     device: str,
-    repeat: int,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each run, in turn, so that noise meets all alike.
 
-    A first round, to warm up, is not counted.
+    A first round, to warm up, is not counted. On a GPU the seconds are those
+    between two of its events, else the clock's, or the process's with
+    ``args.cpu_time``.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(repeat + 1):
-        for name, run in runs.items():
-            seconds = timed(run, device, clock)
-            if number:
-                times[name].append(seconds)
-    return times
+    measure = cuda_round if device == 'cuda' else clock_round(args)
+    rounds = [measure(runs.values()) for _ in range(args.repeat + 1)]
+    times = map(list, zip(*rounds[1:], strict=True))
+    return dict(zip(runs, times, strict=True))
+
+
+def clock_round(args: argparse.Namespace) -> Callable[..., list[float]]:
+    """Seconds of each run by a clock of the processor's."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
+
+    def measure(runs: Iterable[Callable[[], Any]]) -> list[float]:
+        seconds = []
+        for run in runs:
+            start = clock()
+            run()
+            seconds.append(clock() - start)
+        return seconds
+
+    return measure
+
+
+def cuda_round(runs: Iterable[Callable[[], Any]]) -> list[float]:
+    """Seconds of each run on the GPU, which is waited for once."""
+    pairs = []
+    for run in runs:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
 
 def spread(values: list[float]) -> str:
@@ -258,26 +269,3 @@ def size_of(modules: list[nn.Module]) -> float:
     """MiB of the modules' parameters and buffers."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
-
-
-def environment(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    commit = subprocess.run(
-        ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True
-    ).stdout.strip()
-    name = platform.processor() or platform.machine()
-    given = {
-        key: value if isinstance(value, int | float | list) else str(value)
-        for key, value in vars(args).items()
-        if value is not None
-    }
-    return {
-        **given,
-        'device': torch.cuda.get_device_name() if device == 'cuda' else name,
-        'python': platform.python_version(),
-        'torch': torch.__version__,
-        'mmengine': mmengine.__version__,
-        'mmdet': mmdet.__version__,
-        'mmkd': mmkd.__version__,
-        'commit': commit or None,
-    }

@@ -21,6 +21,7 @@ from mmkd.assignment import assigned_by, own_costs, positive_samples
 from mmkd.teacher_source import find_in_model_index, load_config
 
 OBJECTS, CANDIDATES = 112, (10, 45)
+DTYPES = {'float64': np.float64, 'float32': np.float32}
 
 
 def assign(
@@ -37,7 +38,7 @@ def assign(
         '| | median s | range |',
         '|---|---|---|',
     ]
-    times = fit_times(samples['random costs'][0], args.repeat)
+    times = fit_times(samples['random costs'][0], args)
     factors = [
         s / b for b, s in zip(times['batched'], times['sklearn'], strict=True)
     ]
@@ -48,12 +49,13 @@ def assign(
         f'| scikit-learn / batched | {spread(factors)} |',
         '',
         '| partitions | objects | as float64 | as float32 | refused by '
-        'float32 | without positive |',
-        '|---|---|---|---|---|---|',
+        'float64 | refused by float32 | without positive |',
+        '|---|---|---|---|---|---|---|',
     ]
     lines += [
         f'| {name} | {f["objects"]} | {f["float64"]:.2%} | {f["float32"]:.2%} '
-        f'| {f["refused"]} | {f["none"]} |'
+        f'| {f["refused"]["float64"]} | {f["refused"]["float32"]} '
+        f'| {f["none"]} |'
         for name, f in fits.items()
     ]
     lad = against_mmdet(args, device)
@@ -116,9 +118,12 @@ def real_costs(checkpoint: Path) -> list[tuple[Tensor, Tensor]]:
 
 
 def compare(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """How many objects are parted as scikit-learn parts them."""
-    total = refused = empty = 0
-    same = {np.float64: 0, np.float32: 0}
+    """How many objects are parted as scikit-learn parts them.
+
+    Those that it refuses in a precision do not count in the share there.
+    """
+    total = empty = 0
+    same, refused = dict.fromkeys(DTYPES, 0), dict.fromkeys(DTYPES, 0)
     for costs, mask in batches:
         positive = positive_samples(costs, mask)
         for row, inside, ours in zip(costs, mask, positive, strict=True):
@@ -126,24 +131,19 @@ def compare(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
                 continue
             total += 1
             empty += int(not ours.any())
-            for dtype in same:
+            for name, dtype in DTYPES.items():
                 try:
                     theirs, _ = reference(row[inside], dtype)
                 except ValueError:
-                    refused += 1
+                    refused[name] += 1
                     continue
-                same[dtype] += np.array_equal(theirs, ours[inside].numpy())
-    return {
-        'objects': total,
-        'float64': same[np.float64] / total,
-        'float32': same[np.float32] / max(total - refused, 1),
-        'refused': refused,
-        'none': empty,
-    }
+                same[name] += np.array_equal(theirs, ours[inside].numpy())
+    shares = {n: same[n] / max(total - refused[n], 1) for n in DTYPES}
+    return {'objects': total, **shares, 'refused': refused, 'none': empty}
 
 
 def fit_times(
-    batch: tuple[Tensor, Tensor], repeat: int
+    batch: tuple[Tensor, Tensor], args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Seconds of all objects of a batch, one thread."""
     costs, mask = batch
@@ -155,8 +155,8 @@ def fit_times(
 
     return interleaved(
         {'batched': lambda: positive_samples(costs, mask), 'sklearn': loop},
+        args,
         'cpu',
-        repeat,
     )
 
 
@@ -184,8 +184,8 @@ def against_mmdet(
             'LAD': trainer.distilled,
             "MMDetection's LAD": rival.step,
         },
+        args,
         device,
-        args.repeat,
     )
     p, t, ours, theirs = times.values()
     rounds = list(zip(p, t, ours, theirs, strict=True))

@@ -20,9 +20,15 @@ from mmengine.config import Config
 from torch import nn
 
 from mmkd.distiller import Distiller
+from mmkd.peers import TRAINED_TEACHER
 from mmkd.utils import ConfigError
 
-METHODS = ('mmkd.MutualLearning', 'mmkd.OneTeacherSeveralStudents')
+SEVERAL = 'mmkd.OneTeacherSeveralStudents'
+METHODS = ('mmkd.MutualLearning', SEVERAL)
+"""Of any number of students; the others' networks are the config's."""
+TOGETHER = 'together'
+FROZEN = 'frozen teacher'
+Times = Mapping[str, list[float]]
 
 
 def networks(
@@ -31,67 +37,102 @@ def networks(
     """K students together, against the sum of what each costs alone."""
     args.objects = args.objects[0]
     built = {
-        number: build_together(
-            with_students(load_config(args), number), args, device
-        )
-        for number in args.networks
+        number: build_together(cfg, args, device)
+        for number, cfg in configs_of(args).items()
     }
-    runs: dict[str, Callable[[], None]] = {}
-    for number, (distiller, batch) in built.items():
-        for name, run in parts(distiller, batch).items():
-            runs[f'{number} {name}'] = run
-    times = interleaved(runs, device, args.repeat)
-    sizes = {n: memory(*each) for n, each in built.items()}
+    runs = {
+        f'{number} {name}': run
+        for number, each in built.items()
+        for name, run in parts(*each).items()
+    }
+    times = interleaved(runs, args, device)
+    sizes = {number: memory(*each) for number, each in built.items()}
     rows = [
         '| students | alone, sum s | range | together s | range '
         '| together / sum | range | activations, sum MiB | together |',
         '|---|---|---|---|---|---|---|---|---|',
     ]
-    result: dict[str, Any] = {'seconds': times, 'mib': sizes, 'ratios': {}}
-    for number in args.networks:
-        own = {
-            name.partition(' ')[2]: values
-            for name, values in times.items()
-            if name.startswith(f'{number} ')
-        }
-        together = own.pop('together')
-        alone = [sum(each) for each in zip(*own.values(), strict=True)]
-        ratios = [t / a for t, a in zip(together, alone, strict=True)]
-        result['ratios'][number] = ratios
-        kept = {n: each['activations'] for n, each in sizes[number].items()}
-        all_kept = kept.pop('together')
+    ratios = {}
+    for number in built:
+        own = of_number(times, number)
+        alone, ratios[number] = against_sum(own)
         rows.append(
-            f'| {number} | {spread(alone)} | {spread(together)} | '
-            f'**{statistics.median(ratios):.3f}** | '
-            f'{min(ratios):.3f}-{max(ratios):.3f} | '
-            f'{sum(kept.values()):.1f} | {all_kept:.1f} |'
+            f'| {number} | {spread(alone)} | {spread(own[TOGETHER])} | '
+            f'**{statistics.median(ratios[number]):.3f}** | '
+            f'{min(ratios[number]):.3f}-{max(ratios[number]):.3f} | '
+            f'{kept_alone(sizes[number]):.1f} | '
+            f'{sizes[number][TOGETHER]["activations"]:.1f} |'
         )
-    last = args.networks[-1]
-    rows += ['', *each_network(sizes[last], times, last)]
+    rows += ['', *each_network(sizes[number], own)]
+    result = {'seconds': times, 'mib': sizes, 'ratios': ratios}
     return result, '\n'.join(rows)
+
+
+def of_number(times: Times, number: int) -> dict[str, list[float]]:
+    """Those of the runs of so many students, by the runs' names."""
+    return {
+        name.partition(' ')[2]: values
+        for name, values in times.items()
+        if name.partition(' ')[0] == str(number)
+    }
+
+
+def against_sum(own: Times) -> tuple[list[float], list[float]]:
+    """What the parts take alone, and all together to that, by round."""
+    parts = (values for name, values in own.items() if name != TOGETHER)
+    alone = [sum(each) for each in zip(*parts, strict=True)]
+    return alone, [t / a for t, a in zip(own[TOGETHER], alone, strict=True)]
+
+
+def kept_alone(sizes: Mapping[str, Mapping[str, float]]) -> float:
+    return sum(
+        each['activations'] for name, each in sizes.items() if name != TOGETHER
+    )
+
+
+# ------------------------------------------------------------------ students
+
+
+def configs_of(args: argparse.Namespace) -> dict[int, Config]:
+    """The configs to measure, by their number of students."""
+    cfg = load_config(args)
+    distillation = cfg.get('distillation') or {}
+    peers, methods = distillation.get('peers'), distillation.get('methods')
+    if not peers:
+        raise ConfigError(
+            '--networks takes a config with distillation.peers, '
+            f'{args.config} has none.'
+        )
+    types = [method.type for method in (methods or {}).values()]
+    if args.networks and len(types) == 1 and types[0] in METHODS:
+        return {n: with_students(load_config(args), n) for n in args.networks}
+    return {1 + len(students_of(peers)): cfg}
+
+
+def students_of(peers: Mapping[str, Any]) -> list[str]:
+    return [name for name in peers if name != TRAINED_TEACHER]
 
 
 def with_students(cfg: Config, number: int) -> Config:
     """As many students: its first peer, as often as it takes."""
     ((key, method),) = cfg.distillation.methods.items()
-    if method.type not in METHODS:
-        raise ConfigError(
-            f'--networks takes a config with one of {METHODS}, got '
-            f'{method.type}.'
-        )
     peers = cfg.distillation.peers
-    teaching = method.get('teacher')
-    student = next(peers[name] for name in peers if name != teaching)
+    students = students_of(peers)
+    if number > 1 and not students:
+        raise ConfigError(
+            'no peer is a student: --networks copies the first one, and takes '
+            'only 1 with this config.'
+        )
     # MMEngine's containers: a plain assignment replaces them.
-    chosen = {n: p for n, p in peers.items() if n == teaching}
+    chosen = {n: p for n, p in peers.items() if n == TRAINED_TEACHER}
     for index in range(2, number + 1):
-        chosen[f'student{index}'] = copy.deepcopy(student)
+        chosen[f'student{index}'] = copy.deepcopy(peers[students[0]])
     cfg.distillation.peers = chosen
     if number == 1 and not chosen and cfg.distillation.get('teacher'):
         # What the method is with one student.
         kd = dict(type='mmkd.KD', temperature=method.get('temperature', 1.0))
         cfg.distillation.methods = {key: kd}
-    elif number == 1 and 'alpha' in method:
+    elif number == 1 and method.type == SEVERAL:
         method.beta = 0.0
     elif number == 1:
         raise ConfigError(
@@ -99,6 +140,9 @@ def with_students(cfg: Config, number: int) -> Config:
             'from 2 with this config.'
         )
     return cfg
+
+
+# --------------------------------------------------------------------- costs
 
 
 def parts(distiller: Distiller, batch: Batch) -> dict[str, Callable[[], None]]:
@@ -110,8 +154,8 @@ def parts(distiller: Distiller, batch: Batch) -> dict[str, Callable[[], None]]:
     }
     if distiller.teacher is not None:
         together.see_teacher()
-        runs['frozen teacher'] = together.teacher
-    return {**runs, 'together': together.distilled}
+        runs[FROZEN] = together.teacher
+    return {**runs, TOGETHER: together.distilled}
 
 
 def trained(distiller: Distiller) -> dict[str, nn.Module]:
@@ -148,7 +192,7 @@ def memory(distiller: Distiller, batch: Batch) -> dict[str, dict[str, float]]:
         kept = kept_for_backward(distiller.student, batch)
     finally:
         distiller.detach()
-    return {**found, 'together': {'activations': kept}}
+    return {**found, TOGETHER: {'activations': kept}}
 
 
 def kept_for_backward(model: Any, batch: Batch) -> float:
@@ -171,9 +215,7 @@ def kept_for_backward(model: Any, batch: Batch) -> float:
 
 
 def each_network(
-    sizes: Mapping[str, Mapping[str, float]],
-    times: Mapping[str, list[float]],
-    number: int,
+    sizes: Mapping[str, Mapping[str, float]], own: Times
 ) -> list[str]:
     """A row for each network: its memory, and its time alone."""
     rows = [
@@ -181,14 +223,12 @@ def each_network(
         '| activations MiB | alone s | range |',
         '|---|---|---|---|---|---|---|',
     ]
-    for name, own in sizes.items():
-        if name == 'together':
-            continue
-        key = f'{number} {name}'
-        seconds = times.get(key, times.get(f'{number} frozen teacher', []))
-        rows.append(
-            f'| {name} | {own["parameters"]:.0f} | {own["weights"]:.1f} | '
-            f'{own["state"]:.1f} | {own["activations"]:.1f} | '
-            f'{spread(seconds)} |'
-        )
+    for name, size in sizes.items():
+        if name != TOGETHER:
+            seconds = own[name] if name in own else own[FROZEN]
+            rows.append(
+                f'| {name} | {size["parameters"]:.0f} | '
+                f'{size["weights"]:.1f} | {size["state"]:.1f} | '
+                f'{size["activations"]:.1f} | {spread(seconds)} |'
+            )
     return rows

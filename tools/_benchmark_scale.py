@@ -26,7 +26,7 @@ Times = Mapping[str, list[float]]
 
 def scale(args: argparse.Namespace, device: str) -> tuple[dict[str, Any], str]:
     """The growth that the arguments ask for; by default with objects."""
-    if args.networks:
+    if args.networks is not None:
         return networks(args, device)
     if args.sizes:
         return sizes(args, device)
@@ -45,7 +45,7 @@ def objects(
         distiller, batch = build(each, device)
         trainer = Trainer(distiller.student, batch, distiller)
         runs[str(number)] = trainer.distilled
-    times = interleaved(runs, device, args.repeat)
+    times = interleaved(runs, args, device)
     rows = ['| objects an image | median s | range | to the first |']
     rows.append('|---|---|---|---|')
     first = next(iter(times.values()))
@@ -157,4 +157,4 @@ def wrapped_times(args: argparse.Namespace, device: str) -> Times:
             module=each.student, broadcast_buffers=False
         )
         runs[name] = each.step
-    return interleaved(runs, device, args.repeat)
+    return interleaved(runs, args, device)

@@ -6,8 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,52 +68,66 @@ def methods(
 
     Not as a difference of whole iterations, in which a few per cent drown:
     the losses are computed, and their gradients in what they read of the
-    student, from one step's recorded outputs. A student that several configs
-    share is measured once.
+    student, from one step's recorded outputs. Each config's plain iteration
+    runs in turn with them; the plain memory of a student that several
+    configs share is measured once.
     """
-    clock = time.process_time if args.cpu_time else time.perf_counter
     rows = [
-        '| config | plain s | methods s | range | methods / plain | '
+        '| config | plain s | methods s | range | methods / plain | range | '
         'plain MiB | teacher and adapters MiB | more MiB |',
-        '|---|---|---|---|---|---|---|---|',
+        '|---|---|---|---|---|---|---|---|---|',
     ]
     results = {}
-    students: dict[str, tuple[float, float]] = {}
+    peaks: dict[str, float] = {}
     for config in args.configs:
         each = argparse.Namespace(**{**vars(args), 'config': config})
         student = json.dumps(load_config(each).model.to_dict(), default=repr)
         distiller, batch = build(each, device)
         trainer = Trainer(distiller.student, batch, distiller)
-        runs = {'methods': methods_alone(trainer)}
-        if student not in students:
-            runs['plain'] = trainer.plain
-        times = interleaved(runs, device, args.repeat, clock)
+        runs = {'methods': methods_alone(trainer), 'plain': trainer.plain}
+        result = shares(interleaved(runs, args, device))
         weights, adapters = sizes(distiller)
         del distiller, trainer, runs
-        if student not in students:
-            seconds = statistics.median(times['plain'])
-            students[student] = seconds, peak_memory(each, 'plain')
-        plain, peak = students[student]
-        more = peak_memory(each, 'distilled') - peak - weights - adapters
-        own = statistics.median(times['methods'])
-        results[Path(config).stem] = {
-            'plain_seconds': plain,
-            'all_seconds': times,
-            'share': own / plain,
-            'memory_mib': {
-                'plain': peak,
-                'teacher_weights': weights,
-                'adapters': adapters,
-                'other': more,
-            },
+        if student not in peaks:
+            peaks[student] = peak_memory(each, 'plain')
+        plain = peaks[student]
+        result['memory_mib'] = {
+            'plain': plain,
+            'teacher_weights': weights,
+            'adapters': adapters,
+            'other': peak_memory(each, 'distilled')
+            - plain
+            - weights
+            - adapters,
         }
-        rows.append(
-            f'| {Path(config).stem} | {plain:.3f} | '
-            f'{spread(times["methods"])} | **{own / plain:.1%}** | '
-            f'{peak:.0f} | {weights + adapters:.0f} | {more:.0f} |'
-        )
+        results[Path(config).stem] = result
+        rows.append(method_row(Path(config).stem, result))
         print(rows[-1], flush=True)
     return {'methods': results}, '\n'.join(rows)
+
+
+def shares(times: Mapping[str, list[float]]) -> dict[str, Any]:
+    """The methods' part of the plain iteration, round by round."""
+    rounds = zip(times['methods'], times['plain'], strict=True)
+    found = [own / plain for own, plain in rounds]
+    return {
+        'plain_seconds': statistics.median(times['plain']),
+        'all_seconds': times,
+        'share': statistics.median(found),
+        'all_shares': found,
+    }
+
+
+def method_row(name: str, result: Mapping[str, Any]) -> str:
+    found, memory = result['all_shares'], result['memory_mib']
+    return (
+        f'| {name} | {result["plain_seconds"]:.3f} | '
+        f'{spread(result["all_seconds"]["methods"])} | '
+        f'**{result["share"]:.1%}** | {min(found):.1%}-{max(found):.1%} | '
+        f'{memory["plain"]:.0f} | '
+        f'{memory["teacher_weights"] + memory["adapters"]:.0f} | '
+        f'{memory["other"]:.0f} |'
+    )
 
 
 def methods_alone(trainer: Trainer) -> Callable[[], torch.Tensor]:
@@ -170,13 +183,17 @@ def methods_alone(trainer: Trainer) -> Callable[[], torch.Tensor]:
 
 
 def ratios(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Interleaved times and what follows from them, round by round."""
+    """Interleaved times and what follows from them."""
     distiller, batch = build(args, device)
     trainer = Trainer(distiller.student, batch, distiller)
     trainer.see_teacher()
     runs = {kind: getattr(trainer, kind) for kind in KINDS}
-    times = interleaved(runs, device, args.repeat)
-    rounds = list(zip(*times.values(), strict=True))
+    return against_parts(interleaved(runs, args, device))
+
+
+def against_parts(times: Mapping[str, list[float]]) -> dict[str, Any]:
+    """The distilled iteration against its parts, round by round."""
+    rounds = zip(*(times[kind] for kind in KINDS), strict=True)
     ratio = [d / (p + t) for p, t, d in rounds]
     return {
         'seconds': {k: statistics.median(v) for k, v in times.items()},
@@ -209,8 +226,8 @@ def sizes(distiller: Distiller) -> tuple[float, float]:
 
 def peak_memory(args: argparse.Namespace, kind: str) -> float:
     """Peak memory in MiB of a fresh process that runs two iterations."""
-    others = {*getattr(args, 'configs', [args.config]), '--cpu-time'}
-    options = [word for word in sys.argv[2:] if word not in others]
+    configs = getattr(args, 'configs', [args.config])
+    options = [word for word in sys.argv[2:] if word not in configs]
     command = [sys.executable, sys.argv[0], 'step', args.config, *options]
     command += ['--memory-of', kind]
     output = subprocess.run(

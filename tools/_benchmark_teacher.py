@@ -3,7 +3,6 @@
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     BEST: dict(fold_bn=True, channels_last=True),
     "autocast='bfloat16'": dict(autocast='bfloat16'),
 }
+ON_GPU = {"autocast='float16'": dict(autocast='float16')}
 COMPILED = {
     'compile': dict(compile=True),
     'fold_bn, compile': dict(fold_bn=True, compile=True),
@@ -32,22 +32,31 @@ def teacher(
     args: argparse.Namespace, device: str
 ) -> tuple[dict[str, Any], str]:
     """Times of the teacher's forward and of iterations, by option."""
-    clock = time.process_time if args.cpu_time else time.perf_counter
     with tempfile.TemporaryDirectory() as folder:
         known = {CACHE: dict(cache=dict(dir=folder))}
-        variants = {**VARIANTS, **(COMPILED if args.compile else {}), **known}
+        variants = {**_variants(args, device), **known}
         teachers, trainer = _build(args, device, variants)
         runs = {n: partial(_forward, trainer, t) for n, t in teachers.items()}
-        times = interleaved(runs, device, args.repeat, clock)
+        times = interleaved(runs, args, device)
         result = {'forward_seconds': times}
         tables = [_table("teacher's forward", times, BASE)]
         if not args.forward:
             runs = _iterations(trainer, teachers)
-            times = interleaved(runs, device, args.repeat, clock)
+            times = interleaved(runs, args, device)
             times[RARE] = [seconds / EVERY for seconds in times[RARE]]
             result['iteration_seconds'] = times
             tables.append(_table('iteration', times, 'plain student'))
     return result, '\n\n'.join(tables)
+
+
+def _variants(
+    args: argparse.Namespace, device: str
+) -> dict[str, dict[str, Any]]:
+    return {
+        **VARIANTS,
+        **(ON_GPU if device == 'cuda' else {}),
+        **(COMPILED if args.compile else {}),
+    }
 
 
 def _build(

@@ -1,7 +1,7 @@
 """Detectors on their data: scores, detections, where they look."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from mmdet.apis import init_detector
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmkd.checkpoint import CheckpointError
 from mmkd.data import read_json
-from mmkd.several_teachers import build_teachers
+from mmkd.several_teachers import build_teachers, described
+from mmkd.teacher_speed import SPEED_OPTIONS
 from mmkd.utils import ConfigError
 
 Truth = dict[str, Any]
@@ -53,17 +55,24 @@ class Picture:
 
 @dataclass
 class Evaluation:
-    """Of several runs on the same images."""
+    """Of several runs, and then of their teachers, on the same images."""
 
-    scores: dict[str, Scores]
-    parameters: dict[str, int]
-    pictures: list[Picture]
+    scores: dict[str, Scores] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    pictures: list[Picture] = field(default_factory=list)
+    teachers: dict[str, Any] = field(default_factory=dict)
+    """Those of each distilled run."""
+    notes: list[str] = field(default_factory=list)
+    """Why a run's teacher is missing."""
 
 
 def evaluate_runs(
     runs: Sequence[WorkDir], limit: int | None = None
 ) -> Evaluation:
     """Evaluate last checkpoints on the test data of the first run's config.
+
+    So are the frozen teachers of distilled runs, unless their own work dirs
+    are among the runs: on the images as the run's student is shown them.
 
     Args:
         runs: Each reads the images in its own way (its test pipeline).
@@ -72,32 +81,122 @@ def evaluate_runs(
     Raises:
         ConfigError: If their test data are not the same images.
     """
+    evaluation = Evaluation()
     truth: Truth = {}
-    pictures: dict[Any, Picture] = {}
-    scores, parameters = {}, {}
     for run in runs:
         model, loader = load(run, limit)
-        if not pictures:
+        if not evaluation.pictures:
             truth = truth_of(loader.dataset)
-            pictures = {p.id: p for p in read_pictures(loader.dataset)}
+            evaluation.pictures = list(read_pictures(loader.dataset))
         classes = loader.dataset.metainfo['classes']
-        seen = 0
-        for sample in detect(model, loader):
-            if sample.img_id not in pictures:
-                break
-            found = as_objects(sample.pred_instances, classes)
-            pictures[sample.img_id].found[run.name] = found
-            seen += 1
-        if seen != len(pictures) or seen != len(loader.dataset):
+        if not add_detections(evaluation, run.name, model, loader, classes):
             raise ConfigError(
                 f'{run.name} was tested on other images than '
                 f'{runs[0].name}: {loader.dataset.ann_file}. Give work dirs '
                 'that share their test_dataloader.'
             )
-        rows = results_of(pictures.values(), run.name, truth)
-        scores[run.name] = evaluate(truth, rows, 'bbox')
-        parameters[run.name] = sum(p.numel() for p in model.parameters())
-    return Evaluation(scores, parameters, list(pictures.values()))
+        add_scores(evaluation, run.name, model, truth)
+    add_teachers(evaluation, runs, truth, limit)
+    return evaluation
+
+
+def add_detections(
+    evaluation: Evaluation,
+    name: str,
+    model: Any,
+    loader: Any,
+    classes: Sequence[str],
+) -> bool:
+    """What a detector finds; False if the images are others."""
+    pictures = {picture.id: picture for picture in evaluation.pictures}
+    seen = 0
+    for sample in detect(model, loader):
+        if sample.img_id not in pictures:
+            return False
+        found = as_objects(sample.pred_instances, classes)
+        pictures[sample.img_id].found[name] = found
+        seen += 1
+    return seen == len(pictures) == len(loader.dataset)
+
+
+def add_scores(
+    evaluation: Evaluation, name: str, model: nn.Module, truth: Truth
+) -> None:
+    rows = results_of(evaluation.pictures, name, truth)
+    evaluation.scores[name] = evaluate(truth, rows, 'bbox')
+    parameters = sum(p.numel() for p in model.parameters())
+    evaluation.parameters[name] = parameters
+
+
+# ------------------------------------------------------------------ teachers
+
+
+def add_teachers(
+    evaluation: Evaluation,
+    runs: Sequence[WorkDir],
+    truth: Truth,
+    limit: int | None,
+) -> None:
+    """Build the frozen teachers; evaluate each that no run has trained."""
+    known: list[Any] = []
+    for run in runs:
+        if not run.distils:
+            continue
+        student, loader = load(run, limit)
+        try:
+            teacher = build_plain(run.teacher, student, loader.dataset)
+        except (CheckpointError, ConfigError, OSError) as error:
+            note = f'{run.name}: its teacher cannot be shown: {error}'
+            evaluation.notes.append(note)
+            continue
+        evaluation.teachers[run.name] = teacher
+        for name, source in described(run.teacher).items():
+            if source in known or not needs_evaluation(source, runs):
+                continue
+            known.append(source)
+            model = teacher.networks[name].model
+            classes = teacher.networks[name].classes
+            name = f'{name} of {run.name}'
+            add_detections(evaluation, name, model, loader, classes)
+            add_scores(evaluation, name, model, truth)
+
+
+def needs_evaluation(teacher: Any, runs: Sequence[WorkDir]) -> bool:
+    """Whether a teacher needs evaluation, by its description.
+
+    Not if its weights are random, as in smoke tests, or its checkpoint lies
+    in the work dir of a run.
+    """
+    if not isinstance(teacher, Mapping) or 'checkpoint' not in teacher:
+        return True  # the name of a published one
+    if teacher['checkpoint'] is None:
+        return False
+    folder = Path(teacher['checkpoint']).resolve().parent
+    return all(folder != run.folder for run in runs)
+
+
+def build_plain(description: Any, student: nn.Module, dataset: Any) -> Any:
+    """The teachers, without what makes them faster in training."""
+    return build_teachers(
+        without_speed(description),
+        student=student,
+        student_classes=dataset.metainfo['classes'],
+    ).to(next(student.parameters()).device)
+
+
+def without_speed(description: Any) -> Any:
+    """Descriptions without cache, compilation and the like."""
+    if isinstance(description, list | tuple):
+        return [without_speed(each) for each in description]
+    if not isinstance(description, Mapping):
+        return description
+    if 'mean' in description:
+        return {**description, 'mean': without_speed(description['mean'])}
+    dropped = {*SPEED_OPTIONS, 'cache'}
+    return {k: v for k, v in description.items() if k not in dropped}
+
+
+# ---------------------------------------------------------------- detections
 
 
 def load(run: WorkDir, limit: int | None) -> tuple[nn.Module, Any]:
@@ -286,26 +385,20 @@ class Attention:
         return float(abs(self.student - self.teacher).sum() / 2)
 
 
-def attend(run: WorkDir, ids: Sequence[Any]) -> dict[Any, Attention]:
+def attend(
+    run: WorkDir, teacher: Any, ids: Sequence[Any]
+) -> dict[Any, Attention]:
     """Compare a distilled student's features with its teacher's.
 
     Several teachers look where they do on average.
 
     Args:
         run: A run that distils.
+        teacher: Its teachers, built.
         ids: Of the images.
-
-    Raises:
-        ConfigError: If the teacher cannot be built.
-        CheckpointError: If its checkpoint is gone or does not fit.
     """
     model, loader = load(run, None)
     dataset = loader.dataset
-    teacher = build_teachers(
-        run.config.distillation.teacher,
-        student=model,
-        student_classes=dataset.metainfo['classes'],
-    ).to(next(model.parameters()).device)
     numbers = {
         dataset.get_data_info(i)['img_id']: i for i in range(len(dataset))
     }

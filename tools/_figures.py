@@ -6,12 +6,13 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import matplotlib
 import numpy as np
 from _evaluation import Attention, Objects, Picture, match_by_class
-from _report import SCORE
+from _report import SCORE, lower_limit
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -23,6 +24,8 @@ PALETTE = (
 """Okabe and Ito's colours, told apart also by the colour-blind."""
 INK = '#010203'
 """Stands for the page's text colour, which is light in the dark."""
+PLAIN_TEXT = {'text.parse_math': False}
+"""Names of folders may have any character, also those of formulas."""
 POINTS = 600
 """Of a curve; more are not seen."""
 CUT = 97
@@ -55,39 +58,46 @@ class Panel:
 # ------------------------------------------------------------------- charts
 
 
+@plt.rc_context(PLAIN_TEXT)
 def curves(
     lines: Mapping[str, Mapping[int, float]],
     xlabel: str,
     ylabel: str,
-    limits: tuple[float | None, float | None] = (0, None),
+    limits: tuple[float | None, float | None] | None = None,
 ) -> str:
     """A line each; empty if there is nothing to draw."""
     lines = {name: line for name, line in lines.items() if line}
     if not lines:
         return ''
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout='constrained')
+    drawn = {}
     for number, (name, line) in enumerate(lines.items()):
         xs, ys = thinned(line)
         marker = 'o' if len(xs) < 50 else None
-        axes.plot(xs, ys, label=name, marker=marker, ms=4, **style(number))
+        (drawn[name],) = axes.plot(
+            xs, ys, marker=marker, ms=4, **style(number)
+        )
+    limits = limits or (lower_limit(lines), None)
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=limits)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    return as_svg(figure, axes, f'{ylabel} by {xlabel}')
+    return as_svg(figure, axes, drawn, f'{ylabel} by {xlabel}')
 
 
+@plt.rc_context(PLAIN_TEXT)
 def bars(groups: Mapping[str, Mapping[str, float | None]], ylabel: str) -> str:
-    """Groups of bars: name of a run to label to height."""
+    """Groups of bars: name of a run to label to height; None draws none."""
     labels = list(next(iter(groups.values())))
     figure, axes = plt.subplots(figsize=(6.4, 3.0), layout='constrained')
     width = 0.8 / len(groups)
+    drawn = {}
     for number, (name, values) in enumerate(groups.items()):
-        heights = [values[label] or 0.0 for label in labels]
+        heights = np.array([values[label] for label in labels], float)
         places = np.arange(len(labels)) + (number + 0.5) * width - 0.4
         color = style(number)['color']
-        axes.bar(places, heights, width * 0.92, color=color, label=name)
+        drawn[name] = axes.bar(places, heights, width * 0.92, color=color)
     axes.set_xticks(range(len(labels)), labels)
     axes.set(ylabel=ylabel)
-    return as_svg(figure, axes, f'{ylabel}: {", ".join(labels)}')
+    return as_svg(figure, axes, drawn, f'{ylabel}: {", ".join(labels)}')
 
 
 def style(number: int) -> dict[str, str]:
@@ -105,10 +115,17 @@ def thinned(line: Mapping[int, float]) -> tuple[list[int], list[float]]:
     return [xs[min(i + step, len(xs)) - 1] for i in starts], means
 
 
-def as_svg(figure: plt.Figure, axes: plt.Axes, title: str) -> str:
+def as_svg(
+    figure: plt.Figure, axes: plt.Axes, drawn: Mapping[str, Any], title: str
+) -> str:
     """The figure as an inline element in the page's own colours and font."""
     figure.legend(
-        loc='outside lower center', ncols=3, frameon=False, labelcolor=INK
+        list(drawn.values()),
+        list(drawn),  # its own choice leaves out names that begin with _
+        loc='outside lower center',
+        ncols=3,
+        frameon=False,
+        labelcolor=INK,
     )
     axes.grid(alpha=0.25, color=INK)
     axes.set_axisbelow(True)

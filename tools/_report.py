@@ -16,7 +16,7 @@ from _measure import Boxes, Detections, Figures, Tile, measure
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
-from mmkd.logs import training_rows
+from mmkd.logs import main_metric, training_rows, validations
 
 if TYPE_CHECKING:
     from _training import Network
@@ -29,10 +29,14 @@ SCORE = 0.5
 
 @dataclass
 class Curves:
-    """Loss by iteration and AP, from 0 to 1, by epoch."""
+    """Loss by iteration and AP, from 0 to 1, by epoch.
+
+    ``others``: the AP of networks that trained beside, and of ensembles.
+    """
 
     loss: dict[int, float] = field(default_factory=dict)
     ap: dict[int, float] = field(default_factory=dict)
+    others: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 def write_results(
@@ -140,15 +144,26 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def read_curves(folder: Path) -> Curves:
     """Read what MMEngine logged in a work dir."""
-    curves = Curves()
-    for row in training_rows(folder):
-        if 'loss' in row:
-            curves.loss[row['step']] = row['loss']
-        elif 'coco/bbox_mAP' in row:
-            curves.ap[row['step']] = row['coco/bbox_mAP']
-    return Curves(
-        dict(sorted(curves.loss.items())), dict(sorted(curves.ap.items()))
-    )
+    rows = training_rows(folder)
+    losses = {row['step']: row['loss'] for row in rows if 'loss' in row}
+    curves = Curves(dict(sorted(losses.items())))
+    for step, metrics in validations(folder).items():
+        main = main_metric(metrics)
+        for key, value in metrics.items():
+            network = key.removesuffix(f'/{main}')
+            if key == main:
+                curves.ap[step] = value
+            elif key != network:
+                curves.others.setdefault(network, {})[step] = value
+    return curves
+
+
+def lower_limit(
+    lines: Mapping[str, Mapping[int, float]],
+) -> float | None:
+    """Where an axis begins: at 0, unless that would hide values."""
+    values = [value for line in lines.values() for value in line.values()]
+    return None if any(value < 0 for value in values) else 0
 
 
 def plot_curves(curves: Mapping[str, Curves], folder: Path) -> None:
@@ -184,7 +199,7 @@ def plot(
             marker=marker,
             markersize=4,
         )
-    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(lower_limit(lines), None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)

@@ -11,6 +11,7 @@ from mmengine.config import Config
 
 from mmkd.checkpoint import latest_checkpoint
 from mmkd.logs import complete_rows
+from mmkd.peers import with_trained_teacher
 from mmkd.utils import ConfigError
 
 RULE = '-' * 60
@@ -50,9 +51,15 @@ class WorkDir:
     telemetry: dict[str, dict[int, float]] = field(default_factory=dict)
 
     @property
+    def teacher(self) -> Any:
+        """The description of its frozen teachers; None without one."""
+        distillation = self.config.get('distillation') or {}
+        return with_trained_teacher(distillation).get('teacher')
+
+    @property
     def distils(self) -> bool:
-        """Whether it has a teacher."""
-        return bool((self.config.get('distillation') or {}).get('teacher'))
+        """Whether it has a frozen teacher."""
+        return bool(self.teacher)
 
     @property
     def by_epoch(self) -> bool:

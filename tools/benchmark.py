@@ -7,25 +7,29 @@ Examples:
     python tools/benchmark.py assign --costs paa_big/epoch_12.pth
     python tools/benchmark.py scale configs/lad_r50.py --objects 10 200
     python tools/benchmark.py scale configs/bccd/peers/dml.py --networks 2 3
+    python tools/benchmark.py scale configs/bccd/peers/dcm.py --networks
     python tools/benchmark.py scale configs/kd_retinanet_r50.py --processes 1 2
 
 What is compared runs in turn, again and again, in one process, so that a busy
-machine slows all of it alike; a first round is not counted. ``step``: the
-plain student's iteration (forward, backward, optimiser), the teacher's
-forward under ``no_grad`` (what the methods read, no more) and the distilled
-iteration; peak memory is that of a fresh process for each. ``methods``: what
-the methods of each config take beyond both networks, their losses and the
-gradients of these, as a share of the plain iteration. ``teacher``: its
-forward with each of its options, and iterations with some of them;
-``--cpu-time`` counts the seconds that the process computes, whatever others
-do on the machine. ``assign``: the
-batched mixture fit against scikit-learn's, and LAD against MMDetection's own
-detector. ``scale``: the distilled iteration with few and with many objects;
-with ``--sizes`` against its parts, for images of several sizes; with
-``--processes`` against the plain one, both wrapped for distributed training;
-with ``--networks`` the iteration of so many students together against the sum
-of what each costs alone (and the frozen teacher's forward), with the memory
-of each.
+machine slows all of it alike; a first round is not counted. On a GPU the
+seconds are those between two of its events, else the clock's; ``--cpu-time``
+counts the seconds that the process computes, whatever others do on the
+machine. The last line says what was measured on: paste it with the table.
+
+``step``: the plain student's iteration (forward, backward, optimiser), the
+teacher's forward under ``no_grad`` (what the methods read, no more) and the
+distilled iteration; peak memory is that of a fresh process for each.
+``methods``: what the methods of each config take beyond both networks, their
+losses and the gradients of these, as a share of the plain iteration.
+``teacher``: its forward with each of its options, and iterations with some of
+them. ``assign``: the batched mixture fit against scikit-learn's, and LAD
+against MMDetection's own detector. ``scale``: the distilled iteration with few
+and with many objects; with ``--sizes`` against its parts, for images of
+several sizes; with ``--processes`` against the plain one, both wrapped for
+distributed training; with ``--networks`` the iteration of so many students
+together against the sum of what each costs alone (and the frozen teacher's
+forward), with the memory of each. Without a number, and for methods that fix
+the number of their networks (DCM, FFSD), the networks are the config's.
 """
 
 import argparse
@@ -34,12 +38,14 @@ import logging
 from pathlib import Path
 
 import torch
-from _benchmark import environment
 from _benchmark_assign import assign
+from _benchmark_machine import environment, measured_on
 from _benchmark_scale import scale
 from _benchmark_step import methods, print_peak, step
 from _benchmark_teacher import teacher
 from mmengine.config import DictAction
+
+from mmkd.utils import ConfigError
 
 COMMANDS = {
     **{'step': step, 'methods': methods, 'teacher': teacher},
@@ -67,12 +73,6 @@ def parse_args() -> argparse.Namespace:
     options.add_argument(
         '--forward', action='store_true', help='no iterations'
     )
-    for command in (many, options):
-        command.add_argument(
-            '--cpu-time',
-            action='store_true',
-            help="not the clock's; on the CPU",
-        )
     fit = commands.add_parser('assign', help='LAD and its mixtures')
     fit.add_argument('--config', default='configs/lad_r50.py')
     fit.add_argument(
@@ -82,7 +82,10 @@ def parse_args() -> argparse.Namespace:
     growth.add_argument('config', help='config with `distillation`')
     other = growth.add_mutually_exclusive_group()
     other.add_argument(
-        '--networks', type=int, nargs='+', help='numbers of students, instead'
+        '--networks',
+        type=int,
+        nargs='*',
+        help="numbers of students, instead; none: the config's",
     )
     other.add_argument(
         '--sizes', type=as_size, nargs='+', metavar='HxW', help='or of pixels'
@@ -106,7 +109,7 @@ def as_size(text: str) -> tuple[int, int]:
 
 def add_common(command: argparse.ArgumentParser, *, several: bool) -> None:
     command.add_argument(
-        '--size', type=int, nargs=2, default=(800, 1333), metavar=('H', 'W')
+        '--size', type=int, nargs=2, default=[800, 1333], metavar=('H', 'W')
     )
     command.add_argument('--batch', type=int, default=2, help='images')
     if several:
@@ -118,6 +121,11 @@ def add_common(command: argparse.ArgumentParser, *, several: bool) -> None:
     command.add_argument('--repeat', type=int, default=7, help='rounds')
     command.add_argument('--threads', type=int, default=1, help='CPU threads')
     command.add_argument('--device', default='auto', help='cpu, cuda or auto')
+    command.add_argument(
+        '--cpu-time',
+        action='store_true',
+        help="the process's seconds, not the clock's; on the CPU",
+    )
     command.add_argument('--json', type=Path, help='write the result there')
     command.add_argument('--cfg-options', nargs='+', action=DictAction)
 
@@ -129,13 +137,19 @@ def main() -> None:
     device = args.device
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if args.cpu_time and device == 'cuda':
+        raise SystemExit('error: --cpu-time is for the CPU: --device cpu.')
     if getattr(args, 'memory_of', None):
         print_peak(args, device)
         return
-    result, table = COMMANDS[args.command](args, device)
-    print(table)
+    found = environment(args, device)  # before the commands change it
+    try:
+        result, table = COMMANDS[args.command](args, device)
+    except ConfigError as error:
+        raise SystemExit(f'error: {error}') from error
+    print(f'{table}\n\n{measured_on(found)}')
     if args.json:
-        content = {**environment(args, device), **result}
+        content = {**found, **result}
         args.json.write_text(json.dumps(content, indent=2))
 
 

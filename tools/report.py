@@ -6,15 +6,16 @@ Examples:
 
 Reads the logs of each work dir, evaluates its last checkpoint on the test
 data of the first one's config, and writes a single HTML file that opens from
-disk without a network. With several work dirs the pictures are those on which
-the second is most behind and ahead of the first: give the student first, then
-the distilled one, then the teacher.
+disk without a network. A frozen teacher whose work dir is not given is
+evaluated, too, on the images as its student is shown them. With several work
+dirs the pictures are those on which the second is most behind and ahead of
+the first: give the student first, then the distilled one, then the teacher.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -108,9 +109,12 @@ def render(
 ) -> str:
     """The page."""
     names = [run.name for run in runs]
+    detectors = list(evaluation.scores)
     chosen = choose(rank(evaluation.pictures, names), images)
-    pictures = [describe(i, *item, names) for i, item in enumerate(chosen)]
-    seen, notes = attentions(runs, pictures)
+    pictures = [
+        describe(i, *item, detectors, gain=len(runs) > 1)
+        for i, item in enumerate(chosen)
+    ]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -121,9 +125,9 @@ def render(
         title=' | '.join(names),
         subtitle=f'{len(evaluation.pictures)} images; written '
         f'{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}',
-        results=result_table(runs, evaluation),
+        results=result_table(evaluation),
         charts=[chart for chart in charts(runs) if chart],
-        classes=class_table(evaluation.scores),
+        classes=class_table(evaluation.scores, names),
         size_chart=bars(
             {
                 name: {
@@ -134,14 +138,14 @@ def render(
             },
             'AP, %',
         ),
-        sizes=size_table(evaluation.scores),
+        sizes=size_table(evaluation.scores, names),
         telemetry=[chart for chart in telemetry(runs) if chart],
         ranking=ranking(names),
         score=SCORE,
         cut=CUT,
         pictures=pictures,
-        attention=seen,
-        attention_notes=notes,
+        attention=attentions(runs, evaluation, pictures),
+        attention_notes=evaluation.notes,
         cost=cost_table(runs),
         setup=runs,
     )
@@ -159,36 +163,36 @@ def scaled(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-def with_gain(values: Sequence[float | None]) -> list[Cell]:
-    """The runs' values and, of two or more, the second's gain."""
+def with_gain(
+    values: Sequence[float | None], runs: Sequence[str]
+) -> list[Cell]:
+    """The detectors' values and, of two or more runs, the second's gain."""
     cells = [cell(value) for value in values]
-    if len(values) > 1:
+    if len(runs) > 1:
         cells.append(cell(difference(values[1], values[0]), '+'))
     return cells
 
 
-def gain_heading(names: Sequence[str]) -> list[str]:
-    return [f'{names[1]} - {names[0]}'] if len(names) > 1 else []
+def gain_heading(runs: Sequence[str]) -> list[str]:
+    return [f'{runs[1]} - {runs[0]}'] if len(runs) > 1 else []
 
 
-def result_table(runs: Sequence[WorkDir], evaluation: Evaluation) -> Table:
+def result_table(evaluation: Evaluation) -> Table:
     figures = ('AP', 'AP50', 'AP75', 'AR100')
     rows = []
-    for run in runs:
-        scores = evaluation.scores[run.name].figures
-        millions = evaluation.parameters[run.name] / 1e6
+    for name, scores in evaluation.scores.items():
+        millions = evaluation.parameters[name] / 1e6
         rows.append(
             [
-                Cell(run.name),
-                *(cell(scores[key]) for key in figures),
+                Cell(name),
+                *(cell(scores.figures[key]) for key in figures),
                 Cell(f'{millions:.2f} M', millions),
             ]
         )
     return Table(['run', *figures, 'parameters'], rows)
 
 
-def class_table(scores: dict[str, Scores]) -> Table:
-    names = list(scores)
+def class_table(scores: Mapping[str, Scores], runs: Sequence[str]) -> Table:
     rows = []
     for classes in zip(*(s.classes for s in scores.values()), strict=True):
         count = classes[0].objects
@@ -196,22 +200,18 @@ def class_table(scores: dict[str, Scores]) -> Table:
             [
                 Cell(classes[0].name),
                 Cell(str(count), count),
-                *with_gain([c.AP for c in classes]),
+                *with_gain([c.AP for c in classes], runs),
             ]
         )
-    return Table(['class', 'objects', *names, *gain_heading(names)], rows)
+    return Table(['class', 'objects', *scores, *gain_heading(runs)], rows)
 
 
-def size_table(scores: dict[str, Scores]) -> Table:
-    names = list(scores)
-    rows = [
-        [
-            Cell(size),
-            *with_gain([found.figures[key] for found in scores.values()]),
-        ]
-        for key, size in SIZES.items()
-    ]
-    return Table(['objects', *names, *gain_heading(names)], rows)
+def size_table(scores: Mapping[str, Scores], runs: Sequence[str]) -> Table:
+    rows = []
+    for key, size in SIZES.items():
+        values = [found.figures[key] for found in scores.values()]
+        rows.append([Cell(size), *with_gain(values, runs)])
+    return Table(['objects', *scores, *gain_heading(runs)], rows)
 
 
 def cost_table(runs: Sequence[WorkDir]) -> Table:
@@ -243,8 +243,9 @@ def number(value: float | None, form: str) -> Cell:
 
 def charts(runs: Sequence[WorkDir]) -> list[str]:
     aps = {
-        run.name: {step: 100 * ap for step, ap in run.curves.ap.items()}
+        name: {step: 100 * ap for step, ap in line.items()}
         for run in runs
+        for name, line in ap_lines(run).items()
     }
     losses = {run.name: run.curves.loss for run in runs}
     step = 'epoch' if runs[0].by_epoch else 'iteration'
@@ -257,6 +258,13 @@ def charts(runs: Sequence[WorkDir]) -> list[str]:
             if run.distils
         ),
     ]
+
+
+def ap_lines(run: WorkDir) -> dict[str, dict[int, float]]:
+    """Of its student, and of what was validated beside it."""
+    others = run.curves.others.items()
+    beside = {f'{run.name}: {name}': line for name, line in others}
+    return {run.name: run.curves.ap, **beside}
 
 
 def telemetry(runs: Sequence[WorkDir]) -> list[str]:
@@ -295,11 +303,13 @@ def describe(
     label: str,
     score: float,
     picture: Picture,
-    names: Sequence[str],
+    detectors: Sequence[str],
+    *,
+    gain: bool,
 ) -> dict[str, Any]:
-    """What the page needs of a picture."""
+    """What the page needs of a picture; its score may be a gain."""
     uri, height, width = photo(picture)
-    sign = '' if len(names) == 1 else '+'
+    sign = '+' if gain else ''
     return {
         'id': picture.id,
         'key': f'photo-{position}',
@@ -309,24 +319,22 @@ def describe(
         'uri': uri,
         'height': height,
         'width': width,
-        'panels': panels(picture, names),
+        'panels': panels(picture, detectors),
     }
 
 
 def attentions(
-    runs: Sequence[WorkDir], pictures: Sequence[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Maps for every distilled run and, where there are none, why."""
+    runs: Sequence[WorkDir],
+    evaluation: Evaluation,
+    pictures: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Maps for every run whose teacher there is."""
     drawn: list[dict[str, Any]] = []
-    notes = []
     for run in runs:
-        if not run.distils or not pictures:
+        if run.name not in evaluation.teachers or not pictures:
             continue
-        try:
-            found = attend(run, [picture['id'] for picture in pictures])
-        except (CheckpointError, ConfigError) as error:
-            notes.append(f'{run.name}: its teacher cannot be shown: {error}')
-            continue
+        teacher = evaluation.teachers[run.name]
+        found = attend(run, teacher, [picture['id'] for picture in pictures])
         drawn += [
             {
                 **picture,
@@ -336,7 +344,7 @@ def attentions(
             }
             for picture in pictures
         ]
-    return drawn, notes
+    return drawn
 
 
 if __name__ == '__main__':

@@ -1,6 +1,11 @@
 """The report of trainings: its numbers, and its page in a browser."""
 
+import argparse
+import dataclasses
+import html
 import html.parser
+import json
+import math
 import re
 import shutil
 import time
@@ -309,13 +314,164 @@ def test_other_test_data_are_refused(
     assert len(evaluation.evaluate_runs(runs[:1], limit=2).pictures) == 2
 
 
-def test_a_lost_teacher_is_told(tool, evaluation, work_dir, trained):
+# ------------------------------------------------------------------ teachers
+
+
+def taught(work_dir, trained, **teacher):
+    """The distilled run, as if with another description of its teacher."""
     run = work_dir.read_work_dir(trained / 'distilled', 'distilled')
-    run.config.distillation.teacher.checkpoint = '/no/such/teacher.pth'
-    pictures = evaluation.evaluate_runs([run], limit=1).pictures
-    drawn, notes = tool.attentions([run], [{'id': pictures[0].id}])
-    assert drawn == []
-    assert '/no/such/teacher.pth' in notes[0]
+    run.config.distillation.teacher.update(teacher)
+    return run
+
+
+@pytest.fixture
+def taught_by_the_student(work_dir, trained):
+    checkpoint = str(trained / 'student' / 'epoch_2.pth')
+    run = taught(work_dir, trained, checkpoint=checkpoint)
+    run.teacher['config'].model.test_cfg = run.config.model.test_cfg
+    return run
+
+
+def lost_in_download(*args, **options):
+    raise OSError('<urlopen error [Errno -2] Name or service not known>')
+
+
+@pytest.mark.parametrize('how', ['no file', 'no network'])
+def test_a_lost_teacher_is_told(
+    tool, evaluation, work_dir, trained, how, monkeypatch
+):
+    if how == 'no file':
+        run = taught(work_dir, trained, checkpoint='/no/such/teacher.pth')
+    else:
+        run = taught(work_dir, trained)
+        monkeypatch.setattr(evaluation, 'build_teachers', lost_in_download)
+    found = evaluation.evaluate_runs([run], limit=1)
+    (note,) = found.notes
+    assert note.startswith('distilled: its teacher cannot be shown: ')
+    assert ('/no/such/teacher.pth' in note) == (how == 'no file')
+    assert tool.attentions([run], found, [{'id': found.pictures[0].id}]) == []
+    assert note in html.unescape(tool.render([run], found, 1))
+
+
+def test_a_teacher_without_work_dir_has_a_column(
+    tool, evaluation, work_dir, trained, taught_by_the_student
+):
+    student = work_dir.read_work_dir(trained / 'student', 'student')
+    given = evaluation.evaluate_runs([student, taught_by_the_student])
+    assert list(given.scores) == ['student', 'distilled']
+    alone = evaluation.evaluate_runs([taught_by_the_student])
+    name = 'teacher of distilled'
+    assert list(alone.scores) == ['distilled', name]
+    assert alone.scores[name] == given.scores['student']
+    assert alone.parameters[name] == given.parameters['student']
+    page = tool.render([taught_by_the_student], alone, 1)
+    results, classes, sizes, cost = Reader(page).tables
+    assert [row[0] for row in results[1:]] == ['distilled', name]
+    assert classes[0] == ['class', 'objects', 'distilled', name]
+    assert sizes[0] == ['objects', 'distilled', name]
+    assert [row[0] for row in cost[1:]] == ['distilled']
+    assert f'{name}: ' in page  # boxes on the pictures
+
+
+def test_a_teacher_of_two_runs_has_one_column(
+    evaluation, taught_by_the_student
+):
+    again = dataclasses.replace(taught_by_the_student, name='again')
+    found = evaluation.evaluate_runs([taught_by_the_student, again], limit=2)
+    assert list(found.scores) == ['distilled', 'again', 'teacher of distilled']
+    assert list(found.teachers) == ['distilled', 'again']
+
+
+def test_a_teacher_is_shown_without_its_training_options(
+    evaluation, work_dir, trained, tmp_path
+):
+    options = dict(fold_bn=True, compile=True, autocast='bfloat16')
+    options['cache'] = dict(dir=str(tmp_path / 'cache'))
+    run = taught(work_dir, trained, **options)
+    plain = {k: v for k, v in run.teacher.items() if k not in options}
+    assert evaluation.without_speed(run.teacher) == plain
+    several = [run.teacher, dict(mean=[run.teacher, 'a_model'])]
+    assert evaluation.without_speed(several) == [
+        plain, dict(mean=[plain, 'a_model']),
+    ]  # fmt: skip
+    found = evaluation.evaluate_runs([run], limit=1)
+    teacher = found.teachers['distilled']
+    assert teacher.speed == type(teacher.speed)()
+    assert teacher.cache is None
+    assert not (tmp_path / 'cache').exists()
+
+
+def test_a_teacher_that_trains_is_none_of_these(evaluation, work_dir, trained):
+    run = taught(work_dir, trained, trainable=True)
+    assert not run.distils
+    found = evaluation.evaluate_runs([run], limit=1)
+    assert (found.teachers, found.notes) == ({}, [])
+
+
+# ------------------------------------------------------------------- curves
+
+
+@pytest.mark.parametrize('metric', ['coco/bbox_mAP', 'pascal_voc/mAP'])
+def test_curves_of_every_metric_and_network(tool, work_dir, tmp_path, metric):
+    rows = [dict(loss=3.0, step=9)]
+    rows += [
+        {metric: 0.1 * n, f'big/{metric}': 0.2 * n, 'step': n, **more}
+        for n, more in ((1, {}), (2, {f'{metric}_s': 0.9, 'other/x': 0.5}))
+    ]
+    file = tmp_path / '2025' / 'vis_data' / 'scalars.json'
+    file.parent.mkdir(parents=True)
+    file.write_text('\n'.join(map(json.dumps, rows)))
+    curves = work_dir.read_curves(tmp_path)
+    assert curves.loss == {9: 3.0}
+    assert curves.ap == {1: 0.1, 2: 0.2}
+    assert curves.others == {'big': {1: 0.2, 2: 0.4}}
+    run = argparse.Namespace(name='r', curves=curves)
+    assert tool.ap_lines(run) == {'r': curves.ap, 'r: big': {1: 0.2, 2: 0.4}}
+
+
+def texts(svg):
+    """Those of a chart, and the number of bars or lines in its legend."""
+    return re.findall(r'<text [^>]*>([^<]*)</text>', svg)
+
+
+@pytest.mark.parametrize('name', ['_x', 'a$b_{$', 'a$b$', 'x^y'])
+def test_any_name_is_drawn_as_it_is(name):
+    import _figures
+
+    chart = _figures.curves({name: {1: 1.0, 2: 2.0}}, 'x', f'losses of {name}')
+    assert {name, f'losses of {name}'} <= set(texts(chart))
+    assert name in texts(_figures.bars({name: {'small': 1.0}}, 'AP, %'))
+
+
+def test_an_axis_is_never_upside_down(monkeypatch):
+    import _figures
+
+    limits = []
+    monkeypatch.setattr(
+        _figures, 'as_svg', lambda f, axes, *_: limits.append(axes.get_ylim())
+    )
+    for line in ({1: -3.0, 2: -1.0}, {1: -1.0, 2: 5.0}, {1: 2.0, 2: 5.0}):
+        _figures.curves({'a': line, 'b': {1: math.nan, 2: 3.0}}, 'x', 'y')
+        _figures.curves({'a': line}, 'x', 'y')
+    assert all(low < high for low, high in limits)
+    assert [low == 0 for low, _ in limits] == [False] * 4 + [True] * 2
+    assert limits[1][1] < 0
+
+
+def test_a_missing_ap_is_no_bar(monkeypatch):
+    import _figures
+
+    heights = []
+    monkeypatch.setattr(
+        _figures,
+        'as_svg',
+        lambda f, axes, drawn, _: heights.extend(
+            bar.get_height() for bar in drawn['a']
+        ),
+    )
+    _figures.bars({'a': {'small': None, 'large': 0.0}}, 'AP, %')
+    assert math.isnan(heights[0])
+    assert heights[1] == 0
 
 
 # ------------------------------------------------------------------ drawing
