@@ -9,13 +9,8 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from .dense import (
-    check_dense,
-    check_same_priors,
-    student_dense,
-    student_targets,
-    teacher_dense,
-)
+from .dense import student_dense, student_targets, teacher_dense
+from .dense_checks import check_dense, check_same_priors
 from .outputs import Outputs, box_heads
 from .two_stage import check_same_classifiers, check_two_stage, uses_sigmoid
 from .utils import ConfigError
@@ -111,7 +106,9 @@ def check_class_logits(
     """
     if box_heads(student.model) and box_heads(teacher.model):
         for role, outputs in (('student', student), ('teacher', teacher)):
-            check_two_stage(outputs.model, role, method)
+            check_two_stage(
+                outputs.model, role, method, rpn=False, deltas=False
+            )
         check_same_classifiers(
             student.model, teacher.model, remedy='use a method on features'
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from mmdet.models.detectors import RPN
 from mmdet.structures import DetDataSample
 from mmdet.utils import reduce_mean
 from torch import Tensor
@@ -38,14 +39,30 @@ class DenseOutputs:
     last column is the background."""
     sigmoid: bool
     """Whether the classes are independent binary problems."""
-    regression: Tensor | None
-    """(B, N, R) as the head returns it: R = 4 deltas or distances, or the
-    logits of 4 (n + 1) bins; None where the boxes are not a vector a
-    prior."""
-    quality: Tensor | None
-    """(B, N) logits of centerness, IoU or objectness, if there is such."""
     sizes: list[tuple[int, int]]
     """(H, W) of each level."""
+    raw: Any
+    """What the head returned."""
+
+    @functools.cached_property
+    def regression(self) -> Tensor | None:
+        """(B, N, R) as the head returns it: R = 4 deltas or distances.
+
+        Or the logits of 4 (n + 1) bins; None where the boxes are not a vector
+        a prior, or not what the head's coder decodes.
+        """
+        if _is_yolo(self.head):
+            return _yolo_parts(self.head, self.raw)[..., :4]
+        if _decodes_itself(self.head):
+            return None
+        return _vectors(self.head, self.raw, 1)
+
+    @functools.cached_property
+    def quality(self) -> Tensor | None:
+        """(B, N) logits of centerness, IoU or objectness, if there is such."""
+        if _is_yolo(self.head):
+            return _yolo_parts(self.head, self.raw)[..., 4]
+        return _numbers(self.head, self.raw)
 
     @property
     def bins(self) -> Tensor | None:
@@ -60,7 +77,7 @@ class DenseOutputs:
     @functools.cached_property
     def priors(self) -> Tensor:
         """(N, 4) anchors as xyxy, or (N, 2) points as xy, in pixels."""
-        levels = self.head.prior_generator.grid_priors(
+        levels = priors_of(self.head).grid_priors(
             self.sizes, device=self.logits.device
         )
         return torch.cat(list(levels))
@@ -68,7 +85,7 @@ class DenseOutputs:
     @functools.cached_property
     def centres(self) -> Tensor:
         """(N, 2) the priors' centres, xy in pixels."""
-        if hasattr(self.head.prior_generator, 'base_anchors'):
+        if hasattr(priors_of(self.head), 'base_anchors'):
             return (self.priors[:, :2] + self.priors[:, 2:]) / 2
         return self.priors[:, :2]
 
@@ -88,7 +105,8 @@ class DenseTargets:
     labels: Tensor
     """(B, N); 0..K-1 are objects, all else is background or ignored."""
     weights: Tensor
-    """(B, N) weights of the classification, 0 for ignored and padding."""
+    """(B, N) weights of the class loss, 0 for padding and for what it leaves
+    out: ignored priors, in YOLOv3 and YOLOX all but the positives."""
     classes: int
 
     @functools.cached_property
@@ -138,12 +156,23 @@ def student_targets(
     """
     if 'targets' not in student.cache:
         dense = student_dense(student)
-        labels, weights = _labels_and_weights(dense, student.dense_targets)
+        labels, weights = assigned(dense, student.dense_targets)
         weights = weights.float() * dense.inside(data_samples)
         classes = dense.head.num_classes
         targets = DenseTargets(labels, weights, classes)
         student.cache['targets'] = targets
     return student.cache['targets']
+
+
+def priors_of(head: Any) -> Any:
+    """The generator of a dense head's priors, SABL's squares, or None."""
+    squares = getattr(head, 'square_anchor_generator', None)
+    return getattr(head, 'prior_generator', squares)
+
+
+def is_class_agnostic(model: Any) -> bool:
+    """Whether a detector tells objects from background, but no classes."""
+    return isinstance(model, RPN)
 
 
 def read_dense(head: Any, raw: Any) -> DenseOutputs:
@@ -160,31 +189,37 @@ def read_dense(head: Any, raw: Any) -> DenseOutputs:
     """
     _check_structure(head, raw)
     sizes = [tuple(level.shape[-2:]) for level in raw[0]]
-    if hasattr(head, 'num_attrib'):
-        flat = flatten_levels(raw[0], head.num_attrib)
-        return DenseOutputs(
-            head, flat[..., 5:], True, flat[..., :4], flat[..., 4], sizes
-        )
+    if _is_yolo(head):
+        logits = _yolo_parts(head, raw)[..., 5:]
+        return DenseOutputs(head, logits, True, sizes, raw)
     logits = flatten_levels(raw[0], head.cls_out_channels)
     if getattr(getattr(head, 'loss_cls', None), 'activated', False):
         logits = torch.logit(logits.float(), eps=PROBABILITY_FLOOR)
-    return DenseOutputs(
-        head,
-        logits,
-        bool(getattr(head, 'use_sigmoid_cls', True)),
-        _vectors(head, raw, 1),
-        _numbers(head, raw),
-        sizes,
-    )
+    sigmoid = bool(getattr(head, 'use_sigmoid_cls', True))
+    return DenseOutputs(head, logits, sigmoid, sizes, raw)
+
+
+def _is_yolo(head: Any) -> bool:
+    """Whether one map has boxes, objectness and classes (YOLOv3)."""
+    return hasattr(head, 'num_attrib')
+
+
+def _yolo_parts(head: Any, raw: Any) -> Tensor:
+    return flatten_levels(raw[0], head.num_attrib)
 
 
 def _vectors(head: Any, raw: Any, part: int) -> Tensor | None:
     """What a part of the output predicts for each prior, (B, N, R)."""
     if len(raw) <= part or not _is_maps(raw[part]):
         return None
-    count = head.prior_generator.num_base_priors[0]
+    count = priors_of(head).num_base_priors[0]
     width, rest = divmod(raw[part][0].shape[1], count)
     return None if rest else flatten_levels(raw[part], width)
+
+
+def _decodes_itself(head: Any) -> bool:
+    """Whether boxes are made past the head's own coder (FoveaBox)."""
+    return hasattr(head, 'bbox_coder') and hasattr(head, '_bbox_decode')
 
 
 def _numbers(head: Any, raw: Any) -> Tensor | None:
@@ -210,7 +245,7 @@ def _check_structure(head: Any, raw: Any) -> None:
             'a method on features, such as mmkd.FeatureHint.'
         )
     width = getattr(head, 'num_attrib', getattr(head, 'cls_out_channels', 0))
-    counts = head.prior_generator.num_base_priors
+    counts = priors_of(head).num_base_priors
     found = [level.shape[1] for level in raw[0]]
     if found != [count * width for count in counts]:
         raise ConfigError(
@@ -221,25 +256,23 @@ def _check_structure(head: Any, raw: Any) -> None:
         )
 
 
-def _labels_and_weights(
-    dense: DenseOutputs, calls: list[Any]
-) -> tuple[Tensor, Tensor]:
+def assigned(dense: DenseOutputs, calls: list[Any]) -> tuple[Tensor, Tensor]:
     """Labels and weights, (B, N) each, of an assignment's results."""
     shape, classes = dense.logits.shape[:2], dense.head.num_classes
     first = calls[0]
-    if hasattr(dense.head, 'num_attrib'):  # YOLOv3: box, object, classes
+    if _is_yolo(dense.head):  # box, object, classes
         targets = torch.cat(first[0], dim=1)
-        labels = targets[..., 5:].argmax(-1)
-        labels = labels.where(targets[..., 4] > 0, classes)
-        weights = (targets[..., 4] > 0) | (torch.cat(first[1], 1) > 0)
+        positive = targets[..., 4] > 0
+        labels = targets[..., 5:].argmax(-1).where(positive, classes)
+        weights = positive
     elif isinstance(first[0], Tensor) and first[0].dtype == torch.bool:
         # YOLOX, image by image: a mask, and soft one-hot rows of the objects
-        labels = torch.full(shape, classes, device=first[0].device)
+        weights = torch.stack([mask for mask, *_ in calls])
+        labels = torch.full(shape, classes, device=weights.device)
         for row, (mask, soft, *_) in zip(labels, calls, strict=True):
             row[mask] = soft.argmax(-1)
-        weights = torch.ones_like(labels)
     else:
-        parts = first
+        parts = calls[-1]  # RepPoints assigns twice, its classes by this one
         if isinstance(first[0], Tensor):  # PAA image by image, YOLOF at once
             parts = [list(part) for part in zip(*calls, strict=True)]
         labels, weights = _first_integers(dense, parts)
@@ -291,102 +324,11 @@ def _joined(parts: Any, dense: DenseOutputs) -> Tensor | None:
         return None
     if len(parts) == images and all(p.numel() == priors for p in parts):
         return torch.stack([part.flatten() for part in parts])
+    if len(parts) == 1 and parts[0].dim() == 1:
+        # FoveaBox: flat as the logits of its loss, level by level, then image
+        count = priors_of(dense.head).num_base_priors
+        numbers = zip(dense.sizes, count, strict=True)
+        parts = parts[0].split([images * h * w * n for (h, w), n in numbers])
     if parts[0].dim() == 1 and len(parts) != len(dense.sizes):
         return None  # levels and images in an unknown order
     return torch.cat([part.reshape(images, -1) for part in parts], dim=1)
-
-
-def check_dense(outputs: Outputs, role: str, method: str) -> DenseOutputs:
-    """Check that a detector has a dense head, and read its blank outputs.
-
-    Args:
-        outputs: The detector's outputs for a blank image.
-        role: ``'student'`` or ``'teacher'``, for the message.
-        method: The method that asks, for the message.
-
-    Raises:
-        ConfigError: If it has none; a transformer's queries are none, since
-            those of two detectors do not correspond.
-    """
-    head = getattr(outputs.model, 'bbox_head', None)
-    if not hasattr(head, 'prior_generator'):
-        reason = 'it has no dense head'
-        if hasattr(outputs.model, 'decoder'):
-            reason = (
-                'its queries stand for no place in the image, so that those '
-                'of two detectors do not correspond'
-            )
-        raise ConfigError(
-            f'{method} fits detectors with a dense head, such as RetinaNet, '
-            f'FCOS, ATSS and GFL; the {role} is '
-            f'{type(outputs.model).__name__}: {reason}. Use a method on '
-            'features, such as mmkd.FeatureHint.'
-        )
-    return read_dense(head, outputs.raw('bbox_head'))
-
-
-def check_same_priors(
-    student: Any,
-    teacher: Any,
-    method: str,
-    *,
-    centres: bool = False,
-    shapes: bool = False,
-) -> None:
-    """Check that the priors of two dense heads correspond one to one.
-
-    Strides and the number of priors a point must be equal; of several, the
-    shapes too, which are otherwise free (points may meet anchors).
-
-    Args:
-        student: The student's head.
-        teacher: The teacher's head.
-        method: The method that asks, for the message.
-        centres: They must also stand at the same places, as boxes ask for.
-        shapes: They must be equal altogether, as assignments ask for.
-
-    Raises:
-        ConfigError: If they do not.
-    """
-    ours, theirs = student.prior_generator, teacher.prior_generator
-    facts = [
-        (
-            'strides',
-            [tuple(stride) for stride in ours.strides],
-            [tuple(stride) for stride in theirs.strides],
-        ),
-        ('priors a point', ours.num_base_priors, theirs.num_base_priors),
-    ]
-    if shapes:
-        facts.append(('first priors', _first(ours), _first(theirs)))
-    elif centres:
-        facts.append(('first centres', _centres(ours), _centres(theirs)))
-    for what, mine, other in facts:
-        if list(mine) != list(other):
-            raise ConfigError(
-                f'{method}: the priors of the two dense heads do not '
-                f'correspond, the student has the {what} {mine}, the teacher '
-                f'{other}. Give both the same anchor_generator (or strides).'
-            )
-    if max(ours.num_base_priors) > 1 and not all(
-        torch.allclose(a.cpu(), b.cpu())
-        for a, b in zip(ours.base_anchors, theirs.base_anchors, strict=True)
-    ):
-        raise ConfigError(
-            f'{method}: the several anchors a point of the two dense heads '
-            'have other shapes. Give both the same anchor_generator.'
-        )
-
-
-def _first(generator: Any) -> list[list[list[float]]]:
-    """The priors at each level's first position, in pixels."""
-    ones = [(1, 1)] * generator.num_levels
-    return [p.tolist() for p in generator.grid_priors(ones, device='cpu')]
-
-
-def _centres(generator: Any) -> list[tuple[float, float]]:
-    """The centre of each level's first prior, in pixels."""
-    first = [priors[0] for priors in _first(generator)]
-    if hasattr(generator, 'base_anchors'):
-        return [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in first]
-    return [(x, y) for x, y, *_ in first]

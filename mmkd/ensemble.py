@@ -11,7 +11,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError
-from .dense import check_same_priors
+from .dense_checks import check_same_priors
 from .outputs import box_heads, replaced
 from .registry import MODELS
 from .teacher_source import build_trained, class_names, load_config

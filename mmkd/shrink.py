@@ -64,7 +64,9 @@ def _shrink(cfg: Any, key: str = '', *, narrow: bool) -> Any:
             if k != 'pretrained'
         }
         init = result.get('init_cfg')
-        if isinstance(init, dict) and init['type'] == 'Pretrained':
+        # Of MMEngine's initialisers, only Pretrained has a checkpoint; PVT
+        # leaves out its type.
+        if isinstance(init, dict) and 'checkpoint' in init:
             result['init_cfg'] = None
         if key == 'backbone' and narrow and cfg['type'] in RESNETS:
             result.update(type='ResNet', depth=18, base_channels=8)

@@ -22,6 +22,8 @@ from mmengine.utils import get_installed_path
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, load_checkpoint_file
+from .data.errors import some
+from .dense import is_class_agnostic
 from .utils import ConfigError
 
 
@@ -228,11 +230,13 @@ def class_names(
 def check_class_count(model: Any, names: Sequence[str], where: str) -> None:
     """Check that a detector classifies into as many classes as are named.
 
+    One that knows none (RPN), or classifies into words, may name any.
+
     Raises:
         ConfigError: If its box head has another number of classes.
     """
-    if hasattr(model, 'language_model'):
-        return  # it classifies into words
+    if hasattr(model, 'language_model') or is_class_agnostic(model):
+        return
     head = getattr(model, 'bbox_head', None)
     if head is None:
         head = getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
@@ -242,7 +246,7 @@ def check_class_count(model: Any, names: Sequence[str], where: str) -> None:
     if count is not None and count != len(names):
         raise ConfigError(
             f'{where}: the box head has num_classes={count}, but there are '
-            f'{len(names)} class names ({", ".join(names)}). Name its own '
+            f'{len(names)} class names ({some(names)}). Name its own '
             'classes through test_dataloader.dataset.metainfo=dict(classes='
             '...) in its config, or set num_classes.'
         )

@@ -11,10 +11,7 @@ from torch import Tensor
 from .outputs import box_heads
 from .utils import ConfigError
 
-FITTING = (
-    'Faster, Mask, Cascade and Double-Head R-CNN (an anchor-based RPNHead '
-    'and a RoI head with BBoxHeads)'
-)
+FITTING = 'Faster, Mask, Cascade and Double-Head R-CNN'
 
 
 def deltas_of_label(deltas: Tensor, labels: Tensor) -> Tensor:
@@ -38,47 +35,74 @@ def same_coder(ours: Any, theirs: Any) -> bool:
     return type(ours) is type(theirs) and vars(ours) == vars(theirs)
 
 
-def check_two_stage(model: Any, role: str, method: str) -> None:
-    """Check that a detector has an RPN and RoI heads that can be read.
+def check_two_stage(
+    model: Any,
+    role: str,
+    method: str,
+    *,
+    rpn: bool = True,
+    rcn: bool = True,
+    deltas: bool = True,
+) -> None:
+    """Check that those parts of a two-stage detector that are read can be.
 
     Args:
         model: The detector.
         role: ``'student'`` or ``'teacher'``, for the message.
         method: The method that asks, for the message.
+        rpn: The RPN is read.
+        rcn: The RoI head's labels and class logits are read.
+        deltas: The RoI head's boxes and their targets are read, too.
 
     Raises:
-        ConfigError: If it has not; names what fits.
+        ConfigError: If they cannot; names what fits.
     """
-    reason = _why_unfit(model)
+    reason = _why_unfit_rpn(model) if rpn else None
+    if rcn:  # what a one-stage detector lacks first
+        reason = _why_unfit_rcn(model, deltas) or reason
     if reason is None:
         return
+    needed = ['an anchor-based RPNHead'] * rpn
+    needed += ['a RoI head with BBoxHeads'] * rcn
     parts = [
         f'{name}={type(getattr(model, name)).__name__}'
         for name in ('rpn_head', 'roi_head', 'bbox_head')
         if getattr(model, name, None) is not None
     ]
     raise ConfigError(
-        f'{method} fits {FITTING}; the {role} is {type(model).__name__} '
-        f'({", ".join(parts) or "no heads"}): {reason}. For any other '
-        'detector use mmkd.FeatureHint, which distils features.'
+        f'{method} fits {FITTING} ({" and ".join(needed)}); the {role} is '
+        f'{type(model).__name__} ({", ".join(parts) or "no heads"}): '
+        f'{reason}. For any other detector use mmkd.FeatureHint, which '
+        'distils features.'
     )
 
 
-def _why_unfit(model: Any) -> str | None:
+def _why_unfit_rpn(model: Any) -> str | None:
+    if isinstance(getattr(model, 'rpn_head', None), RPNHead):
+        return None
+    return (
+        'its proposals do not come from an RPNHead; rpn=False leaves the RPN '
+        'out'
+    )
+
+
+def _why_unfit_rcn(model: Any, deltas: bool) -> str | None:
     heads = box_heads(model)
     if not heads:
         return 'it has no RoI box head'
-    if not isinstance(getattr(model, 'rpn_head', None), RPNHead):
-        return 'its proposals do not come from an RPNHead'
     for head in heads:
-        name = type(head).__name__
+        name, kind = type(head).__name__, type(head)
         if not isinstance(head, BBoxHead):
             return f'its {name} is no BBoxHead'
-        if any(
-            getattr(type(head), method) is not getattr(BBoxHead, method)
-            for method in ('get_targets', 'loss_and_target')
-        ):
-            return f'its {name} has targets other than labels and deltas'
+        if hasattr(head, 'num_instance'):
+            return f'its {name} predicts several objects a RoI'
+        if kind.loss_and_target is not BBoxHead.loss_and_target:
+            return f'its {name} has a loss_and_target of its own'
+        if deltas and kind.get_targets is not BBoxHead.get_targets:
+            return (
+                f'its {name} has targets other than labels and deltas; '
+                'bounded=None leaves the boxes out'
+            )
     return _why_unfit_roi_head(model.roi_head)
 
 
@@ -93,7 +117,18 @@ def _why_unfit_roi_head(roi_head: Any) -> str | None:
             return f'its {name} adds context to the RoIs ({extra})'
     if hasattr(roi_head, 'num_branch'):
         return f'its {name} trains several branches of every image'
+    if not _asks_loss_and_target(roi_head):
+        return (
+            f'its {name} makes the box loss itself, without the '
+            'loss_and_target of its box head, where targets are read'
+        )
     return None
+
+
+def _asks_loss_and_target(roi_head: Any) -> bool:
+    """False where the box loss gets its targets in another way (PISA)."""
+    names = inspect.unwrap(roi_head.bbox_loss).__code__.co_names
+    return 'loss_and_target' in names or 'get_targets' not in names
 
 
 def check_same_anchors(student: Any, teacher: Any) -> None:

@@ -7,13 +7,8 @@ import torch
 import toy
 from mmengine.logging import MessageHub
 
-from mmkd.dense import (
-    check_dense,
-    check_same_priors,
-    read_dense,
-    student_dense,
-    student_targets,
-)
+from mmkd.dense import read_dense, student_dense, student_targets
+from mmkd.dense_checks import check_dense, check_same_priors
 from mmkd.distiller import blank_pass
 from mmkd.outputs import Outputs, TapError
 from mmkd.utils import ConfigError
@@ -54,6 +49,19 @@ def yolof():
     model.bbox_head.num_classes = 3
     return model
 
+
+def small(name):
+    model = toy.small_model(toy.stock(name).model)
+    model.bbox_head.num_classes = 3
+    return model
+
+
+FOVEA = 'foveabox/fovea_r50_fpn_4xb4-1x_coco.py'
+SABL = 'sabl/sabl-retinanet_r50_fpn_1x_coco.py'
+REPPOINTS = 'reppoints/reppoints-bbox_r50_fpn-gn_head-gn-grid_1x_coco.py'
+AUTO_ASSIGN = 'autoassign/autoassign_r50-caffe_fpn_1x_coco.py'
+FREE_ANCHOR = 'free_anchor/freeanchor_r50_fpn_1x_coco.py'
+GUIDED = 'guided_anchoring/ga-retinanet_r50-caffe_fpn_1x_coco.py'
 
 # Config, sigmoid, channels of a box, a quality of its own, priors a point.
 HEADS = {
@@ -193,6 +201,72 @@ def test_paas_final_assignment_counts():
     assert not torch.equal(trained.flatten(), seen[0][1].flatten())
 
 
+def watched_step(config):
+    """The same step, and what the stock class loss was called with."""
+    model = tiny.spread(tiny_dense.build(config), 0)
+    inputs, samples = tiny.batch_for(model, sizes=SIZES)
+    outputs, seen = Outputs(model), []
+    model.bbox_head.loss_cls.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
+    with outputs.recording():
+        tiny.seeded_loss(model, inputs, samples)
+    dense = student_dense(outputs)
+    return dense, student_targets(outputs, samples), samples, seen
+
+
+def test_yolox_trains_classes_on_positives_alone():
+    dense, targets, samples, seen = watched_step(tiny_dense.yolox())
+    ((rows, soft),) = [args for args, _ in seen]
+    assert torch.equal(dense.logits[targets.positive], rows)
+    assert torch.equal(targets.labels[targets.positive], soft.argmax(-1))
+    expected = targets.positive & dense.inside(samples)
+    assert torch.equal(targets.weights, expected.float())
+    assert 0 < expected.sum() < expected.numel()
+
+
+def test_yolov3_trains_classes_on_positives_alone():
+    dense, targets, samples, seen = watched_step(yolov3())
+    weights = torch.cat([kwargs['weight'] for _, kwargs in seen], 1)[..., 0]
+    expected = weights * dense.inside(samples)
+    assert torch.equal(targets.weights, expected)
+    assert torch.equal(targets.positive.float(), weights)
+    assert 0 < expected.sum() < expected.numel()
+
+
+def test_foveaboxes_flat_targets():
+    """Each prior has the label that its own logits are trained on."""
+    dense, targets, _, seen = watched_step(small(FOVEA))
+    ((rows, labels),) = [args for args, _ in seen]
+    trained = dict(
+        zip(map(tuple, rows.tolist()), labels.tolist(), strict=True)
+    )
+    assert len(trained) == rows.shape[0], 'logits that are equal'
+    ours = [trained[tuple(row)] for row in dense.logits.flatten(0, 1).tolist()]
+    assert targets.labels.flatten().tolist() == ours
+    assert {0, 1, 2, 3} >= set(ours) > {3}
+    # Exponents, which its coder does not decode.
+    assert dense.regression is None
+
+
+def test_reppoints_trains_classes_on_its_second_assignment():
+    dense, targets, samples, seen = watched_step(small(REPPOINTS))
+    for column, ours in ((1, targets.labels), (2, targets.weights)):
+        stock = torch.cat([args[column].view(2, -1) for args, _ in seen], 1)
+        inside = dense.inside(samples)
+        assert torch.equal(ours[inside], stock[inside])
+
+
+def test_sabls_priors_are_its_squares():
+    dense, targets, samples, seen = watched_step(small(SABL))
+    stock = torch.cat([args[1].view(2, -1) for args, _ in seen], 1)
+    assert torch.equal(targets.labels, stock)
+    assert targets.positive.any()
+    assert dense.regression is None
+    assert dense.priors.shape == (dense.logits.shape[1], 4)
+    assert 0 < dense.inside(samples).sum() < targets.labels.numel()
+
+
 def test_inside_is_where_the_image_is():
     outputs, samples, _ = step(tiny.fcos(), sizes=((100, 128), (128, 90)))
     dense = student_dense(outputs)
@@ -248,11 +322,44 @@ def blank(config):
     [
         (tiny.detr(), r'X fits .* the student is DETR: its queries stand for'),
         (tiny.faster_rcnn(), r'the student is FasterRCNN: it has no dense'),
+        (small(GUIDED), r'its GARetinaHead predicts its anchors, and as a te'),
+        (
+            toy.small_model(toy.stock('rpn/rpn_r50_fpn_1x_coco.py').model),
+            r'is RPN: it tells objects from background, but no classes. Use',
+        ),
+        (
+            small(FREE_ANCHOR),
+            r'X asks which priors the student trains on which object; the '
+            r'loss of its FreeAnchorRetinaHead makes no assignment .*paa_rea',
+        ),
+        (
+            small(AUTO_ASSIGN),
+            r'assignment of the AutoAssignHead cannot be read: none of',
+        ),
     ],
 )
 def test_detectors_without_a_dense_head(config, message):
     with pytest.raises(ConfigError, match=message):
         check_dense(blank(config), 'student', 'X')
+
+
+def test_nobody_reads_what_a_teacher_assigns():
+    dense = check_dense(blank(small(FREE_ANCHOR)), 'teacher', 'X')
+    assert dense.logits.shape[0] == 1
+
+
+@pytest.mark.parametrize('name', ['ddod', 'fsaf'])
+def test_trying_the_assignment_leaves_no_trace(name):
+    """DDOD's loss counts what it has seen, FSAF's writes into its lists."""
+    fsaf = small('fsaf/fsaf_r50_fpn_1x_coco.py')
+    outputs = blank(tiny_dense.ddod() if name == 'ddod' else fsaf)
+    head, raw = outputs.model.bbox_head, outputs.raw('bbox_head')
+    maps = [list(part) for part in raw]
+    counts = {k: str(v) for k, v in vars(head).items() if 'num' in k}
+    check_dense(outputs, 'student', 'X')
+    assert counts == {k: str(v) for k, v in vars(head).items() if 'num' in k}
+    for before, after in zip(maps, raw, strict=True):
+        assert all(a is b for a, b in zip(before, after, strict=True))
 
 
 def test_an_output_of_another_structure():
@@ -278,15 +385,9 @@ def test_assignments_that_cannot_be_read():
         TapError, match=r'FreeAnchorRetinaHead of RetinaNet has'
     ):
         student_targets(outputs, samples)
-    fovea = tiny.merged(
-        tiny.stock('foveabox/fovea_r50_fpn_4xb4-1x_coco.py'),
-        backbone=tiny.BACKBONE,
-        neck=tiny_dense.NECK,
-        bbox_head=tiny_dense.HEAD,
-    )
-    outputs, samples, _ = step(fovea)
+    outputs, samples, _ = step(small(AUTO_ASSIGN))
     with pytest.raises(
-        ConfigError, match=r'assignment of the FoveaHead cannot be read: none'
+        ConfigError, match=r'assignment of the AutoAssignHead cannot be read'
     ):
         student_targets(outputs, samples)
 

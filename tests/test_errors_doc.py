@@ -20,6 +20,7 @@ from mmkd.ensemble import EnsembleDetector
 from mmkd.hooks import LossCheckHook, WeightScheduleHook
 from mmkd.peers import add_to_optimizer, check_trained
 from mmkd.registry import HOOKS, METHODS
+from mmkd.shrink import small_model
 from mmkd.teacher_view import ClassMap
 from mmkd.utils import build_checked, distiller_of
 
@@ -139,6 +140,16 @@ def images_twice():
     with outputs.recording():
         model.extract_feat(batch[0])
     distiller.methods['m'](outputs, distiller.teacher(*batch), batch[1])
+
+
+def shrunk(name):
+    """A stock detector at toy scale, for three classes."""
+    model = small_model(tiny.stock(name))
+    for head in (model.get('bbox_head'), model.get('roi_head', {})):
+        head = (head or {}).get('bbox_head', head)
+        if head:
+            head.num_classes = 3
+    return model
 
 
 def truncated(folder):
@@ -302,6 +313,13 @@ CASES = {
         classes=('cat',),
     ),
     'Class logits of a transformer': one('KD', tiny.detr()),
+    'Class logits of a head that assigns in a way of its own': one(
+        'KD', shrunk('free_anchor/freeanchor_r50_fpn_1x_coco.py')
+    ),
+    'RPN distillation of other proposals': one(
+        'FasterRCNNDistillation',
+        shrunk('guided_anchoring/ga-faster-rcnn_r50-caffe_fpn_1x_coco.py'),
+    ),
     'RoI distillation of a one-stage detector': one(
         'FasterRCNNDistillation', tiny.retinanet()
     ),

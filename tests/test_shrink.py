@@ -41,6 +41,16 @@ class TestModel:
             (i or {}).get('type') == 'Pretrained' for i in init_cfgs(small)
         )
 
+    def test_a_checkpoint_without_a_type(self):
+        """As PVT's configs have it."""
+        path = 'pvt/retinanet_pvt-t_fpn_1x_coco.py'
+        stock = toy.stock(path).model.backbone
+        assert 'type' not in stock.init_cfg
+        assert small_model(ConfigDict(backbone=stock)).backbone == {
+            **stock,
+            'init_cfg': None,
+        }
+
     def test_narrow(self):
         stock = toy.stock(toy.FASTER_RCNN).model
         small, wide = small_model(stock), small_model(stock, narrow=False)

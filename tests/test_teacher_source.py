@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 import tiny_detectors as tiny
 import torch
+import toy
 from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
 
 from mmkd import teacher_source
 from mmkd.checkpoint import CheckpointError
+from mmkd.shrink import small_model
 from mmkd.teacher import build_teacher
 from mmkd.teacher_source import (
+    check_class_count,
     class_names,
     find_in_model_index,
     load_config,
@@ -552,3 +555,22 @@ def test_the_head_and_the_names_have_to_agree(built, saved, student):
 def test_the_examples_run():
     failed, tried = doctest.testmod(teacher_source)
     assert (failed, bool(tried)) == (0, True)
+
+
+# -------------------------------------------------------------------- classes
+
+
+def test_another_number_of_classes_names_the_first_few():
+    names = [f'class{number}' for number in range(80)]
+    message = (
+        r'here: .* num_classes=3, but there are 80 class names '
+        r'\(class0, class1, class2 and 77 more\)\. Name its own classes'
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_class_count(tiny.build(tiny.gfl()), names, 'here')
+    check_class_count(tiny.build(tiny.gfl()), names[:3], 'here')
+
+
+def test_a_class_agnostic_detector_may_name_any():
+    rpn = small_model(toy.stock('rpn/rpn_r50_fpn_1x_coco.py').model)
+    check_class_count(tiny.build(rpn), [str(n) for n in range(80)], 'here')

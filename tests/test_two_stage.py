@@ -3,6 +3,7 @@
 import pytest
 import tiny_detectors as tiny
 import torch
+from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead
 from torch import nn
 
 from mmkd.two_stage import (
@@ -19,8 +20,8 @@ FRCNN, CASCADE = tiny.faster_rcnn, tiny.cascade_rcnn
 OTHER_ANCHORS = dict(rpn_head__anchor_generator__scales=[4])
 
 
-def check(model):
-    check_two_stage(tiny.build(model), 'student', 'ThisMethod')
+def check(model, **parts):
+    check_two_stage(tiny.build(model), 'student', 'ThisMethod', **parts)
 
 
 def check_pair(pair_check, student, teacher):
@@ -128,9 +129,12 @@ def test_heads_with_targets_of_their_own_are_refused():
         num_classes=3,
     )
     with pytest.raises(
-        ConfigError, match=r'SABLHead has targets other than labels and delt'
+        ConfigError,
+        match=r'SABLHead has targets other than labels and deltas; bounded=No',
     ):
         check(model)
+    check(model, deltas=False)
+    check(model, rcn=False)
 
 
 def test_other_region_proposals_are_refused():
@@ -140,9 +144,63 @@ def test_other_region_proposals_are_refused():
     model.train_cfg.rpn = guided.train_cfg.rpn
     with pytest.raises(
         ConfigError,
-        match=r'rpn_head=GARPNHead.*proposals do not come from an RPNHead',
+        match=r'RPNHead and a RoI head with BBoxHeads.*rpn_head=GARPNHead.*'
+        r'proposals do not come from an RPNHead; rpn=False leaves the RPN out',
     ):
         check(model)
+    check(model, rpn=False)
+
+
+def test_one_stage_detectors_have_no_part():
+    with pytest.raises(
+        ConfigError,
+        match=r'\(an anchor-based RPNHead\); .* RetinaNet .*its proposals do',
+    ):
+        check(tiny.retinanet(), rcn=False)
+    with pytest.raises(
+        ConfigError,
+        match=r'\(a RoI head with BBoxHeads\); .* it has no RoI box head',
+    ):
+        check(tiny.retinanet(), rpn=False)
+    check(tiny.retinanet(), rpn=False, rcn=False)
+
+
+def test_a_box_loss_past_the_targets_that_are_read_is_refused():
+    """PISA's RoI head changes the weights between targets and loss."""
+    model = FRCNN()
+    model.roi_head.type = 'PISARoIHead'
+    with pytest.raises(
+        ConfigError, match=r'its PISARoIHead makes the box loss itself, with'
+    ):
+        check(model, rpn=False, deltas=False)
+    model.roi_head.type = 'DynamicRoIHead'  # asks for both
+    model.train_cfg.rcnn.dynamic_rcnn = dict(
+        iou_topk=75,
+        beta_topk=10,
+        update_iter_interval=100,
+        initial_iou=0.4,
+        initial_beta=1.0,
+    )
+    model.roi_head.bbox_head.loss_bbox = dict(type='SmoothL1Loss', beta=1.0)
+    check(model)
+
+
+def test_box_heads_with_a_loss_of_their_own_are_refused():
+    class Own(Shared2FCBBoxHead):
+        def loss_and_target(self, *args, **kwargs):
+            raise NotImplementedError
+
+    class Several(Shared2FCBBoxHead):
+        num_instance = 2
+
+    student = tiny.build(FRCNN())
+    for kind, message in (
+        (Own, 'its Own has a loss_and_target of its own'),
+        (Several, 'its Several predicts several objects a RoI'),
+    ):
+        student.roi_head.bbox_head.__class__ = kind
+        with pytest.raises(ConfigError, match=message):
+            check_two_stage(student, 'student', 'X', rpn=False, deltas=False)
 
 
 def test_roi_heads_that_need_more_than_rois_are_refused():

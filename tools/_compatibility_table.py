@@ -1,5 +1,6 @@
 """The page that :mod:`compatibility` writes of its verdicts."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,17 @@ from mmkd.shrink import SCALE
 
 KINDS = tuple(METHODS)
 SHORT = {WORKS: 'works', UNFIT: 'does not fit', FAILS: '**fails**'}
+PARTICULARS = (
+    (r'^.*; the (student|teacher) is \w+( \(.*?\))?: ', ''),
+    (r"the (student|teacher)'s \w+Head\b", 'its head'),
+    (r'its \w+Head\b', 'its head'),
+    (r'the assignment of the \w+ \(\w+\)', 'its assignment'),
+    (r'^\w+ asks which priors .*; ', ''),
+    (r'; \w+ has (no bbox_head|\w+Head)', ''),
+    (r'^\w+: ', ''),
+)
+"""Patterns of what a reason says of one pair alone, and what to say instead:
+then reasons that are the same are the same text."""
 INTRODUCTION = """# Compatibility
 
 Written by `python tools/compatibility.py`; what stands here was run, and
@@ -112,29 +124,63 @@ def table(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
 
 def reasons(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
     """Of each failure, then of each refusal, and how the plain step ran."""
-    failed, refused, plain = [], {}, []
+    failed, plain = [], []
     for pair in pairs:
         for step, verdict in trials[pair.name].items():
-            text = verdict['reason'].replace('|', '\\|')
             if verdict['status'] == FAILS:
-                failed.append((f'{pair.name}, {step}', text))
-            elif verdict['status'] == UNFIT:
-                refused.setdefault((step, text), []).append(pair.name)
+                failed.append((f'{pair.name}, {step}', cell(verdict)))
         data = trials[pair.name].get('plain', {}).get('data', 'photos')
         if data != 'photos':
             plain.append((pair.name, data))
     return '\n\n'.join(
         [
             '### Fails\n\n' + (listed(failed) or 'Nothing.'),
-            '### Does not fit\n\n'
-            + listed(
-                (f'{step} ({", ".join(names)})', text)
-                for (step, text), names in sorted(refused.items())
-            ),
+            '### Does not fit\n\nWhat is said of "it" is true of the '
+            'student, or of the teacher of a pair.\n\n'
+            + refusals(pairs, trials),
             '### On noise instead of photos\n\n'
             + (listed(plain) or 'Nothing.'),
         ]
     )
+
+
+def refusals(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
+    """Each reason once, below it whom it concerns, by kind."""
+    concerned: dict[str, dict[str, list[str]]] = {}
+    for pair in pairs:
+        for step, verdict in trials[pair.name].items():
+            if verdict['status'] == UNFIT:
+                by_kind = concerned.setdefault(general(cell(verdict)), {})
+                by_kind.setdefault(step, []).append(pair.name)
+    lines = []
+    for reason, by_kind in sorted(concerned.items()):
+        kinds: dict[str, list[str]] = {}  # those of the same detectors as one
+        for kind, names in by_kind.items():
+            kinds.setdefault(families(names, pairs), []).append(kind)
+        lines.append(f'* {reason}')
+        lines += [f'  * {", ".join(k)}: {who}' for who, k in kinds.items()]
+    return '\n'.join(lines)
+
+
+def general(reason: str) -> str:
+    """What a reason says of any pair."""
+    for pattern, instead in PARTICULARS:
+        reason = re.sub(pattern, instead, reason)
+    return reason
+
+
+def families(names: Sequence[str], pairs: Sequence[Pair]) -> str:
+    """Configs, by their folder where all of it that is tried is meant."""
+    shown = []
+    for name in names:
+        folder = name.partition('/')[0]
+        all_of_it = [p.name for p in pairs if p.name.startswith(f'{folder}/')]
+        shown.append(folder if set(all_of_it) <= set(names) else name)
+    return ', '.join(dict.fromkeys(shown))
+
+
+def cell(verdict: dict[str, Any]) -> str:
+    return verdict['reason'].replace('|', '\\|')
 
 
 def left_out() -> str:

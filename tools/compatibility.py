@@ -3,6 +3,7 @@
 Examples:
     python tools/compatibility.py
     python tools/compatibility.py --only '^(gfl|paa)/' --jobs 2
+    python tools/compatibility.py --only '^gfl/' --again all
     python tools/compatibility.py --table  # from what is there, tries nothing
 
 Of every family one or two stock configs are shrunk to toy scale and trained:
@@ -10,7 +11,8 @@ two plain iterations, then two with each kind of distillation from an
 untrained detector of the same config, on photos of COCO. Each config has a
 process of its own with limits of time and memory; what ends it is written
 down. Verdicts are kept in the JSON file, so that a run that was ended goes on
-where it was; those of other versions are tried again.
+where it was; those of other versions are tried again. The page always shows
+all that is kept.
 """
 
 import argparse
@@ -56,7 +58,7 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        '--only', default='', help='pattern of configs, and names of pairs'
+        '--only', default='', help='pattern of configs, and names, to try'
     )
     parser.add_argument('--jobs', type=int, default=1, help='at a time')
     parser.add_argument(
@@ -78,7 +80,11 @@ def parse_args() -> argparse.Namespace:
         '--output', type=Path, default=ROOT / 'docs/compatibility.md'
     )
     parser.add_argument(
-        '--again', action='store_true', help='also try what has failed'
+        '--again',
+        nargs='?',
+        const='failed',
+        choices=('failed', 'all'),
+        help='of those to try, also what has failed, or all that is kept',
     )
     parser.add_argument(
         '--table', action='store_true', help='write the page, try nothing'
@@ -96,20 +102,28 @@ def main() -> None:
         if args.table or kept['versions'] == content['versions']:
             content = kept
     pairs = all_pairs(args.only)
-    if args.again:
-        content['trials'] = {
-            name: steps
-            for name, steps in content['trials'].items()
-            if all(each['status'] != FAILS for each in steps.values())
-        }
     if not args.table:
         register_all_modules()
-        for name, steps in trials(pairs, content['trials'], args):
+        valid = still_valid(content['trials'], args.again)
+        for name, steps in trials(pairs, valid, args):
             content['trials'][name] = steps
             write(args.json, json.dumps(content, indent=1))
             print(line(name, steps), flush=True)
-    write(args.output, page(pairs, content))
+    write(args.output, page(all_pairs(''), content))
     print(f'Written: {args.output}')
+
+
+def still_valid(kept: dict[str, Any], again: str | None) -> dict[str, Any]:
+    """Those of the verdicts that need not be found again."""
+    if again is None:
+        return kept
+    if again == 'all':
+        return {}
+    return {
+        name: steps
+        for name, steps in kept.items()
+        if all(each['status'] != FAILS for each in steps.values())
+    }
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from mmengine.structures import InstanceData
 
-from mmkd.dense import check_same_priors
+from mmkd.dense_checks import check_same_priors
 from mmkd.outputs import Outputs
 from mmkd.utils import ConfigError
 

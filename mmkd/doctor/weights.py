@@ -154,7 +154,7 @@ def _check_pretrained(
             continue
         init = getattr(module, 'init_cfg', None)
         for each in init if isinstance(init, list) else [init]:
-            if not each or each.get('type') != 'Pretrained':
+            if not each or 'checkpoint' not in each:  # PVT gives no type
                 continue
             content = CheckpointLoader.load_checkpoint(
                 each['checkpoint'], map_location='cpu'

@@ -16,7 +16,7 @@ from mmkd.assignment.paa import (
     check_stock_paa,
     flat_predictions,
 )
-from mmkd.dense import check_same_priors
+from mmkd.dense_checks import check_same_priors
 from mmkd.outputs import Outputs, replaced
 from mmkd.registry import METHODS
 from mmkd.utils import ConfigError

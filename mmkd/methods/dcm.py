@@ -7,7 +7,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from mmkd.auxiliary import AuxiliaryHead
-from mmkd.dense import check_dense
+from mmkd.dense_checks import check_dense
 from mmkd.outputs import Outputs
 from mmkd.peer_view import check_mutual, networks_of
 from mmkd.registry import METHODS

@@ -60,7 +60,10 @@ class FasterRCNNDistillation(Method):
     Fits Faster, Mask (its box part), Cascade and Double-Head R-CNN with FPN
     or C4, softmax or sigmoid heads, class-agnostic or class-specific
     regression, and box coders that differ: the teacher's deltas are decoded
-    and encoded again. A sigmoid classifier is the two-class case of the same
+    and encoded again. Only what is distilled has to fit: ``rpn=False`` takes
+    proposals from anywhere (Fast R-CNN, guided anchors, Cascade RPN), and
+    ``bounded=None`` box targets of any kind (SABL's RoI head, with
+    ``lambda_reg`` 1). A sigmoid classifier is the two-class case of the same
     formula, column by column. Where class sets differ, RoI probabilities are
     renormalised over the shared classes and the background, and boxes of
     classes that the teacher does not know get no bounded loss.
@@ -136,7 +139,14 @@ class FasterRCNNDistillation(Method):
 
     def prepare(self, student: Outputs, teacher: Outputs) -> None:
         for role, outputs in (('student', student), ('teacher', teacher)):
-            check_two_stage(outputs.model, role, type(self).__name__)
+            check_two_stage(
+                outputs.model,
+                role,
+                type(self).__name__,
+                rpn=self.rpn,
+                rcn=self.rcn,
+                deltas=bool(self.bounded) or self.lambda_reg != 1,
+            )
         if self.rpn:
             check_same_anchors(student.model, teacher.model)
         if self.rcn and self.soft:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmkd.adapters import resize_to
 from mmkd.auxiliary import fresh_copy, head_loss
-from mmkd.dense import check_dense
+from mmkd.dense_checks import check_dense
 from mmkd.outputs import Outputs
 from mmkd.peer_view import check_mutual, mutual_logits, networks_of
 from mmkd.registry import METHODS

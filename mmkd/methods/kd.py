@@ -30,9 +30,11 @@ class KD(Method):
 
     * One-stage detectors: i runs over all priors; :math:`w_i` is the weight
       that the student's own loss gives to the prior's classification (0 in
-      the padding and for ignored priors), N the number of its positives,
-      averaged over the processes, at least 1. The heads' priors must
-      correspond.
+      the padding, for ignored priors, and in YOLOv3 and YOLOX for all but
+      the positives), N the number of its positives, averaged over the
+      processes, at least 1. The heads' priors must correspond. SSD and
+      YOLACT: all negatives, not only the mined ones; FSAF: its objects'
+      priors on all levels, before it selects one.
     * Two-stage detectors: i runs over the N RoIs that the student is trained
       on, which the teacher scores on its own features; stage by stage in a
       cascade, with the stage's weight.

@@ -12,12 +12,11 @@ from torch import Tensor
 from mmkd.dense import (
     DenseOutputs,
     DenseTargets,
-    check_dense,
-    check_same_priors,
     student_dense,
     student_targets,
     teacher_dense,
 )
+from mmkd.dense_checks import check_dense, check_same_priors
 from mmkd.losses.kl import softmax_kl
 from mmkd.outputs import Outputs
 from mmkd.registry import METHODS

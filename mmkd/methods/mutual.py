@@ -17,13 +17,8 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
-from mmkd.dense import (
-    DenseOutputs,
-    check_dense,
-    check_same_priors,
-    student_dense,
-    student_targets,
-)
+from mmkd.dense import DenseOutputs, student_dense, student_targets
+from mmkd.dense_checks import check_dense, check_same_priors
 from mmkd.outputs import Outputs, box_heads
 from mmkd.peer_view import (
     as_teacher,

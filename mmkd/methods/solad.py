@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmkd.assignment.fit import dense_head
 from mmkd.assignment.paa import flat_predictions
-from mmkd.dense import check_same_priors
+from mmkd.dense_checks import check_same_priors
 from mmkd.losses import FocalKLLoss
 from mmkd.outputs import Outputs, flatten_levels
 from mmkd.registry import METHODS

@@ -16,6 +16,7 @@ from frcnn_reference import (
     rcn_reference,
 )
 
+from mmkd.distiller import blank_pass
 from mmkd.methods import FasterRCNNDistillation
 from mmkd.outputs import BoxSample, Outputs
 from mmkd.registry import METHODS
@@ -512,6 +513,38 @@ def test_other_anchors_do_not_matter_without_the_rpn():
     losses, _ = pair.distil(rpn=False)
     assert losses['kd.loss_rcn_soft'] > 0
     prepare(FRCNN(), FRCNN(**OTHER_ANCHORS), rpn=False)
+
+
+def test_only_what_is_distilled_has_to_fit():
+    """Guided anchors need no RPNHead, SABL's boxes no deltas."""
+    guided = FRCNN()
+    stock = tiny.stock('guided_anchoring/ga-faster-rcnn_r50_fpn_1x_coco.py')
+    guided.rpn_head, guided.train_cfg.rpn = stock.rpn_head, stock.train_cfg.rpn
+    with pytest.raises(ConfigError, match=r'rpn=False leaves the RPN out'):
+        prepare(guided, guided)
+    prepare(guided, guided, rpn=False)
+    sabl = FRCNN()
+    sabl.roi_head.bbox_head = dict(
+        tiny.stock(
+            'sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py'
+        ).roi_head.bbox_head,
+        cls_in_channels=16,
+        reg_in_channels=16,
+        cls_out_channels=16,
+        num_classes=3,
+    )
+    for options in ({}, dict(bounded=None, lambda_reg=2.0)):
+        with pytest.raises(ConfigError, match=r'bounded=None leaves the box'):
+            prepare(sabl, sabl, **options)
+    prepare(sabl, sabl, bounded=None)
+    prepare(sabl, sabl, rcn=False)
+
+
+def test_features_alone_fit_any_detector():
+    method = FasterRCNNDistillation(soft=None, bounded=None)
+    one = tiny.build(tiny.retinanet())
+    outputs = blank_pass(one, method.student_paths, torch.device('cpu'))
+    method.prepare(outputs, outputs)
 
 
 def test_other_classifiers_are_refused():

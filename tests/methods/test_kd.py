@@ -71,6 +71,20 @@ def where_the_images_are(pair):
     return torch.tensor(found)
 
 
+GUIDED = 'guided_anchoring/ga-faster-rcnn_r50-caffe_fpn_1x_coco.py'
+CASCADE_RPN = 'cascade_rpn/cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py'
+FOVEA = 'foveabox/fovea_r50_fpn_4xb4-1x_coco.py'
+SABL_RETINA = 'sabl/sabl-retinanet_r50_fpn_1x_coco.py'
+
+
+def yolov3():
+    config = toy.small_model(
+        toy.stock('yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py').model
+    )
+    config.bbox_head.num_classes = 3
+    return config
+
+
 HEADS = {
     'retinanet': tiny.retinanet(),
     'fcos': tiny.fcos(),
@@ -90,6 +104,19 @@ def test_the_sum_over_priors_and_classes(name):
     losses['cls'].backward()
     assert pair.student.backbone.conv1.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in pair.teacher.parameters())
+
+
+@pytest.mark.parametrize('name', [FOVEA, SABL_RETINA])
+def test_heads_with_targets_or_priors_of_their_own(name):
+    config = toy.small_model(toy.stock(name).model)
+    config.bbox_head.num_classes = 3
+    pair = Pair('KD', config)
+    loss = pair.losses()['cls']
+    assert loss > 0
+    loss.backward()
+    assert pair.student.backbone.conv1.weight.grad.abs().sum() > 0
+    pair.equal()
+    assert pair.losses()['cls'].item() == 0
 
 
 def test_between_points_and_anchors():
@@ -183,6 +210,23 @@ def ssd_targets(pair):
 # ------------------------------------------------------------------ two-stage
 
 
+@pytest.mark.parametrize('name', [GUIDED, CASCADE_RPN])
+def test_where_the_proposals_come_from_does_not_matter(name):
+    config = toy.small_model(toy.stock(name).model)
+    config.roi_head.bbox_head.num_classes = 3
+    loss = Pair('KD', config).losses()['cls']
+    assert loss.isfinite()
+    assert loss > 0
+
+
+def test_the_labels_of_sabl_are_ordinary():
+    config = toy.small_model(
+        toy.stock('sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py').model
+    )
+    config.roi_head.bbox_head.num_classes = 3
+    assert Pair('KD', config).losses()['cls'] > 0
+
+
 @pytest.mark.parametrize('sigmoid', [False, True])
 def test_the_rois_of_a_two_stage_detector(sigmoid):
     config = tiny.faster_rcnn(
@@ -246,6 +290,14 @@ def test_zero_weight_is_the_stock_loss(config):
     state = copy.deepcopy(pair.student.state_dict())
     assert toy.same(losses, pair.stock_losses())
     assert toy.same(list(state), list(pair.student.state_dict()))
+
+
+@pytest.mark.parametrize('config', [tiny_dense.yolox(), yolov3()])
+def test_where_only_positives_train_classes(config):
+    """Without objects YOLOX's and YOLOv3's class losses train nothing."""
+    pair = Pair('KD', config)
+    assert pair.losses(objects=(0, 0))['cls'].item() == 0
+    assert pair.losses(objects=(0, 2))['cls'].item() > 0
 
 
 def test_an_image_without_objects():

@@ -73,7 +73,10 @@ def test_two_families_through_the_real_tool(tmp_path, shared_data):
     }
     assert 'in 2 of 2 families (100.0 %)' in text
     assert '### Fails\n\nNothing.' in text
-    assert 'class logits (detr/' in text
+    # DETR: once, for all kinds of the same reason.
+    kinds = 'class logits, distributions, cross-head'
+    assert f'do not correspond.\n  * {kinds}: detr\n' in text
+    assert 'Not done:' in text  # the page is always of all
     for steps in json.loads(kept.read_text())['trials'].values():
         assert steps['plain']['data'] == 'photos'
         assert steps['plain']['narrow']
@@ -157,6 +160,71 @@ class TestEnds:
     def test_what_is_kept_is_not_tried(self, tool, monkeypatch):
         pair = tool.Pair('a', 'a/a.py', 'a/a.py')
         assert list(tool.trials([pair], {'a': {}}, args())) == []
+
+
+def test_what_is_tried_again(tool):
+    kept = {
+        'a': dict(plain=dict(status='works'), RoI=dict(status='does not fit')),
+        'b': dict(plain=dict(status='fails')),
+    }
+    assert tool.still_valid(kept, None) == kept
+    assert tool.still_valid(kept, 'failed') == dict(a=kept['a'])
+    assert tool.still_valid(kept, 'all') == {}
+
+
+def test_what_is_not_tried_stays_on_the_page(tool, monkeypatch, tmp_path):
+    """Also if it has failed: ``--again`` is of those that ``--only`` names."""
+    kept, page = tmp_path / 'kept.json', tmp_path / 'page.md'
+    verdict = dict(status='fails', reason='old')
+    old = {name: dict(plain=verdict) for name in (GFL, DETR)}
+    kept.write_text(json.dumps(dict(versions=tool.versions(), trials=old)))
+
+    def examine(*pair_and_data):
+        pair_and_data[-1]('plain', dict(status='works', reason=''))
+
+    monkeypatch.setattr(tool, 'examine', examine)
+    monkeypatch.setattr(tool.signal, 'signal', lambda *_: None)
+    options = ['--only', '^gfl/', '--again', '--memory', '1000']
+    files = ['--json', str(kept), '--output', str(page)]
+    monkeypatch.setattr(sys, 'argv', ['tool', *options, *files])
+    tool.main()
+    found = rows(page.read_text(), 'Families')
+    assert (found[GFL][0], found[DETR][0]) == ('works', '**fails**')
+
+
+def test_a_reason_is_written_once():
+    from _compatibility_table import general, refusals
+    from _families import Pair
+
+    def fits(model, why='it has no dense head'):
+        reason = f'KD fits heads, such as A; the student is {model}: {why}.'
+        return dict(status='does not fit', reason=reason)
+
+    heads = [
+        "LD distils bins (DFL), the student's AHead predicts none.",
+        "LD distils bins (DFL), the teacher's BSepBNHead predicts none.",
+    ]
+    assert len({general(text) for text in heads}) == 1
+    kept = "the student's anchors are not the teacher's."
+    assert general(f'KD: {kept}') == kept
+    assert general('X: the assignment of the student (AHead) is static.') == (
+        'its assignment is static.'
+    )
+    trials = {
+        'a/1.py': dict(logits=fits('A'), LD=fits('A')),
+        'a/2.py': dict(logits=fits('A (bbox_head=H)'), LD=fits('A')),
+        'b/1.py': dict(logits=fits('B', 'its BRoIHead is odd')),
+        'c/1.py': dict(LD=fits('C', 'its CRoIHead is odd')),
+        'c/2.py': {},
+    }
+    pairs = [Pair(name, name, name) for name in trials]
+    assert refusals(pairs, trials).splitlines() == [
+        '* it has no dense head.',
+        '  * logits, LD: a',
+        '* its head is odd.',
+        '  * logits: b',
+        '  * LD: c/1.py',
+    ]
 
 
 class TestVerdicts:
