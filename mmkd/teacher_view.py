@@ -93,20 +93,20 @@ class Renormalize:
     """
 
     def __init__(self, student: Any, teacher: Any) -> None:
-        mean_s, std_s = _mean_std(student)
-        mean_t, std_t = _mean_std(teacher)
-        self.flip = _flips(student) != _flips(teacher)
+        mean_s, std_s = mean_std(student)
+        mean_t, std_t = mean_std(teacher)
+        self.flip = flips(student) != flips(teacher)
         if self.flip:
             mean_s, std_s = mean_s.flip(0), std_s.flip(0)
         # x_t = (x_s * std_s + mean_s - mean_t) / std_t
         self.scale = (std_s / std_t).view(1, -1, 1, 1)
         self.shift = ((mean_s - mean_t) / std_t).view(1, -1, 1, 1)
-        self.pad_value = _pad_value(teacher)
+        self.pad_value = pad_value(teacher)
         self.needed = bool(
             self.flip
             or not torch.equal(mean_s, mean_t)
             or not torch.equal(std_s, std_t)
-            or self.pad_value != _pad_value(student)
+            or self.pad_value != pad_value(student)
         )
 
     def __call__(
@@ -137,7 +137,7 @@ def _check_unique(role: str, names: Sequence[str]) -> None:
         )
 
 
-def _mean_std(preprocessor: Any) -> tuple[Tensor, Tensor]:
+def mean_std(preprocessor: Any) -> tuple[Tensor, Tensor]:
     if not getattr(preprocessor, '_enable_normalize', False):
         return torch.zeros(3), torch.ones(3)
     mean, std = (
@@ -147,9 +147,9 @@ def _mean_std(preprocessor: Any) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def _flips(preprocessor: Any) -> bool:
+def flips(preprocessor: Any) -> bool:
     return bool(getattr(preprocessor, '_channel_conversion', False))
 
 
-def _pad_value(preprocessor: Any) -> float:
+def pad_value(preprocessor: Any) -> float:
     return float(getattr(preprocessor, 'pad_value', 0))

@@ -3,6 +3,8 @@
 import copy
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import toy
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from mmkd.peers import with_trained_teacher
 from mmkd.registry import METHODS
 from mmkd.several_teachers import described as by_name
 from mmkd.teacher_source import find_in_model_index, load_config
@@ -97,13 +100,15 @@ def test_the_methods_options_are_known(cfg):
 
 
 def test_the_networks_resolve(cfg):
-    for peer in cfg.get('distillation', {}).get('peers', {}).values():
+    for peer in peers_of(cfg).values():
         assert load_config(peer['config']).model.type
     if 'teacher' not in cfg.get('distillation', {}):
         return
     for teacher in all_described(cfg):
         config = load_config(teacher['config'])
         assert config.model.type
+        if teacher.get('trainable'):
+            continue
         checkpoint = teacher['checkpoint']
         if checkpoint.startswith('work_dirs/'):
             # what training its config leaves
@@ -128,6 +133,16 @@ def all_described(cfg):
         else dict(teacher)
         for teacher in by_name(cfg.distillation.teacher).values()
     ]
+
+
+def peers_of(cfg):
+    """The networks that train beside the student."""
+    return with_trained_teacher(cfg.get('distillation', {})).get('peers', {})
+
+
+def trainable(teacher):
+    """Whether a teacher trains in the same step, if its description says."""
+    return {k: v for k, v in teacher.items() if k == 'trainable'}
 
 
 def small(cfg):
@@ -173,6 +188,7 @@ def test_it_trains_two_iterations(cfg, tmp_path):
     if 'teacher' in (distilled or {}):
         teachers = [
             toy.untrained(small(load_config(teacher['config'])))
+            | trainable(teacher)
             for teacher in all_described(cfg)
         ]
         several = isinstance(cfg.distillation.teacher, list)
@@ -184,6 +200,7 @@ def test_it_trains_two_iterations(cfg, tmp_path):
     cfg.train_dataloader.dataset = innermost(cfg.train_dataloader.dataset)
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     cfg.work_dir = str(tmp_path)
+    model = copy.deepcopy(cfg.model)
     record = toy.Record()
     toy.train(cfg, record)
     assert len(record.losses) == 2
@@ -191,7 +208,16 @@ def test_it_trains_two_iterations(cfg, tmp_path):
         if not steers(distilled):
             assert (distilled is None) == (not any('.' in k for k in losses))
         assert losses['loss'] > 0
-    assert (tmp_path / 'epoch_1.pth').exists()
+    load_strictly(model, tmp_path / 'epoch_1.pth')
+    for name in peers_of(cfg):
+        config = Config.fromfile(tmp_path / name / 'config.py')
+        load_strictly(config.model, tmp_path / name / 'epoch_1.pth')
+
+
+def load_strictly(model, checkpoint):
+    """Load a checkpoint into a stock model, neither more nor less."""
+    state = toy.load(checkpoint)['state_dict']
+    toy.detector(model).load_state_dict(state, strict=True)
 
 
 def steers(distilled):
@@ -206,3 +232,68 @@ def innermost(dataset):
     while 'ann_file' not in dataset and 'Mix' not in dataset.type:
         dataset = dataset.get('dataset') or dataset.datasets[0]
     return dataset
+
+
+TWO_STEPS = [
+    'train_cfg.max_epochs=1',
+    'train_dataloader.batch_size=2',
+    'train_dataloader.dataset.indices=4',
+    'val_dataloader.dataset.indices=2',
+]
+UNTRAINED = ['distillation.teacher.checkpoint=None']
+LOAD = """
+import sys
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+register_all_modules()
+for config, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    model = MODELS.build(Config.fromfile(config).model)
+    checkpoint = torch.load(path, weights_only=False)
+    model.load_state_dict(checkpoint['state_dict'], strict=True)
+assert 'mmkd' not in sys.modules
+"""
+
+
+@pytest.mark.usefixtures('shared_data')
+@pytest.mark.parametrize(
+    ('name', 'options', 'peers', 'losses'),
+    [
+        ('bccd/methods/pkd.py', UNTRAINED, [], ['pkd.loss_pkd']),
+        (
+            'bccd/peers/dml.py',
+            [],
+            ['second'],
+            ['dml.loss_student', 'dml.loss_second'],
+        ),
+    ],
+)
+def test_as_it_is_through_the_training_tool(
+    tmp_path, name, options, peers, losses
+):
+    """All checkpoints are of stock models, for a process without mmkd."""
+    (tmp_path / 'configs').symlink_to(FOLDER)
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'bccd').symlink_to(toy.DATA / 'bccd')
+    job = toy.Job(
+        tmp_path / 'log',
+        'tools/train.py',
+        *(f'configs/{name}', '--work-dir', 'run'),
+        *('--cfg-options', *TWO_STEPS, *options),
+        cwd=tmp_path,
+    )
+    assert job.wait() == 0, job.text()[-3000:]
+    assert all(loss in (tmp_path / 'log').read_text() for loss in losses)
+    networks = ['configs/bccd/gfl_student.py', 'run/epoch_1.pth']
+    for peer in peers:
+        networks += [f'run/{peer}/config.py', f'run/{peer}/epoch_1.pth']
+    loaded = subprocess.run(
+        [sys.executable, '-c', LOAD, *networks],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert loaded.returncode == 0, loaded.stderr[-3000:]

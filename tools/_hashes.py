@@ -6,11 +6,16 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from mmengine.config import Config
+from torch.hub import get_dir
 
 import mmkd
 
+TOOLS = [Path(__file__).with_name(name) for name in ('train.py', 'test.py')]
+"""The programs that train and test."""
 TEXTS = {'.json', '.xml', '.txt', '.csv'}
 
 
@@ -28,8 +33,29 @@ def hash_code(root: Path = Path(mmkd.__file__).parent) -> str:
     return hash_text(json.dumps(files))
 
 
+def hash_tools() -> str:
+    """Of the programs that train and test."""
+    return hash_text(' '.join(map(hash_file, TOOLS)))
+
+
 def is_file(path: str) -> bool:
     return '://' not in path and Path(path).is_file()
+
+
+def local_file(source: str) -> Path | None:
+    """The file of a checkpoint's path or URL; None if there is none (yet).
+
+    A URL's is the one that :func:`mmkd.checkpoint.load_checkpoint_file` has
+    downloaded.
+    """
+    url = urlparse(source)
+    path = Path(source).expanduser()
+    if url.scheme in ('http', 'https'):
+        folder, name = hash_text(source)[:8], Path(url.path).name
+        path = Path(get_dir(), 'checkpoints', folder, name)
+    elif url.scheme == 'file':
+        path = Path(url2pathname(url.path))
+    return path if path.is_file() else None
 
 
 def hash_file(path: Path) -> str:

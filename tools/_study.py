@@ -1,16 +1,26 @@
 """The file of `tools/study.py`: the runs that it describes."""
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from _study_run import STUDENT, Run, Tested
+from _study_grid import (
+    AXES,
+    Row,
+    baselines,
+    check_axes,
+    check_name,
+    check_variants,
+    expand,
+    is_tested,
+)
+from _study_run import STUDENT, Run, Tested, distillation_of, teachers_of
 from mmengine.config import Config
 
+from mmkd.peers import TRAINED_TEACHER
 from mmkd.several_teachers import is_list, is_mean
 from mmkd.teacher_source import load_config
 from mmkd.utils import ConfigError, check_options, nearest
@@ -20,8 +30,10 @@ METRICS = {
     'AP50': 'coco/bbox_mAP_50',
     'AP75': 'coco/bbox_mAP_75',
 }
-STUDY_OPTIONS = ('name', 'work_dir', 'seeds', 'baseline', 'metrics', 'runs')
-RUN_OPTIONS = ('config', 'teacher', 'options', 'seeds')
+STUDY_OPTIONS = (
+    'name', 'work_dir', 'seeds', 'baseline', 'metrics', 'data', 'runs',
+)  # fmt: skip
+RUN_OPTIONS = ('config', 'teacher', 'options', 'seeds', *AXES)
 TESTED_OPTIONS = ('of', 'network', 'ensemble')
 
 
@@ -34,6 +46,8 @@ class Study:
     seeds: list[int]
     baseline: str | None
     metrics: dict[str, str]
+    baselines: dict[str, str] = field(default_factory=dict)
+    """By network, the one that it is compared with: that has its data."""
     runs: list[Run] = field(default_factory=list)
     """By network, then seed; what another needs comes before it."""
 
@@ -78,17 +92,30 @@ def read_study(path: Path) -> Study:
         metrics=read_metrics(content.get('metrics', METRICS), where),
     )
     study.work_dir = study.work_dir.expanduser().resolve()
-    if study.baseline is not None:
-        check_network(study.baseline, networks, f'{where}: baseline')
-    for network, options in networks.items():
-        check_run(f'{where}: runs.{network}', network, options, networks)
-    for network in in_order(networks, where):
-        options, here = networks[network], f'{where}: runs.{network}'
+    rows = read_rows(content, where)
+    study.baselines = baselines(
+        study.baseline, [*rows.values()], networks, f'{where}: baseline'
+    )
+    given = {name: row.options for name, row in rows.items()}
+    for network in in_order(given, where):
+        options, here = given[network], f'{where}: runs.{network}'
         if is_tested(options):
             study.runs += tested_runs(study, network, options, here)
         else:
             study.runs += trained_runs(study, network, options, here)
     return study
+
+
+def read_rows(content: Mapping[str, Any], where: str) -> dict[str, Row]:
+    """What the runs of the file stand for, by name."""
+    networks, data = content['runs'], content.get('data', {})
+    if 'data' in content:
+        check_variants(f'{where}: data', data)
+    for network, options in networks.items():
+        here = f'{where}: runs.{network}'
+        check_name(here, network)
+        check_run(here, options, networks, data)
+    return expand(networks, data, where)
 
 
 def trained_runs(
@@ -180,22 +207,12 @@ def read_metrics(metrics: Any, where: str) -> dict[str, str]:
     return dict(metrics)
 
 
-def check_network(name: str, networks: Mapping[str, Any], where: str) -> None:
-    if name not in networks:
-        raise ConfigError(
-            f'{where} names the run "{name}", which does not exist. '
-            f'{nearest(name, networks)}'
-        )
-
-
 def check_run(
-    where: str, name: str, options: Any, networks: Mapping[str, Any]
+    where: str,
+    options: Any,
+    networks: Mapping[str, Any],
+    data: Mapping[str, Any],
 ) -> None:
-    if not re.fullmatch(r'\w[\w.+-]*', name):
-        raise ConfigError(
-            f'{where}: the name becomes that of a folder; use letters, '
-            'digits, "-", "_", "." and "+".'
-        )
     if is_tested(options):
         check_tested(where, options, networks)
         return
@@ -205,8 +222,13 @@ def check_run(
             f'"of" which it tests a network; got {options!r}.'
         )
     check_options(where, options, RUN_OPTIONS)
-    if 'teacher' in options:
-        check_trained(options['teacher'], networks, f'{where}.teacher')
+    check_axes(where, options, data)
+    for key, names in (
+        ('teacher', [options.get('teacher')]),
+        ('teachers', options.get('teachers', [])),
+    ):
+        for name in names:
+            check_trained(name, networks, f'{where}.{key}')
     if not isinstance(options.get('options', {}), Mapping):
         raise ConfigError(
             f'{where}.options must map keys of the config to values, such as '
@@ -214,14 +236,8 @@ def check_run(
         )
 
 
-def is_tested(options: Any) -> bool:
-    """Whether they describe what is tested, but not trained by itself."""
-    return isinstance(options, Mapping) and 'of' in options
-
-
-def check_trained(name: str, networks: Mapping[str, Any], where: str) -> None:
-    check_network(name, networks, where)
-    if is_tested(networks[name]):
+def check_trained(name: Any, networks: Mapping[str, Any], where: str) -> None:
+    if is_tested(networks.get(name)):
         raise ConfigError(
             f'{where}: "{name}" is not trained by itself, it is of the run '
             f'"{networks[name]["of"]}". Name a run with a config.'
@@ -250,7 +266,7 @@ def read_members(
     options: Mapping[str, Any], config: Config, where: str
 ) -> list[str]:
     """The names of the networks that are tested, together or the one."""
-    peers = list((config.get('distillation') or {}).get('peers') or {})
+    peers = list(distillation_of(config).get('peers') or {})
     if 'network' in options:
         members, known = [options['network']], peers
         where = f'{where}.network'
@@ -305,16 +321,35 @@ def resolve(options: Mapping[str, Any], where: str) -> Config:
     config.merge_from_dict(changes)
     config.pop('work_dir', None)
     if 'teacher' in options:
-        if 'distillation' not in config:
-            raise ConfigError(
-                f'{where} has a teacher, but {options["config"]} has no '
-                '`distillation` to use it.'
-            )
-        teacher = config.distillation.setdefault('teacher', {})
-        if is_list(teacher) or is_mean(teacher):
-            raise ConfigError(
-                f'{where} has a teacher, but {options["config"]} describes '
-                'several teachers. Leave it out, or give a config of one.'
-            )
-        teacher.pop('name', None)
+        make_room_for_teacher(config, options, where)
+    try:
+        teachers_of(config)
+    except ConfigError as error:
+        raise ConfigError(f'{where}: {error}') from error
     return config
+
+
+def make_room_for_teacher(
+    config: Config, options: Mapping[str, Any], where: str
+) -> None:
+    """Keep of a config's one frozen teacher what is not in its run."""
+    if 'distillation' not in config:
+        raise ConfigError(
+            f'{where} has a teacher, but {options["config"]} has no '
+            '`distillation` to use it.'
+        )
+    teacher = config.distillation.get('teacher') or {}
+    if is_list(teacher) or is_mean(teacher):
+        raise ConfigError(
+            f'{where} has a teacher, but {options["config"]} describes '
+            'several teachers. Leave it out, or give a config of one.'
+        )
+    if TRAINED_TEACHER in (distillation_of(config).get('peers') or {}):
+        raise ConfigError(
+            f'{where} has a teacher, but that of {options["config"]} trains '
+            'in the same step (trainable=True): no other run stands in for '
+            'it. Leave it out, or give a config with a frozen teacher.'
+        )
+    about = {} if isinstance(teacher, str) else dict(teacher)
+    about.pop('name', None)
+    config.distillation.teacher = about

@@ -1,19 +1,31 @@
 """A run of `tools/study.py`: its files, its steps, what it depends on."""
 
+import contextlib
 import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from _hashes import hash_code, hash_data, hash_file, hash_text, is_file
+from _hashes import (
+    hash_code,
+    hash_data,
+    hash_file,
+    hash_text,
+    hash_tools,
+    is_file,
+    local_file,
+)
 from _training import fingerprint, read_json, versions, write_json
 from _work_dir import last_checkpoint
 from mmengine.config import Config
 
+from mmkd.checkpoint import CheckpointError, load_checkpoint_file
+from mmkd.peers import with_trained_teacher
 from mmkd.several_teachers import described
-from mmkd.teacher_source import load_config
+from mmkd.teacher_source import find_in_model_index, load_config
 from mmkd.utils import ConfigError
 
 INPUTS = {
@@ -23,11 +35,15 @@ INPUTS = {
     'peers': 'a config or a first checkpoint of its peers',
     'networks': 'a checkpoint of its run',
     'code': 'the code of mmkd',
+    'tools': 'tools/train.py or tools/test.py',
     'packages': 'the installed packages',
+    'libraries': 'ensemble-boxes or scikit-learn',
 }
 """What a result depends on, in words."""
-SOFTWARE = {'code', 'packages'}
+SOFTWARE = {'code', 'tools', 'packages', 'libraries'}
 """Inputs in spite of which --keep-stale keeps a result."""
+LIBRARIES = ('ensemble-boxes', 'scikit-learn')
+"""Packages apart: results of before these were noted stay what they are."""
 STUDENT = 'student'
 """The trained model itself, beside its peers."""
 
@@ -46,12 +62,16 @@ class Step:
         return self.folder / f'{self.name}.txt'
 
     @property
+    def notes(self) -> Path:
+        return self.folder / f'{self.name}.json'
+
+    @property
     def state(self) -> dict[str, Any]:
         """What was noted of it; empty before it was begun."""
-        return read_json(self.folder / f'{self.name}.json')
+        return read_json(self.notes)
 
     def note(self, **changes: Any) -> None:
-        write_json(self.folder / f'{self.name}.json', self.state | {**changes})
+        write_json(self.notes, self.state | {**changes})
 
 
 @dataclass
@@ -94,8 +114,42 @@ class Run:
 
     @property
     def checkpoint(self) -> str | None:
-        """The last one; nothing is selected."""
-        return last_checkpoint(self.folder)
+        """The last one, nothing is selected; None if it is gone."""
+        try:
+            found = last_checkpoint(self.folder)
+        except CheckpointError:  # there are some, but none is whole
+            return None
+        pointer = self.folder / 'last_checkpoint'
+        named = pointer.read_text().strip() if pointer.is_file() else ''
+        if found and named and Path(found).name != Path(named).name:
+            return None  # an earlier one is another network
+        return found
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether only its test is due, if anything."""
+        return self.next_step.name == 'test' and not self.changed()
+
+    @property
+    def lacking(self) -> str:
+        """Why it cannot be run, and what helps; empty if it can."""
+        if self.teacher is None or self.teacher.checkpoint or self.is_trained:
+            return ''
+        return gone(self.teacher)
+
+    def fetch(self) -> None:
+        """Download the teachers: their content is part of the inputs.
+
+        Raises:
+            CheckpointError: If a checkpoint cannot be had.
+        """
+        if self.teacher is not None or self.is_trained:
+            return
+        for about in teachers_of(self.config):
+            source = source_of(about)
+            if source and local_file(source) is None:
+                trust = bool(about.get('trust_checkpoint', False))
+                load_checkpoint_file(source, trust=trust)
 
     @property
     def training(self) -> Step:
@@ -113,7 +167,8 @@ class Run:
 
     @property
     def next_step(self) -> Step:
-        return self.test if 'finished' in self.noted else self.training
+        ended = 'finished' in self.noted and self.checkpoint is not None
+        return self.test if ended else self.training
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -140,9 +195,11 @@ class Run:
             'data': hash_data(self.config),
             'teacher': self.teacher_hash,
             'code': hash_code(),
+            'tools': hash_tools(),
             'packages': hash_text(json.dumps(versions(), sort_keys=True)),
+            'libraries': hash_text(json.dumps(libraries(), sort_keys=True)),
         }
-        if peers := self.config.get('distillation', {}).get('peers'):
+        if peers := distillation_of(self.config).get('peers'):
             found['peers'] = hash_text(
                 ' '.join(map(hash_network, peers.values()))
             )
@@ -150,10 +207,17 @@ class Run:
 
     @property
     def teacher_hash(self) -> str:
-        """SHA-256 of the teacher's checkpoint; empty without teacher."""
+        """SHA-256 of the teachers' checkpoints; empty without teacher.
+
+        One that is not there (any more) is the one that was noted, if any.
+        """
         if self.teacher is not None:
             return self.teacher.checkpoint_hash
-        return ' '.join(map(hash_checkpoint, teachers_of(self.config)))
+        sources = [source_of(about) for about in teachers_of(self.config)]
+        noted = self.noted.get('fingerprint', {}).get('teacher')
+        if noted and any(s and local_file(s) is None for s in sources):
+            return noted
+        return ' '.join(map(hash_source, sources))
 
     @property
     def checkpoint_hash(self) -> str:
@@ -169,9 +233,9 @@ class Run:
         Raises:
             ConfigError: If the folder is not a study's.
         """
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return []
         if not self.noted:
+            if is_empty(self.folder):
+                return []
             raise ConfigError(
                 f'{self.folder} holds files that are not of a study. Move '
                 'them away, or give the study another work_dir.'
@@ -225,6 +289,14 @@ class Tested(Run):
         return self.test
 
     @property
+    def lacking(self) -> str:
+        files = map(self.file_of, self.members)
+        return '' if all(f.is_file() for f in files) else gone(self.source)
+
+    def fetch(self) -> None:
+        """A test needs no teacher."""
+
+    @property
     def noted(self) -> dict[str, Any]:
         return read_json(self.folder / 'test.json')
 
@@ -276,22 +348,70 @@ class Tested(Run):
         config.dump(str(self.config_file))
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing but notes that were not written to the end."""
+    if not folder.exists():
+        return True
+    return all(p.name.endswith('.json.tmp') for p in folder.iterdir())
+
+
+def gone(run: Run) -> str:
+    return (
+        f'a checkpoint of {run.name} is gone or damaged. Bring it back to '
+        f'{run.folder}, or remove that folder to train it again.'
+    )
+
+
+def distillation_of(config: Config) -> Mapping[str, Any]:
+    """What a config says of it; a teacher that trains is a peer."""
+    return with_trained_teacher(config.get('distillation') or {})
+
+
 def teachers_of(config: Config) -> list[dict[str, Any]]:
-    """The descriptions of a config's teachers."""
-    teacher = config.get('distillation', {}).get('teacher')
+    """The descriptions of a config's frozen teachers."""
+    teacher = distillation_of(config).get('teacher')
     networks = described(teacher).values() if teacher else ()
-    return [{'name': n} if isinstance(n, str) else dict(n) for n in networks]
+    return [as_described(network) for network in networks]
 
 
-def hash_network(about: Mapping[str, Any]) -> str:
-    """Of the config, if it is a file, and the checkpoint of a description."""
-    theirs = ''
+def as_described(network: Mapping[str, Any] | str) -> dict[str, Any]:
+    """A network with its config and checkpoint, if it has but a name."""
+    about = {'name': network} if isinstance(network, str) else dict(network)
+    if 'name' in about:
+        about = {**find_in_model_index(about.pop('name')), **about}
+    return about
+
+
+def source_of(about: Mapping[str, Any]) -> str:
+    """The path or URL of a checkpoint; empty if there is none."""
+    return str(about.get('checkpoint') or '')
+
+
+def hash_source(source: str) -> str:
+    """SHA-256 of a checkpoint's file, else of the text that names it."""
+    if not source:
+        return ''
+    file = local_file(source)
+    return hash_file(file) if file else hash_text(source)
+
+
+def hash_network(network: Mapping[str, Any]) -> str:
+    """Of a peer's config, if it is a file, and its first checkpoint.
+
+    A URL counts as text: it is downloaded only when the run has begun.
+    """
+    about, theirs = as_described(network), ''
     if isinstance(about.get('config'), str):
         theirs = fingerprint(load_config(about['config']))
-    return f'{theirs} {hash_checkpoint(about)}'
+    source = source_of(about)
+    if is_file(source):
+        source = hash_file(Path(source))
+    return f'{theirs} {source}'
 
 
-def hash_checkpoint(about: Mapping[str, Any]) -> str:
-    """SHA-256 of a file; a URL names itself."""
-    source = str(about.get('checkpoint') or '')
-    return hash_file(Path(source)) if is_file(source) else source
+def libraries() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

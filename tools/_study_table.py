@@ -8,7 +8,7 @@ from typing import Any
 
 from _report import markdown
 from _study import Study
-from _study_run import INPUTS, Run, Tested
+from _study_run import INPUTS, Run, Tested, libraries
 from _training import now, versions, write_json
 from scipy import stats
 
@@ -88,6 +88,7 @@ def write_table(study: Study) -> str:
             'study': study.name,
             'seeds': study.seeds,
             'baseline': study.baseline,
+            'baselines': study.baselines,
             'metrics': study.metrics,
             'runs': {
                 network: summary(study, rows) for network, rows in done.items()
@@ -100,7 +101,7 @@ def write_table(study: Study) -> str:
             'failed': failed,
             'missing': missing,
             'written': now(),
-            'versions': versions(),
+            'versions': versions() | libraries(),
         },
     )
     return text
@@ -109,14 +110,12 @@ def write_table(study: Study) -> str:
 def paired(
     study: Study, done: Mapping[str, Mapping[int, Any]]
 ) -> dict[str, dict[str, Spread]]:
-    """Per network and metric, its gain over the baseline's same seeds."""
-    if study.baseline is None:
-        return {}
-    base = done[study.baseline]
+    """Per network and metric, its gain over its baseline's same seeds."""
     gains = {}
     for network, rows in done.items():
+        base = done.get(study.baselines.get(network, ''), {})
         seeds = [seed for seed in rows if seed in base]
-        if seeds and network != study.baseline:
+        if seeds and base is not rows:
             gains[network] = {
                 name: gain(
                     [rows[seed]['metrics'][key] for seed in seeds],
@@ -159,8 +158,12 @@ def results_table(
                 cells.append(f'{statistics.fmean(times):.1f}')
             cells.append(f'{max(r["memory_mib"] for r in values):.0f}')
             teachers = [r['inputs']['teacher'] for r in values]
-            # A hash as in names of checkpoints; a URL names itself.
-            shown = [t.rpartition('/')[2][:8] for t in teachers if t]
+            # As in names of checkpoints; a run may have several teachers.
+            shown = [
+                ' '.join(part[:8] for part in hashes.split())
+                for hashes in teachers
+                if hashes
+            ]
             cells.append(', '.join(shown))
         names = {run.name for run in study.of(network)}
         mark = ' (stale)' if names & stale.keys() else ''
@@ -212,10 +215,12 @@ def remarks(study: Study) -> str:
         )
     if study.baseline is None:
         return text
+    several = len({*study.baselines.values()}) > 1
     return (
-        f'{text} Gains: differences between runs of the same seed; p of a '
-        'two-sided paired t-test, not corrected for the number of '
-        'comparisons, and absent where it is not defined.'
+        f'{text} Gains: differences between runs of the same seed'
+        f'{" and data" if several else ""}; p of a two-sided paired t-test, '
+        'not corrected for the number of comparisons, and absent where it is '
+        'not defined.'
     )
 
 

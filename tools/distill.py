@@ -1,7 +1,8 @@
 r"""Distil one detector into another: config, examination, training.
 
-Writes a short config that you can keep and edit, examines it
-(tools/doctor.py), and trains (tools/train.py) if nothing is wrong.
+Writes a config that you can keep and edit, with every option of the method
+(as published for such a student, where it is), examines it (tools/doctor.py),
+and trains (tools/train.py) if nothing is wrong.
 
 Examples:
     python tools/distill.py --method pkd \

@@ -14,6 +14,32 @@ stops a study; run again, it continues, and what is done is not done again
 unless its config, data, teacher, peers, the code of mmkd or the installed
 packages have changed. Writes table.md and table.json to the work dir; the
 exit status is 1 if a run has failed.
+
+A grid: a run with ``each`` (named options), ``teachers`` or ``data`` (named
+options of the study, for all runs) is a row for each combination.
+
+    baseline: student
+    data:
+      bccd:  # as in the configs
+      voc: {train_dataloader.dataset.data_root: data/voc/}
+    runs:
+      big: {config: big.py}
+      huge: {config: huge.py}
+      student: {config: student.py}
+      kd:
+        config: kd.py
+        teachers: [big, huge]
+        each:
+          warm: {distillation.methods.kd.temperature: 1.0}
+          hot: {distillation.methods.kd.temperature: 4.0}
+
+These are big-bccd, big-voc, huge-bccd, ..., kd-warm-big-bccd, ...,
+kd-hot-huge-voc: 14 rows, each with all seeds. A row's teacher and the row
+that it is compared with are those with its data. ``of: kd`` tests a network
+of each of its rows; ``of``, ``teacher`` and ``baseline`` take the name of
+one row, too. A run's own ``data`` are the data that it is for, with further
+options. Where options meet, those in ``each`` win over those of the run's
+data, these over those of the study's data and of the run.
 """
 
 import argparse
@@ -30,7 +56,8 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 from _study import Study, read_study
-from _study_run import INPUTS, SOFTWARE, Run, Step, Tested
+from _study_cost import cost_of, note_begun, note_lost_time, note_running
+from _study_run import INPUTS, SOFTWARE, Run, Tested, libraries
 from _study_table import write_table
 from _training import (
     ROOT,
@@ -47,10 +74,10 @@ from _training import (
 )
 
 from mmkd.checkpoint import CheckpointError
-from mmkd.logs import complete_rows
 from mmkd.utils import ConfigError
 
-COST = ('training_seconds', 'training_cpu_seconds', 'memory_mib', 'memory_of')
+REMOVED = '.removed-'
+"""Begins the names of folders that are being removed."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -90,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell_plan(study, args.keep_stale)
             return 0
         with locked(study.work_dir) as lock:
+            remove_leftovers(study.work_dir)
             tell_plan(study, args.keep_stale)
             try:
                 execute(study, args.jobs, lock, args.keep_stale)
@@ -118,11 +146,16 @@ def status(run: Run, keep_stale: bool) -> str:
     changed = run.changed()
     if changed and keep_stale and run.result and SOFTWARE.issuperset(changed):
         return f'done, but stale and kept: {in_words(changed)} changed'
+    if run.result and not changed:
+        return 'done'
+    text = why_due(run, changed)
+    return f'{text}, but {run.lacking}' if run.lacking else text
+
+
+def why_due(run: Run, changed: Sequence[str]) -> str:
     if changed:
         what = 'stale' if run.result else 'begun anew'
         return f'{what}: {in_words(changed)} changed'
-    if run.result:
-        return 'done'
     if isinstance(run, Tested):
         return 'is to be tested'
     return 'is continued' if run.noted else 'is to be trained'
@@ -174,12 +207,15 @@ def execute(study: Study, jobs: int, lock: int, keep_stale: bool) -> None:
                     progress.tell(run.name, 'failed')
             time.sleep(0.2)
             for run, training in list(running):
+                step = training.network
                 if training.ended():
                     running.remove((run, training))
                     conclude(run, training, study)
                     if not run.failure and not run.result:
                         start(run, running, lock)
-                progress.tell(run.name, describe(run, study))
+                else:
+                    note_running(step, training)
+                progress.tell(run.name, describe(run, step.name, study))
     finally:
         stop([training for _, training in running])
 
@@ -200,8 +236,11 @@ def prepare(run: Run, keep_stale: bool) -> bool:
             return False
         if is_done(status(run, keep_stale)):
             return False
+        if run.lacking:
+            raise ConfigError(f'not run: {run.lacking}')
+        run.fetch()
         if run.changed():
-            shutil.rmtree(run.folder)
+            remove(run.folder)
         else:
             note_lost_time(run.next_step)
         run.write_config()
@@ -210,13 +249,17 @@ def prepare(run: Run, keep_stale: bool) -> bool:
     return not run.failure
 
 
-def note_lost_time(step: Step) -> None:
-    """Count the time of a step whose study was killed as well."""
-    noted = step.state
-    if noted.get('begun') is not None:
-        lost = max(step.log.stat().st_mtime - noted['begun'], 0)
-        wall = noted.get('wall_seconds', 0) + lost
-        step.note(wall_seconds=round(wall, 1), begun=None)
+def remove(folder: Path) -> None:
+    """A folder whose removal is broken off is no run's any more."""
+    aside = folder.with_name(f'{REMOVED}{folder.name}')
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def remove_leftovers(work_dir: Path) -> None:
+    """Of removals that were broken off."""
+    for folder in work_dir.glob(f'{REMOVED}*'):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def start(run: Run, running: list[tuple[Run, Training]], lock: int) -> None:
@@ -224,7 +267,7 @@ def start(run: Run, running: list[tuple[Run, Training]], lock: int) -> None:
     if step.name == 'test':
         shutil.rmtree(run.folder / 'test', ignore_errors=True)
     step.folder.mkdir(parents=True, exist_ok=True)
-    step.note(begun=time.time())
+    note_begun(step)
     running.append((run, Training.start(step, lock)))
 
 
@@ -264,39 +307,14 @@ def write_result(run: Run, study: Study, log: Path) -> None:
         'test_seconds': test['wall_seconds'],
         'checkpoint': run.checkpoint_hash,
         'inputs': run.noted['fingerprint'],
-        'versions': versions(),
+        'versions': versions() | libraries(),
         'finished': now(),
     }
     write_json(run.folder / 'result.json', result)
 
 
-def cost_of(run: Run) -> dict[str, float | str]:
-    """Of the training, which may be that of the run it is of."""
-    if isinstance(run, Tested):
-        theirs = run.source.result
-        return {'trained_in': run.source.name} | {k: theirs[k] for k in COST}
-    return {
-        'training_seconds': run.noted['wall_seconds'],
-        'training_cpu_seconds': run.noted['cpu_seconds'],
-        **memory_of(run),
-    }
-
-
-def memory_of(run: Run) -> dict[str, float | str]:
-    """Peak of the training: the GPU's, as logged, else the process's."""
-    logged = [
-        row['memory']
-        for path in run.folder.glob('2*/vis_data/scalars.json')
-        for row in complete_rows(path)
-        if 'memory' in row
-    ]
-    if logged:
-        return {'memory_mib': max(logged), 'memory_of': 'GPU'}
-    return {'memory_mib': run.noted['peak_mib'], 'memory_of': 'process'}
-
-
-def describe(run: Run, study: Study) -> str:
-    """What to tell of a run in one line."""
+def describe(run: Run, step: str, study: Study) -> str:
+    """What to tell of a run, at the step of this name, in one line."""
     if run.failure:
         return 'failed'
     if result := run.result:
@@ -304,7 +322,7 @@ def describe(run: Run, study: Study) -> str:
             f'{name} {100 * result["metrics"][key]:.1f}'
             for name, key in study.metrics.items()
         )
-    if run.next_step.name == 'test':
+    if step == 'test':
         return 'is tested'
     epochs = run.config.train_cfg.get('max_epochs')
     text = ''

@@ -18,6 +18,7 @@ from mmkd.teacher import Teacher
 from mmkd.teacher_view import ClassMap
 from mmkd.utils import isolated_random_state
 
+from .losses import trained_parts
 from .patient import SEED, Patient, cloned, steers
 from .report import some
 
@@ -161,7 +162,7 @@ def check_padding(patient: Patient) -> None:
         _overwrite, inputs.shape[-1], max(padded[1], sample.img_shape[1])
     )
     recording.change(overwrite)
-    judged = []
+    judged, depends = [], False
     for name in recording.methods:
         before = {k: v for k, v in clean.items() if _of(k) == name}
         with _normalising(patient) as fired:
@@ -175,12 +176,13 @@ def check_padding(patient: Patient) -> None:
             continue
         judged.append(name)
         if changed:
+            depends = True
             patient.report.find(
                 f'{some(changed)}: what lies on the padding changes the '
                 'loss, so it depends on which images share a batch. Leave '
                 'positions on padding out of sums, means and softmax.'
             )
-    if judged and not patient.report.findings:
+    if judged and not depends:
         patient.report.say(SECTION, 'padding changes no loss')
 
 
@@ -322,26 +324,25 @@ def check_half_precision(patient: Patient) -> None:
     """No loss is NaN or infinite in half precision, nor a gradient NaN."""
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix('torch.')
+        where = ''
         if _plain_runs(patient, dtype):
             broken = _broken_step(patient, dtype)
-            how = f'{name}: all losses are finite'
-        elif patient.distiller.teacher is not None:
+        else:
             # MMCV's operators on the CPU, for instance.
             broken = _broken_recording(patient, dtype)
-            how = (
-                f'{name}: all losses are finite (of halved outputs; the '
-                f'plain step cannot run in it on {patient.device.type})'
-            )
-        else:
-            continue
-        if broken:
+            where = f'the plain step cannot run in it on {patient.device.type}'
+        if broken is None:
+            patient.report.say(SECTION, f'{name}: not judged, {where}')
+        elif broken:
             patient.report.find(
                 f'{some(broken)}: NaN or infinite in {name}. Compute sums, '
                 'squares, exponentials and divisions of the method in '
                 'float32 (.float()).'
             )
         else:
-            patient.report.say(SECTION, how)
+            how = 'all losses are finite, no gradient is NaN'
+            how += f' (of halved outputs; {where})' if where else ''
+            patient.report.say(SECTION, f'{name}: {how}')
 
 
 def _plain_runs(patient: Patient, dtype: torch.dtype) -> bool:
@@ -354,24 +355,37 @@ def _plain_runs(patient: Patient, dtype: torch.dtype) -> bool:
     return bool(step.total.isfinite())
 
 
-def _broken_step(patient: Patient, dtype: torch.dtype) -> list[str]:
+def _broken_step(patient: Patient, dtype: torch.dtype) -> list[str] | None:
     with torch.autocast(patient.device.type, dtype):
         step = patient.distilled_step()
-    parameters = student_parameters(patient.student)
-    broken = []
-    for losses in step.distilled.values():
-        for name, loss in losses.items():
-            gradients = gradient([loss], parameters)
-            nan = any(g is not None and g.isnan().any() for g in gradients)
-            if nan or not loss.isfinite():
-                broken.append(name)
-    return broken
+    losses = {k: v for d in step.distilled.values() for k, v in d.items()}
+    return _broken(patient, losses)
 
 
-def _broken_recording(patient: Patient, dtype: torch.dtype) -> list[str]:
+def _broken_recording(
+    patient: Patient, dtype: torch.dtype
+) -> list[str] | None:
+    """As of a step, on halved outputs; None where no method can be judged."""
+    if patient.distiller.teacher is None:
+        return None
     recording = Recording(patient, patient.inputs, patient.samples)
+    if not recording.methods:
+        return None
     recording.losses()  # computes what the methods read of the teacher
     recording.change(lambda t: t.to(dtype) if t.is_floating_point() else t)
     with torch.autocast(patient.device.type, dtype):
-        losses = recording.losses()
-    return [name for name, loss in losses.items() if not math.isfinite(loss)]
+        losses = recording._losses()
+    return _broken(patient, losses)
+
+
+def _broken(patient: Patient, losses: Mapping[str, Tensor]) -> list[str]:
+    """The losses that are not finite, and those with a NaN gradient."""
+    trained = [p for part in trained_parts(patient).values() for p in part]
+    broken = []
+    for name, loss in losses.items():
+        gradients = gradient([loss], trained)
+        if not loss.isfinite():
+            broken.append(name)
+        elif any(g is not None and g.isnan().any() for g in gradients):
+            broken.append(f'the gradient of {name}')
+    return broken

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,14 +15,16 @@ from mmkd.outputs import intercepted
 from mmkd.several_teachers import described as teacher_descriptions
 from mmkd.teacher import Teacher
 from mmkd.teacher_source import check_class_count, class_names, load_config
+from mmkd.teacher_view import flips, mean_std, pad_value
 from mmkd.utils import ConfigError, isolated_random_state
 
 from .patient import Patient
-from .report import Report, some
+from .report import Report, some, table
 from .weights import resolved
 
 PIXEL_TOLERANCE = 1e-2
 """Of normalised values: far above rounding, far below a wrong mean."""
+DIVISOR = 'pad divisor'
 
 
 def check_precision(runner: Any, images: int, report: Report) -> None:
@@ -156,6 +158,7 @@ def watched(patient: Patient) -> Iterator[None]:
             record = functools.partial(_record, model, seen[name])
             stack.enter_context(intercepted(model.backbone, 'forward', record))
         yield
+    _describe_pixels(patient, {n: [x for x, _ in s] for n, s in seen.items()})
     for name, model in patient.networks.items():
         if not seen[name]:
             patient.report.find(
@@ -188,6 +191,47 @@ def _record(
     seen.append((inputs.detach().clone(), modes))
 
 
+def _describe_pixels(
+    patient: Patient, seen: Mapping[str, Sequence[Tensor]]
+) -> None:
+    """How each network wants its pixels, and what it was given."""
+    ours = preprocessing(patient.student)
+    rows = [['network', *ours, 'its batch']]
+    rows.append(['student', *ours.values(), '-'])
+    for name, model in patient.networks.items():
+        theirs = preprocessing(model)
+        given = _given(patient.inputs, seen[name])
+        if seen[name] and theirs[DIVISOR] != ours[DIVISOR]:
+            # The size is the batch's; only what is in it is converted.
+            given += f', padded to multiples of {ours[DIVISOR]}'
+        rows.append([name, *theirs.values(), given])
+    patient.report.say('Pixels', *table(rows))
+
+
+def preprocessing(model: Any) -> dict[str, str]:
+    """What a network's data preprocessor does with images, in words."""
+    preprocessor = model.data_preprocessor
+    mean, std = (
+        ' '.join(f'{v:.6g}' for v in values.tolist())
+        for values in mean_std(preprocessor)
+    )
+    return {
+        'mean': mean,
+        'std': std,
+        'channels': 'RGB' if flips(preprocessor) else 'BGR',
+        'pad value': f'{pad_value(preprocessor):g}',
+        DIVISOR: str(getattr(preprocessor, 'pad_size_divisor', 1)),
+    }
+
+
+def _given(ours: Tensor, seen: Sequence[Tensor]) -> str:
+    """What became of the student's batch before a network saw it."""
+    if not seen:
+        return 'none, it never ran'
+    same = all(x.shape == ours.shape and x.equal(ours.to(x)) for x in seen)
+    return "the student's, as it is" if same else 'converted'
+
+
 def _check_pixels(
     patient: Patient, name: str, model: Any, seen: list[Tensor]
 ) -> None:
@@ -200,14 +244,6 @@ def _check_pixels(
         for a, b in zip(expected.shape[2:], ours.shape[2:], strict=True)
     )
     expected = expected[..., :height, :width]
-    equal = expected.shape == ours[..., :height, :width].shape and _close(
-        expected, ours[..., :height, :width]
-    )
-    patient.report.say(
-        'Pixels',
-        f'{name:<9} sees '
-        + ("the student's batch" if equal else 'it normalised in its own way'),
-    )
     for inputs in seen:
         if inputs.shape != ours.shape:
             patient.report.say(

@@ -2,9 +2,10 @@
 
 import contextlib
 import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from mmkd.checkpoint import ATTACHED
 from mmkd.hooks.telemetry import gradient
+from mmkd.methods import CrossKD
+from mmkd.methods.feature_base import FeatureMethod
 from mmkd.outputs import Outputs, TapError, intercepted
-from mmkd.several_teachers import views_of
+from mmkd.several_teachers import FromEach
 
 from .patient import Patient, Step, cloned, own_state
 from .report import some, table
@@ -25,32 +28,29 @@ ROUNDS = 3
 
 # ---------------------------------------------------------------------- taps
 
+COLUMNS = (
+    *('method', 'network', 'tap', 'level'),
+    *('channels', 'size', 'stride', 'adapter'),
+)
+
 
 def describe_taps(patient: Patient) -> None:
-    """A row for each tapped module: what it gives, and who reads it."""
+    """A row for each level of a tapped module, with the layer behind it."""
     calls: dict[str, tuple] = {}
+    methods = _single_methods(patient)
     with ExitStack() as stack:
-        for name, method in patient.distiller.methods.items():
+        for name, method in methods.items():
             record = functools.partial(_keep, calls, name)
             stack.enter_context(intercepted(method, 'forward', record))
         patient.distilled_step()
-    rows = [['method', 'network', 'tap', 'channels', 'size', 'stride']]
-    methods: dict[str, Any] = dict(patient.distiller.methods.items())
-    for name, (student, teacher) in calls.items():
-        method = methods[name]
-        paths = [*method.student_paths]
-        for path in paths or student._fired:
-            read = functools.partial(student.features, path)
-            rows.append([name, 'student', path, *_shape(read, patient)])
-        views = {} if teacher is None else views_of(teacher)
-        for role, view in views.items():
-            for number, path in enumerate(method.teacher_paths):
-                beside = paths[number] if number < len(paths) else None
-                read = functools.partial(view.features, path, student, beside)
-                rows.append([name, role, path, *_shape(read, patient)])
-    if len(rows) > 1:
-        patient.report.say('Taps', *table(rows))
-    for name, method in methods.items():
+    rows = [
+        [name, *row]
+        for name, (student, teacher) in calls.items()
+        for row in _rows(methods[name], student, teacher, patient)
+    ]
+    if rows:
+        patient.report.say('Taps', *table([COLUMNS, *rows]))
+    for name, method in patient.distiller.methods.items():
         layers = [m for m in method.modules() if own_parameters(m)]
         if layers:
             kinds = [type(layer).__name__ for layer in layers]
@@ -58,6 +58,18 @@ def describe_taps(patient: Patient) -> None:
             count = sum(p.numel() for p in method.parameters())
             text = f'{name} trains {", ".join(parts)}: {count} parameters'
             patient.report.say('Taps', text)
+
+
+def _single_methods(patient: Patient) -> dict[str, Any]:
+    """The methods, those of several teachers one by one."""
+    methods: dict[str, Any] = {}
+    for name, method in patient.distiller.methods.items():
+        if isinstance(method, FromEach):
+            for label, each in method.of_teacher.items():
+                methods[f'{name}, teacher_{label}'] = each
+        else:
+            methods[name] = method
+    return methods
 
 
 def _keep(
@@ -76,23 +88,122 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters(recurse=False))
 
 
-def _shape(
-    read: Callable[[], tuple[Tensor, ...]], patient: Patient
-) -> list[str]:
-    """Channels, sizes and strides of what a module gave."""
+def _rows(
+    method: Any, student: Outputs, teacher: Any, patient: Patient
+) -> Iterator[list[str]]:
+    """The rows of one method, without its name."""
+    width = patient.inputs.shape[-1]
+    paths = [*dict.fromkeys(method.student_paths)]
+    if not paths:
+        for path in student._fired:
+            shape = _shape(student.features(path), width)
+            yield ['student', path, 'all', *shape, '-']
+    between = adapters(method, student, teacher)
+    for path in paths:
+        read = functools.partial(student.features, path)
+        for level, shape in _levels(read, width):
+            text = between.get((path, level), '-')
+            yield ['student', path, level, *shape, text]
+    for number, path in enumerate(method.teacher_paths):
+        beside = paths[number] if number < len(paths) else None
+        read = functools.partial(teacher.features, path, student, beside)
+        for level, shape in _levels(read, width):
+            yield ['teacher', path, level, *shape, '-']
+    for (name, peer), path in itertools.product(
+        student.peers.items(), method.peer_paths
+    ):
+        for level, shape in _levels(
+            functools.partial(peer.features, path), width
+        ):
+            yield [name, path, level, *shape, '-']
+
+
+def _levels(
+    read: Callable[[], tuple[Tensor, ...]], width: int
+) -> list[tuple[str, list[str]]]:
+    """Number and shape of each level that a module gave."""
     try:
         features = read()
     except TapError:
-        return ['did not run', '-', '-']
+        return [('-', ['did not run', '-', '-'])]
+    return [(str(i), _shape([f], width)) for i, f in enumerate(features)]
+
+
+def _shape(features: Sequence[Tensor], width: int) -> list[str]:
+    """Channels, sizes and strides of features of images ``width`` wide."""
     maps = [f for f in features if f.dim() == 4]
     if not maps:
         shapes = [str(tuple(f.shape)) for f in features]
         return [some(shapes), '-', '-']
     channels = dict.fromkeys(str(m.shape[1]) for m in maps)
     sizes = dict.fromkeys(f'{m.shape[2]}x{m.shape[3]}' for m in maps)
-    width = patient.inputs.shape[-1]
     strides = dict.fromkeys(f'{width / m.shape[3]:.3g}' for m in maps)
     return [' '.join(channels), ' '.join(sizes), ' '.join(strides)]
+
+
+def adapters(
+    method: Any, student: Outputs, teacher: Any
+) -> dict[tuple[str, str], str]:
+    """What a method has between a student's level and the teacher's.
+
+    Returns:
+        Path and level of the student's to the layer, in words.
+    """
+    method = getattr(method, 'hint', None) or method
+    if isinstance(method, CrossKD):
+        heads = (student.model.bbox_head, teacher.model.bbox_head)
+        found = {}
+        for branch, layer in method.adapters.items():
+            ours, theirs = (method._path(head, branch) for head in heads)
+            pairs = zip(
+                student.features(ours),
+                teacher.features(theirs, student),
+                strict=True,
+            )
+            for level, (s, t) in enumerate(pairs):
+                found[ours, str(level)] = _in_words(layer, s, t)
+        return found
+    return (
+        _level_adapters(method, student, teacher)
+        if isinstance(method, FeatureMethod)
+        else {}
+    )
+
+
+def _level_adapters(
+    method: Any, student: Outputs, teacher: Any
+) -> dict[tuple[str, str], str]:
+    path = method.source
+    ours = student.features(path)
+    theirs = teacher.features(method.teacher_source, student, path)
+    layers = method.adapters
+    if not method.adaptable:
+        own = [m for k, m in method.named_children() if k != 'adapters']
+        layers = next((m for m in own if len(m) == len(layers)), layers)
+    found = {(path, str(level)): 'not used' for level in range(len(ours))}
+    for level, other, layer in zip(
+        method.levels or range(len(ours)),
+        method.teacher_levels or range(len(theirs)),
+        layers,
+        strict=True,
+    ):
+        text = _in_words(layer, ours[level], theirs[other])
+        if level != other:
+            text += f", to the teacher's level {other}"
+        found[path, str(level)] = text
+    return found
+
+
+def _in_words(layer: nn.Module, student: Tensor, teacher: Tensor) -> str:
+    """A layer between two features, and whether the sizes differ."""
+    text = 'identity'
+    if not isinstance(layer, nn.Identity):
+        widths = f'{student.shape[1]} -> {teacher.shape[1]}'
+        text = f'{type(layer).__name__} {widths}'
+    size = teacher.shape[2:]
+    if student.shape[2:] != size:
+        text += f', resized to {"x".join(map(str, size))}'
+    return text
 
 
 # --------------------------------------------------------------- zero weight

@@ -65,6 +65,16 @@ class Overflows(OnNeck):
 
 
 @METHODS.register_module()
+class NaNGradient(OnNeck):
+    """In float16 the summand is 0, whose root has an infinite slope."""
+
+    def compare(self, student, teacher):
+        nothing = student[..., :1] - student[..., :1].detach()
+        root = (nothing * nothing + 1e-12).sqrt()
+        return super().compare(student, teacher) + root.mean()
+
+
+@METHODS.register_module()
 class Explodes(OnNeck):
     def compare(self, student, teacher):
         return 1e6 * super().compare(student, teacher)

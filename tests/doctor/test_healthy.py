@@ -77,6 +77,7 @@ def prepared(name, folder):
     if cfg.distillation.get('teacher'):
         teachers = [
             saved(described, name, folder / f'{number}.pth')
+            | test_configs.trainable(described)
             for number, described in enumerate(test_configs.all_described(cfg))
         ]
         several = isinstance(cfg.distillation.teacher, list)

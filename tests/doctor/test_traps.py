@@ -1,13 +1,15 @@
 """Every known trap is found, and named."""
 
 import copy
+import re
 
 import faults
 import pytest
 import torch
 import toy
 
-from mmkd.doctor import diagnose
+from mmkd.doctor import conditions, diagnose, examination, weights
+from mmkd.doctor.report import Report
 
 pytestmark = pytest.mark.usefixtures('shared_data')
 CLASSES = toy.stock_classes()[:8]
@@ -85,6 +87,26 @@ def test_a_broken_method(tmp_path, method, expected):
     assert_matches(expected, found)
 
 
+@pytest.mark.parametrize('plain_runs', [True, False])
+def test_a_gradient_that_is_nan_in_half_precision(
+    tmp_path, monkeypatch, plain_runs
+):
+    """In a real step, and where only outputs can be halved."""
+    examine_only(monkeypatch, 'check_half_precision')
+    monkeypatch.setattr(conditions, '_plain_runs', lambda *_: plain_runs)
+    found = findings(config(tmp_path, 'NaNGradient'))
+    assert 'the gradient of kd.loss_neck: NaN or infinite in float16' in found
+
+
+def test_padding_is_judged_whatever_else_is_wrong(tmp_path, monkeypatch):
+    examine_only(monkeypatch, 'check_loaded', 'check_padding')
+    cfg = config(tmp_path)
+    cfg.distillation.teacher.checkpoint = None
+    report = diagnose(cfg)
+    assert len(report.findings) == 1
+    assert 'padding changes no loss' in report.sections['Conditions']
+
+
 def assert_matches(pattern, text):
     with pytest.raises(AssertionError, match=pattern):
         raise AssertionError(text)
@@ -128,6 +150,17 @@ class TestStudentInitialisedAgain:
         cfg.runner_type = 'faults.InitialisesStudent'
         assert 'the student was initialised again' in findings(cfg)
 
+    def test_a_pretrained_backbone_without_a_type(self, tmp_path):
+        """As PVT's configs have it."""
+        path = tmp_path / 'backbone.pth'
+        model = torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(2, 2)))
+        torch.save(model.backbone.state_dict(), path)
+        model.backbone.init_cfg = dict(checkpoint=str(path))
+        report = Report()
+        weights._check_pretrained('student', model, model, report)
+        (line,) = report.sections['Weights']
+        assert f'backbone from {path}: 2 of 2 tensors' in line
+
     def test_a_checkpoint_of_another_network(self, tmp_path):
         cfg = config(tmp_path)
         cfg.load_from = str(tmp_path / 'other.pth')
@@ -135,20 +168,136 @@ class TestStudentInitialisedAgain:
         assert 'has taken nothing from load_from' in findings(cfg)
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """Nothing but what describes the networks."""
+    examine_only(monkeypatch)
+
+
+def examine_only(monkeypatch, *checks):
+    """Leave out the other checks of an examination."""
+    for name in vars(examination).copy():
+        if name.startswith('check_') and name not in checks:
+            monkeypatch.setattr(examination, name, lambda *_: None)
+
+
+def cells(line):
+    """Of a row of a table."""
+    return re.split('  +', line)
+
+
+@pytest.mark.usefixtures('short')
+class TestTaps:
+    HEAD = dict(in_channels=16, feat_channels=16)
+
+    def rows(self, cfg):
+        head, *rows = (cells(x) for x in diagnose(cfg).sections['Taps'])
+        assert head[:4] == ['method', 'network', 'tap', 'level']
+        assert head[-1] == 'adapter'
+        return [row for row in rows if len(row) == len(head)]
+
+    def adapters(self, cfg):
+        return self.adapters_in(self.rows(cfg))
+
+    def adapters_in(self, rows):
+        rows = [row for row in rows if row[1] == 'student']
+        assert [row[3] for row in rows] == ['0', '1', '2', '3', '4']
+        return [row[-1] for row in rows]
+
+    def test_none(self, tmp_path):
+        cfg = config(tmp_path)
+        width = str(cfg.model.neck.out_channels)
+        rows = self.rows(cfg)
+        assert self.adapters_in(rows) == ['identity'] * 5
+        assert rows[1] == [
+            *('kd', 'student', 'neck', '1'),
+            *(width, '6x8', '16', 'identity'),
+        ]
+        assert rows[6] == [*('kd', 'teacher', 'neck', '1'), *rows[1][4:7], '-']
+
+    @pytest.mark.parametrize(
+        ('method', 'layer'), [('CWD', 'Conv2d'), ('TaT', 'Embeddings')]
+    )
+    def test_to_another_width(self, tmp_path, method, layer):
+        cfg = config(tmp_path, method)
+        cfg.distillation.teacher = teacher(
+            tmp_path, cfg, neck=dict(out_channels=16), bbox_head=self.HEAD
+        )
+        width = cfg.model.neck.out_channels
+        assert self.adapters(cfg) == [f'{layer} {width} -> 16'] * 5
+
+    def test_to_other_levels(self, tmp_path):
+        levels = dict(levels=[1, 2], teacher_levels=[0, 2])
+        cfg = config(tmp_path, **levels, resize=True)
+        assert self.adapters(cfg) == [
+            'not used',
+            "identity, resized to 12x16, to the teacher's level 0",
+            'identity',
+            'not used',
+            'not used',
+        ]
+
+    def test_of_a_hint_within_a_method(self, tmp_path):
+        cfg = toy.distilled(tmp_path, methods={'frcnn': toy.FRCNN})
+        cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+        width = cfg.model.neck.out_channels
+        assert self.adapters(cfg) == [f'Conv2d {width} -> {width}'] * 5
+
+    def test_of_the_towers_of_a_head(self, tmp_path):
+        cfg = config(tmp_path, 'CrossKD', layer=1)
+        towers = {
+            row[2].split('.')[1]: row[-1]
+            for row in self.rows(cfg)
+            if row[1] == 'student'
+        }
+        assert towers == {'cls_convs': 'identity', 'reg_convs': 'identity'}
+
+    def test_of_several_teachers(self, tmp_path):
+        cfg = config(tmp_path)
+        cfg.distillation.teacher = [cfg.distillation.teacher] * 2
+        rows = self.rows(cfg)
+        assert len(rows) == 20
+        assert {tuple(row[:2]) for row in rows} == {
+            (f'kd, teacher_{label}', network)
+            for label in '12'
+            for network in ('student', 'teacher')
+        }
+
+
 class TestPixels:
     OTHER = dict(mean=[100.0, 110.0, 120.0], std=[1.0, 1.0, 1.0])
 
-    def test_another_normalisation_is_converted(self, tmp_path):
+    def test_another_normalisation_is_converted(self, tmp_path, short):
         cfg = config(tmp_path)
-        described = teacher(
-            tmp_path,
-            cfg,
-            data_preprocessor=dict(**self.OTHER, bgr_to_rgb=False),
+        other = dict(bgr_to_rgb=False, pad_value=7, pad_size_divisor=64)
+        cfg.distillation.teacher = teacher(
+            tmp_path, cfg, data_preprocessor=dict(**self.OTHER, **other)
         )
-        cfg.distillation.teacher = described
         report = diagnose(cfg)
         assert not report.findings
-        assert 'in its own way' in report.sections['Pixels'][0]
+        head, *rows = map(cells, report.sections['Pixels'])
+        assert head == [
+            *('network', 'mean', 'std', 'channels'),
+            *('pad value', 'pad divisor', 'its batch'),
+        ]
+        mean, std = '123.675 116.28 103.53', '58.395 57.12 57.375'
+        given = 'converted, padded to multiples of 32'
+        assert rows == [
+            ['student', mean, std, 'RGB', '0', '32', '-'],
+            ['teacher', '100 110 120', '1 1 1', 'BGR', '7', '64', given],
+        ]
+
+    def test_the_same_is_left_as_it_is(self, tmp_path, short):
+        cfg = config(tmp_path)
+        cfg.distillation.peers = dict(
+            other=dict(config=toy.teacher_config(cfg))
+        )
+        rows = [cells(x) for x in diagnose(cfg).sections['Pixels']]
+        assert [(row[0], row[-1]) for row in rows[1:]] == [
+            ('student', '-'),
+            ('teacher', "the student's, as it is"),
+            ('other', "the student's, as it is"),
+        ]
 
     def test_the_students_normalisation(self, tmp_path):
         cfg = config(tmp_path, runner=faults.SharesPixels)

@@ -1,5 +1,7 @@
 """One command: config, examination, training."""
 
+import copy
+import functools
 import json
 import subprocess
 import sys
@@ -8,21 +10,34 @@ import pytest
 import torch
 import toy
 from _distill import (
+    _model_of,
     config_text,
     find_data,
     find_method,
     methods,
+    options_of,
+    published,
     teacher_options,
 )
 from mmengine.config import Config
 
-from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
+from mmkd.doctor import diagnose
+from mmkd.registry import METHODS, MODELS
+from mmkd.utils import ConfigError, _option_names, build_checked
 
 BCCD = toy.DATA / 'bccd'
 COCO = toy.DATA / 'coco_tiny'
 STUDENT = f'mmdet::{toy.RETINANET}'
 INDEXED = 'retinanet_r101_fpn_2x_coco'
+FASTER = 'faster-rcnn_r101_fpn_2x_coco'
+FCOS = 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+PAIRS = {
+    toy.FASTER_RCNN: FASTER,
+    toy.RETINANET: INDEXED,
+    FCOS: 'fcos_r101-caffe_fpn_gn-head-1x_coco',
+}
+"""Students with RoIs, with anchors and without to teachers."""
+TAUGHT = [name for name, cls in methods().items() if cls.needs == 'teacher']
 
 
 def based_on(base, folder):
@@ -129,11 +144,164 @@ def test_without_data_it_is_the_students_own(tmp_path):
     path.write_text(config_text(STUDENT, {'name': INDEXED}, 'pkd'))
     cfg = Config.fromfile(path)
     stock = based_on(toy.RETINANET, tmp_path)
-    assert cfg.distillation == dict(
-        teacher=dict(name=INDEXED), methods=dict(pkd=dict(type='mmkd.PKD'))
-    )
+    assert cfg.distillation.teacher == dict(name=INDEXED)
+    assert list(cfg.distillation.methods) == ['pkd']
     own = {'runner_type', 'distillation'}
     assert {k: v for k, v in cfg.items() if k not in own} == dict(stock)
+
+
+@functools.cache
+def model_of(**network):
+    return _model_of(network)
+
+
+def options_for(method, student, teacher):
+    """All options of a method, for a student's config and a teacher's name."""
+    name = find_method(method)
+    networks = (model_of(config=student), model_of(name=teacher))
+    return options_of(name, published(name, *networks))
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ('method', 'student', 'expected'),
+        [
+            ('mgd', toy.FASTER_RCNN, dict(mask_ratio=0.45, loss_weight=5e-7)),
+            ('mgd', toy.RETINANET, dict(mask_ratio=0.65, loss_weight=2e-5)),
+            ('mgd', FCOS, dict(mask_ratio=0.65, loss_weight=2e-5)),
+            (
+                'dkd',
+                toy.FASTER_RCNN,
+                dict(alpha=1.0, beta=0.25, temperature=1.0),
+            ),
+            ('dkd', toy.RETINANET, dict(alpha=1.0, beta=8.0, temperature=4.0)),
+            (
+                'fgd',
+                toy.FASTER_RCNN,
+                dict(
+                    temperature=0.5,
+                    foreground_weight=5e-5,
+                    background_weight=2.5e-5,
+                    attention_weight=5e-5,
+                    relation_weight=5e-7,
+                    levels=[0, 1, 2, 3],
+                ),
+            ),
+            (
+                'fgd',
+                FCOS,
+                dict(
+                    temperature=0.8,
+                    foreground_weight=1.6e-3,
+                    background_weight=8e-4,
+                    attention_weight=8e-4,
+                    relation_weight=8e-6,
+                    levels=None,
+                ),
+            ),
+            ('pkd', toy.FASTER_RCNN, dict(levels=[0, 1, 2, 3])),
+            ('pkd', toy.RETINANET, dict(levels=None, loss_weight=6.0)),
+        ],
+    )
+    def test_as_published(self, method, student, expected):
+        options = options_for(method, f'mmdet::{student}', PAIRS[student])
+        assert {key: options[key] for key in expected} == expected
+
+    @pytest.mark.parametrize(
+        ('config', 'method'),
+        [
+            *((f'{n}_retinanet_r50', n) for n in ('cwd', 'dist', 'fgd', 'kd')),
+            *((f'{n}_retinanet_r50', n) for n in ('mgd', 'tat')),
+            *((f'{n}_faster_rcnn_r50', n) for n in ('dkd', 'fbkd', 'pkd')),
+            *((f'{n}_gfl_r50', n) for n in ('crosskd', 'ld')),
+            *((f'{n}_r50', n) for n in ('lad', 'solad')),
+            ('soft_label_r50', 'soft_label'),
+            ('faster_rcnn_kd_r50', 'frcnn'),
+        ],
+    )
+    def test_as_in_the_shipped_config(self, config, method):
+        path = toy.ROOT / f'configs/{config}.py'
+        cfg = Config.fromfile(path).distillation
+        (theirs,) = cfg.methods.values()
+        ours = options_for(method, str(path), cfg.teacher.name)
+        assert same_where_given(theirs.to_dict(), ours)
+
+    @pytest.mark.parametrize('student', PAIRS)
+    def test_every_one_is_there(self, student):
+        for method in TAUGHT:
+            options = options_for(method, f'mmdet::{student}', PAIRS[student])
+            build_checked(METHODS, options, method)
+            check_complete(options)
+
+    @pytest.mark.parametrize('method', ['frcnn', 'fbkd'])
+    def test_they_are_written(self, tmp_path, method):
+        student, teacher = f'mmdet::{toy.FASTER_RCNN}', PAIRS[toy.FASTER_RCNN]
+        path = tmp_path / 'config.py'
+        path.write_text(config_text(student, {'name': teacher}, method))
+        options = options_for(method, student, teacher)
+        assert Config.fromfile(path).distillation.methods == {method: options}
+        assert max(map(len, path.read_text().splitlines())) < 80
+
+    def test_levels_of_a_detector_without_a_neck(self):
+        student = 'mmdet::faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py'
+        options = options_for('mgd', student, FASTER)
+        assert options['levels'] is None
+        assert options['loss_weight'] == 5e-7
+
+    def test_of_a_head_that_only_one_has(self):
+        """The teacher may have no centerness, which CrossKD would refuse."""
+        atss = 'mmdet::atss/atss_r50_fpn_1x_coco.py'
+        both = options_for('crosskd', atss, 'atss_r101_fpn_1x_coco')
+        one = options_for('crosskd', atss, 'gfl_r101_fpn_ms-2x_coco')
+        assert (both['quality_weight'], one['quality_weight']) == (1.0, 0.0)
+
+    @pytest.mark.usefixtures('shared_data')
+    @pytest.mark.parametrize(
+        ('method', 'base'),
+        [
+            ('mgd', toy.FASTER_RCNN),
+            ('frcnn', toy.FASTER_RCNN),
+            ('cwd', FCOS),
+        ],
+    )
+    def test_the_doctor_finds_nothing(self, tmp_path, method, base):
+        student, checkpoint = saved(tmp_path, toy.plain(tmp_path, base))
+        teacher = dict(config=str(student), checkpoint=str(checkpoint))
+        path = tmp_path / 'config.py'
+        path.write_text(config_text(str(student), teacher, method))
+        assert not diagnose(Config.fromfile(path)).findings
+
+
+def same_where_given(given, found):
+    """Whether nested dicts have the same values, except what is not given."""
+    if isinstance(given, dict):
+        return all(same_where_given(v, found[k]) for k, v in given.items())
+    if isinstance(given, list):
+        found = list(found)
+    return given == found
+
+
+def check_complete(options):
+    """Check that nothing that a class can be built with is left out."""
+    name = options['type'].removeprefix('mmkd.')
+    MODELS.import_from_location()
+    cls = {**MODELS.module_dict, **METHODS.module_dict}[name]
+    known = _option_names(cls) - {'self', 'features'}
+    if not getattr(cls, 'adaptable', True):
+        known -= {'adapt'}  # which is refused
+    assert set(options) == known | {'type'}
+    for value in options.values():
+        if isinstance(value, dict) and 'type' in value:
+            check_complete(value)
+
+
+def saved(folder, cfg):
+    """A config as a file, and a checkpoint of such a network."""
+    torch.manual_seed(1)
+    network = toy.detector(copy.deepcopy(cfg.model))
+    checkpoint = folder / 'teacher.pth'
+    torch.save(dict(state_dict=network.state_dict()), checkpoint)
+    return toy.write(cfg, folder / 'student.py'), checkpoint
 
 
 def run(*arguments):
@@ -153,11 +321,7 @@ class TestCommand:
         """A student on a few photos, and a saved teacher of its kind."""
         cfg = toy.plain(folder, toy.RETINANET, images=4)
         cfg.model.bbox_head.stacked_convs = 1
-        student = toy.write(cfg, folder / 'student.py')
-        torch.manual_seed(1)
-        network = toy.detector(cfg.model.to_dict())
-        checkpoint = folder / 'teacher.pth'
-        torch.save(dict(state_dict=network.state_dict()), checkpoint)
+        student, checkpoint = saved(folder, cfg)
         return [
             *('--student', student, '--teacher', student),
             *('--teacher-checkpoint', checkpoint, '--method', 'cwd'),

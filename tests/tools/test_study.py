@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import toy
 import yaml
+from _training import locked
 
 from mmkd.utils import ConfigError
 
@@ -45,7 +46,10 @@ def of_a_run():
 @pytest.fixture(scope='module')
 def configs(tmp_path_factory, shared_data):
     """The folder of two tiny configs: plain.py and distilled.py."""
-    folder = tmp_path_factory.mktemp('configs')
+    return write_configs(tmp_path_factory.mktemp('configs'))
+
+
+def write_configs(folder):
     for name, make in (('plain', toy.plain), ('distilled', toy.distilled)):
         config = make(folder, epochs=2, images=4)
         # A detector of two epochs is sure of nothing.
@@ -248,8 +252,7 @@ def plan(tool, path, capsys, *options):
     """What the tool says of each run."""
     import _hashes
 
-    for cached in (_hashes.hash_path, _hashes.hash_code):
-        cached.cache_clear()
+    _hashes.hash_path.cache_clear()
     capsys.readouterr()
     assert tool.main([str(path), '--dry-run', *options]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -569,9 +572,13 @@ def test_a_failing_run_leaves_the_others(write, code, configs, tmp_path):
     assert cells(output, 'student')[0] == '1'
     assert cells(output, 'broken')[0] == '0'
 
+    with locked(tmp_path / 'study'):  # one at a time in a folder
+        second, output = run(path, code)
+    assert second == 1
+    assert 'another process' in output
+    log.unlink()
     start_again = start(path, code)
-    second, _ = run(path, code)
-    assert second == 1  # one at a time in a folder
+    wait_for(start_again, log)
     start_again.send_signal(signal.SIGTERM)
     start_again.communicate(timeout=60)
     assert start_again.returncode == 143

@@ -162,17 +162,62 @@ def test_a_wrong_row_is_refused(
 def test_the_study_on_bccd_shows_every_network(reading):
     study = reading.read_study(ROOT / 'studies' / 'bccd.yaml')
     rows = {row.network: row for row in study.runs if row.seed == 0}
-    assert rows['online-big'].members == ['big']
-    assert rows['online-big'].source is rows['online']
+    assert rows['online-teacher'].members == ['teacher']
+    assert rows['online-teacher'].source is rows['online']
     assert rows['offline-ensemble'].members == ['student', 'second']
     assert rows['offline'].teacher is rows['teacher']
     several = rows['offline-kd-only'].config.distillation.methods.several
     assert (several.alpha, several.beta) == (1.0, 0.0)
-    several = rows['offline-ml-only'].config.distillation.methods.several
-    assert (several.alpha, several.beta) == (0.0, 1.0)
     assert (
         rows['dcm-heads-only'].config.distillation.methods.dcm.kl_weight == 0
     )
+
+
+# ---------------------------------------------------- a teacher that trains
+
+
+@pytest.fixture
+def taught(together, tmp_path):
+    """The same with a teacher that trains in the same step."""
+    cfg = toy.Config.fromfile(together)
+    shutil.copy(tmp_path / 'second.py', tmp_path / 'big.py')
+    cfg.distillation.teacher = dict(
+        config=str(tmp_path / 'big.py'), trainable=True
+    )
+    return toy.write(cfg, tmp_path / 'taught.py')
+
+
+def test_a_teacher_that_trains_is_a_peer(reading, write, taught, tmp_path):
+    runs = {
+        'dml': {'config': str(taught)},
+        'big': {'of': 'dml', 'network': 'teacher'},
+        'all': {'of': 'dml', 'ensemble': ['student', 'second', 'teacher']},
+    }
+    path = write(runs=runs)
+    trained, together, big = reading.read_study(path).runs
+    assert big.members == ['teacher']
+    assert together.members == ['student', 'second', 'teacher']
+    assert trained.inputs['teacher'] == ''
+    before = trained.inputs['peers']
+    with (tmp_path / 'big.py').open('a') as file:
+        file.write("\nmodel['backbone']['style'] = 'caffe'\n")
+    assert trained.inputs['peers'] != before
+
+
+def test_a_run_cannot_be_a_teacher_that_trains(
+    reading, write, configs, taught
+):
+    runs = {
+        'dml': {'config': str(taught), 'teacher': 'plain'},
+        'plain': {'config': str(configs / 'plain.py')},
+    }
+    message = r'runs.dml has a teacher, but that of .*taught.py trains in the'
+    with pytest.raises(ConfigError, match=message):
+        reading.read_study(write(runs=runs))
+    frozen = {'distillation.teacher.trainable': False}
+    runs['dml']['options'] = frozen
+    study = reading.read_study(write(runs=runs))
+    assert study.of('dml')[0].teacher is study.of('plain')[0]
 
 
 # ---------------------------------------------------------------- staleness
@@ -260,6 +305,21 @@ def test_removed_checkpoints_are_those_that_were(
     for path in reading.read_study(finished).runs[0].folder.rglob('*.pth'):
         path.unlink()
     assert set(plan(tool, finished, capsys).values()) == {'done'}
+
+
+def test_no_row_is_of_a_removed_checkpoint(tool, reading, finished, capsys):
+    """Where the peer's is gone, what needs it says so, and is not run."""
+    trained, both, second = reading.read_study(finished).runs
+    (trained.folder / 'second' / 'epoch_2.pth').unlink()
+    (second.folder / 'result.json').unlink()
+    told = plan(tool, finished, capsys)
+    assert told['dml'] == told['both'] == 'done'
+    gone = 'a checkpoint of dml-seed0 is gone or damaged. Bring it back to '
+    assert f', but {gone}' in told['second']
+    assert not tool.prepare(second, keep_stale=False)
+    assert second.failure.startswith(f'not run: {gone}{trained.folder}')
+    assert not tool.prepare(both, keep_stale=False)
+    assert not both.failure
 
 
 def test_other_members_are_told(
