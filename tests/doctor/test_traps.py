@@ -98,6 +98,17 @@ def test_a_gradient_that_is_nan_in_half_precision(
     assert 'the gradient of kd.loss_neck: NaN or infinite in float16' in found
 
 
+def test_half_precision_that_cannot_be_tried(tmp_path, monkeypatch):
+    """It is not said to be fine."""
+    examine_only(monkeypatch, 'check_half_precision')
+    monkeypatch.setattr(conditions, '_plain_runs', lambda *_: False)
+    cfg = config(tmp_path, 'MutualLearning')
+    cfg.distillation.pop('teacher')
+    cfg.distillation.peers = dict(other=dict(config=toy.teacher_config(cfg)))
+    lines = diagnose(cfg).sections['Conditions']
+    assert lines[0].startswith('float16: not judged, the plain step cannot')
+
+
 def test_padding_is_judged_whatever_else_is_wrong(tmp_path, monkeypatch):
     examine_only(monkeypatch, 'check_loaded', 'check_padding')
     cfg = config(tmp_path)
