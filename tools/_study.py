@@ -17,7 +17,8 @@ from _study_grid import (
     expand,
     is_tested,
 )
-from _study_run import STUDENT, Run, Tested, distillation_of, teachers_of
+from _study_networks import distillation_of, teachers_of
+from _study_run import STUDENT, Run, Tested
 from mmengine.config import Config
 
 from mmkd.peers import TRAINED_TEACHER

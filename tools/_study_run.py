@@ -15,17 +15,21 @@ from _hashes import (
     hash_file,
     hash_text,
     hash_tools,
-    is_file,
     local_file,
+)
+from _study_networks import (
+    distillation_of,
+    hash_network,
+    hash_source,
+    source_of,
+    teachers_of,
 )
 from _training import fingerprint, read_json, versions, write_json
 from _work_dir import last_checkpoint
 from mmengine.config import Config
 
 from mmkd.checkpoint import CheckpointError, load_checkpoint_file
-from mmkd.peers import with_trained_teacher
-from mmkd.several_teachers import described
-from mmkd.teacher_source import find_in_model_index, load_config
+from mmkd.teacher_source import load_config
 from mmkd.utils import ConfigError
 
 INPUTS = {
@@ -360,53 +364,6 @@ def gone(run: Run) -> str:
         f'a checkpoint of {run.name} is gone or damaged. Bring it back to '
         f'{run.folder}, or remove that folder to train it again.'
     )
-
-
-def distillation_of(config: Config) -> Mapping[str, Any]:
-    """What a config says of it; a teacher that trains is a peer."""
-    return with_trained_teacher(config.get('distillation') or {})
-
-
-def teachers_of(config: Config) -> list[dict[str, Any]]:
-    """The descriptions of a config's frozen teachers."""
-    teacher = distillation_of(config).get('teacher')
-    networks = described(teacher).values() if teacher else ()
-    return [as_described(network) for network in networks]
-
-
-def as_described(network: Mapping[str, Any] | str) -> dict[str, Any]:
-    """A network with its config and checkpoint, if it has but a name."""
-    about = {'name': network} if isinstance(network, str) else dict(network)
-    if 'name' in about:
-        about = {**find_in_model_index(about.pop('name')), **about}
-    return about
-
-
-def source_of(about: Mapping[str, Any]) -> str:
-    """The path or URL of a checkpoint; empty if there is none."""
-    return str(about.get('checkpoint') or '')
-
-
-def hash_source(source: str) -> str:
-    """SHA-256 of a checkpoint's file, else of the text that names it."""
-    if not source:
-        return ''
-    file = local_file(source)
-    return hash_file(file) if file else hash_text(source)
-
-
-def hash_network(network: Mapping[str, Any]) -> str:
-    """Of a peer's config, if it is a file, and its first checkpoint.
-
-    A URL counts as text: it is downloaded only when the run has begun.
-    """
-    about, theirs = as_described(network), ''
-    if isinstance(about.get('config'), str):
-        theirs = fingerprint(load_config(about['config']))
-    source = source_of(about)
-    if is_file(source):
-        source = hash_file(Path(source))
-    return f'{theirs} {source}'
 
 
 def libraries() -> dict[str, str]:
