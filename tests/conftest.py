@@ -9,6 +9,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
+import signal
 import socket
 from pathlib import Path
 
@@ -64,3 +65,16 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f'needs the data sets in {path}')
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Take back the handlers of tools that a test has run in this process.
+
+    A process forked with one may miss the signal that is to end it.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    former = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, former, strict=True):
+        signal.signal(number, handler)

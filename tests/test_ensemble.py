@@ -247,7 +247,10 @@ class TestMembersThatDoNotFit:
                 tiny.gfl(bbox_head__anchor_generator__octave_base_scale=4),
                 'anchors differ',
             ),
-            (tiny.gfl(bbox_head__num_classes=5), 'cls_out_channels is 3 a'),
+            (
+                tiny.gfl(bbox_head__num_classes=5),
+                r'numbers of classes, \[3, 5\]',
+            ),
             (
                 tiny.gfl(data_preprocessor__pad_size_divisor=64),
                 'padded to other sizes',

@@ -1,6 +1,7 @@
 """Several teachers as their mean."""
 
 import copy
+import re
 
 import pytest
 import several
@@ -443,5 +444,5 @@ def test_the_doctor_looks_at_each(tmp_path):
     assert not report.findings
     text = report.text()
     assert "teacher_2's order of classes is free" in text
-    assert 'teacher_1 sees' in text
+    assert re.search(r"teacher_1  .* the student's, as it is", text)
     assert 'padding changes no loss' in text

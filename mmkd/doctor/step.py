@@ -98,13 +98,13 @@ def _rows(
         for path in student._fired:
             shape = _shape(student.features(path), width)
             yield ['student', path, 'all', *shape, '-']
-    between = adapters(method, student, teacher)
+    between = adapters(method, student, teacher) if teacher else {}
     for path in paths:
         read = functools.partial(student.features, path)
         for level, shape in _levels(read, width):
             text = between.get((path, level), '-')
             yield ['student', path, level, *shape, text]
-    for number, path in enumerate(method.teacher_paths):
+    for number, path in enumerate(method.teacher_paths if teacher else ()):
         beside = paths[number] if number < len(paths) else None
         read = functools.partial(teacher.features, path, student, beside)
         for level, shape in _levels(read, width):

@@ -342,7 +342,7 @@ def test_a_signal_ends_the_stage_and_the_script(machine):
         '--wheels', 'wheels', HANG='-m pytest'
     )
     process.terminate()
-    text = process.communicate(timeout=60)[0]
+    text = process.communicate(timeout=240)[0]
     assert process.returncode == 128 + signal.SIGTERM
     assert 'interrupted (TERM); another call goes on' in text
     assert has_ended(hanging)
@@ -357,7 +357,7 @@ def test_a_signal_ends_the_stage_and_the_script(machine):
 def test_the_compilation_goes_on_where_it_was_interrupted(machine):
     process, hanging = machine.until_it_hangs(HANG=' wheel ')
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGINT
     assert has_ended(hanging)
     assert machine.statuses == {'environment': 'passed', 'mmcv': 'interrupted'}
@@ -366,7 +366,7 @@ def test_the_compilation_goes_on_where_it_was_interrupted(machine):
     (machine.stubs / 'hangs').unlink()
     process, _ = machine.until_it_hangs(FAIL=' download ', HANG='-m pytest')
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert machine.statuses['mmcv'] == 'passed'
 
 
