@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .checkpoint import CheckpointError
 from .dense_checks import check_same_priors
-from .outputs import box_heads, replaced
+from .outputs import class_count, replaced
 from .registry import MODELS
 from .teacher_source import build_trained, class_names, load_config
 from .two_stage import same_coder
@@ -232,18 +232,13 @@ def _build(members: Sequence[Mapping[str, Any] | nn.Module]) -> list[Any]:
                 f'member on {names[0]}. Give members of the same classes in '
                 'the same order.'
             )
-    counts = [_class_count(model) for model in models]
+    counts = [class_count(model) for model in models]
     if len(set(counts)) > 1:
         raise ConfigError(
             'EnsembleDetector: the members detect other numbers of classes, '
             f'{counts}. Give members of the same classes.'
         )
     return models
-
-
-def _class_count(model: Any) -> int | None:
-    heads = box_heads(model) or [getattr(model, 'bbox_head', None)]
-    return getattr(heads[0], 'num_classes', None)
 
 
 def _load(

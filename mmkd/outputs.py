@@ -109,6 +109,12 @@ def box_heads(model: nn.Module) -> list[Any]:
     return list(heads) if isinstance(heads, nn.ModuleList) else [heads]
 
 
+def class_count(model: Any) -> int | None:
+    """The number of classes of a detector's first box head, if any."""
+    heads = box_heads(model) or [getattr(model, 'bbox_head', None)]
+    return getattr(heads[0], 'num_classes', None)
+
+
 def stage_of(model: nn.Module, path: str) -> int | None:
     """The cascade's stage that the module at ``path`` belongs to, if any.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .class_logits import ClassLogits, check_class_logits, class_logits
-from .outputs import BoxSample, Outputs, box_heads
+from .outputs import BoxSample, Outputs, box_heads, class_count
 from .teacher_view import ClassMap
 from .utils import ConfigError
 
@@ -35,7 +35,7 @@ class PeerView:
     def __init__(self, outputs: Outputs, *, learns: bool) -> None:
         self.model = outputs.model
         self.cache = outputs.cache
-        self.class_map = _same_classes(_class_count(self.model))
+        self.class_map = _same_classes(class_count(self.model) or 0)
         self._outputs, self._learns = outputs, learns
         self._roi_scores: dict[int, tuple[BoxSample, Any]] = {}
 
@@ -173,7 +173,7 @@ def check_mutual(networks: Mapping[str, Outputs], method: str) -> None:
 
 def _check_counts(ours: Any, theirs: Any) -> None:
     for what, count in (
-        ('classes', _class_count),
+        ('classes', class_count),
         ('stages of RoI heads', lambda model: len(box_heads(model))),
     ):
         if count(ours) != count(theirs):
@@ -181,8 +181,3 @@ def _check_counts(ours: Any, theirs: Any) -> None:
                 f'The student has {count(ours)} {what}, the teacher '
                 f'{count(theirs)}; give both as many.'
             )
-
-
-def _class_count(model: Any) -> int:
-    heads = box_heads(model) or [model.bbox_head]
-    return heads[0].num_classes

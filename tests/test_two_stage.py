@@ -119,15 +119,7 @@ def test_classifiers_with_logits_of_their_own_are_refused():
 
 def test_heads_with_targets_of_their_own_are_refused():
     model = FRCNN()
-    model.roi_head.bbox_head = dict(
-        tiny.stock(
-            'sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py'
-        ).roi_head.bbox_head,
-        cls_in_channels=16,
-        reg_in_channels=16,
-        cls_out_channels=16,
-        num_classes=3,
-    )
+    model.roi_head.bbox_head = tiny.sabl_head()
     with pytest.raises(
         ConfigError,
         match=r'SABLHead has targets other than labels and deltas; bounded=No',

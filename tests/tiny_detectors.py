@@ -103,6 +103,18 @@ def double_head(**changes):
     )
 
 
+def sabl_head():
+    """A RoI box head whose targets are no deltas."""
+    name = 'sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py'
+    return dict(
+        stock(name).roi_head.bbox_head,
+        cls_in_channels=16,
+        reg_in_channels=16,
+        cls_out_channels=16,
+        num_classes=3,
+    )
+
+
 def c4(**changes):
     """Config of Faster R-CNN without FPN, with a shared RoI layer.
 

@@ -524,15 +524,7 @@ def test_only_what_is_distilled_has_to_fit():
         prepare(guided, guided)
     prepare(guided, guided, rpn=False)
     sabl = FRCNN()
-    sabl.roi_head.bbox_head = dict(
-        tiny.stock(
-            'sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py'
-        ).roi_head.bbox_head,
-        cls_in_channels=16,
-        reg_in_channels=16,
-        cls_out_channels=16,
-        num_classes=3,
-    )
+    sabl.roi_head.bbox_head = tiny.sabl_head()
     for options in ({}, dict(bounded=None, lambda_reg=2.0)):
         with pytest.raises(ConfigError, match=r'bounded=None leaves the box'):
             prepare(sabl, sabl, **options)
