@@ -4,6 +4,7 @@ Examples:
     python tools/benchmark.py step configs/faster_rcnn_kd_r50.py --batch 1
     python tools/benchmark.py methods configs/bccd/methods/*.py
     python tools/benchmark.py teacher configs/pkd_faster_rcnn_r50.py --batch 1
+    python tools/benchmark.py epochs configs/pkd_faster_rcnn_r50.py --images 12
     python tools/benchmark.py assign --costs paa_big/epoch_12.pth
     python tools/benchmark.py scale configs/lad_r50.py --objects 10 200
     python tools/benchmark.py scale configs/bccd/peers/dml.py --networks 2 3
@@ -22,7 +23,9 @@ distilled iteration; peak memory is that of a fresh process for each.
 ``methods``: what the methods of each config take beyond both networks, their
 losses and the gradients of these, as a share of the plain iteration.
 ``teacher``: its forward with each of its options, and iterations with some of
-them. ``assign``: the batched mixture fit against scikit-learn's, and LAD
+them. ``epochs``: those of a training, with its data loader, plain, distilled
+and from the teacher's cache, on some images that are resized and not changed
+otherwise. ``assign``: the batched mixture fit against scikit-learn's, and LAD
 against MMDetection's own detector. ``scale``: the distilled iteration with few
 and with many objects; with ``--sizes`` against its parts, for images of
 several sizes; with ``--processes`` against the plain one, both wrapped for
@@ -39,6 +42,7 @@ from pathlib import Path
 
 import torch
 from _benchmark_assign import assign
+from _benchmark_epochs import epochs
 from _benchmark_machine import environment, measured_on
 from _benchmark_scale import scale
 from _benchmark_step import methods, print_peak, step
@@ -49,7 +53,7 @@ from mmkd.utils import ConfigError
 
 COMMANDS = {
     **{'step': step, 'methods': methods, 'teacher': teacher},
-    **{'assign': assign, 'scale': scale},
+    **{'epochs': epochs, 'assign': assign, 'scale': scale},
 }
 
 
@@ -73,6 +77,9 @@ def parse_args() -> argparse.Namespace:
     options.add_argument(
         '--forward', action='store_true', help='no iterations'
     )
+    whole = commands.add_parser('epochs', help='a training, with a cache')
+    whole.add_argument('config', help='config with `distillation`')
+    whole.add_argument('--images', type=int, default=12, help='of an epoch')
     fit = commands.add_parser('assign', help='LAD and its mixtures')
     fit.add_argument('--config', default='configs/lad_r50.py')
     fit.add_argument(
@@ -93,7 +100,7 @@ def parse_args() -> argparse.Namespace:
     other.add_argument(
         '--processes', type=int, nargs='+', help='or of processes'
     )
-    for command in (one, many, options, fit, growth):
+    for command in (one, many, options, whole, fit, growth):
         add_common(command, several=command is growth)
     return parser.parse_args()
 

@@ -1,5 +1,6 @@
 """Kullback-Leibler divergences of a teacher's and a student's logits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,3 +82,71 @@ class _SigmoidKL(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ours, target = ctx.saved_tensors
         return ours.sigmoid().sub_(target).mul_(gradient), None
+
+
+class BinaryProblems:
+    r"""A network's independent binary problems, for all who learn from it.
+
+    What its divergences share is computed once, so that K networks that
+    learn from each other take K passes over their logits, not K (K - 1): as
+
+    .. math::
+        \frac{1}{n} \sum_b \mathrm{KL}(p_b \| p)
+            = H\Bigl(\frac{1}{n} \sum_b p_b,\, p\Bigr)
+              - \frac{1}{n} \sum_b H(p_b),
+
+    with the cross-entropy H(q, p) and the entropy H(p), the average of the
+    others is all that a network needs of them.
+
+    Args:
+        logits: (..., C).
+        temperature: T, above 0.
+    """
+
+    def __init__(self, logits: Tensor, temperature: float = 1.0) -> None:
+        self.temperature = temperature
+        self.logits = logits.float()
+        if temperature != 1:
+            self.logits = self.logits / temperature
+        fixed = self.logits.detach()
+        self.probabilities = fixed.sigmoid()
+        self.normaliser = F.softplus(fixed).sum(-1)
+        self.entropy = self.normaliser - _dot(self.probabilities, fixed)
+
+    def kl_from(self, targets: Sequence['BinaryProblems']) -> Tensor:
+        """The mean of :func:`sigmoid_kl` from each target, summed over C.
+
+        Args:
+            targets: At least one; they get no gradient.
+
+        Returns:
+            (...), float32. 0 where all are equal, up to rounding.
+        """
+        first, *others = (target.probabilities for target in targets)
+        mean = sum(others, first) / len(targets) if others else first
+        first, *others = (target.entropy for target in targets)
+        entropy = sum(others, first) / len(targets)
+        cross = _CrossEntropy.apply(
+            self.logits, self.probabilities, self.normaliser, mean
+        )
+        return (cross - entropy) * self.temperature**2
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """sum_c softplus(z) - q z; its gradient is p - q."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, own: Tensor, normaliser: Tensor, q: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(own, q)
+        return normaliser - _dot(q, logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        own, q = ctx.saved_tensors
+        return (own - q).mul_(gradient[..., None]), None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)

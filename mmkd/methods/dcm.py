@@ -156,11 +156,11 @@ class DCM(Method):
         (one, ours), (other, theirs) = heads.items()
         return {
             f'kl_{name}': self.kl_weight
+            * len(targets)
             * sum_of(
                 [
-                    mutual_kl(a, b, data_samples, self.temperature)
-                    for a in learners
-                    for b in targets
+                    mutual_kl(each, targets, data_samples, self.temperature)
+                    for each in learners
                 ]
             )
             for name, learners, targets in (

@@ -195,7 +195,7 @@ class FFSD(Method):
             'fusion': task,
             'fusion_kl': class_kl(pair, self.temperature),
             'kd_student': mutual_kl(
-                student, outputs, data_samples, self.temperature
+                student, [outputs], data_samples, self.temperature
             ),
             'features_student': ramp * self.feature_weight * near,
         }

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmkd.dense import DenseOutputs, student_dense, student_targets
 from mmkd.dense_checks import check_dense, check_same_priors
+from mmkd.losses.kl import BinaryProblems
 from mmkd.outputs import Outputs, box_heads
 from mmkd.peer_view import (
     as_teacher,
@@ -186,27 +187,51 @@ def mutual_losses(
     temperature: float,
 ) -> dict[str, Tensor]:
     """Each network's average divergence from the K - 1 others', by name."""
-    return {
-        name: _mean(
-            [
-                mutual_kl(learner, target, data_samples, temperature)
-                for target in networks.values()
-                if target is not learner
-            ]
-        )
-        for name, learner in networks.items()
-    }
+    losses = {}
+    for name, learner in networks.items():
+        others = [o for o in networks.values() if o is not learner]
+        losses[name] = mutual_kl(learner, others, data_samples, temperature)
+    return losses
 
 
 def mutual_kl(
     learner: Outputs,
-    target: Outputs,
+    targets: Sequence[Outputs],
     data_samples: Sequence[DetDataSample],
     temperature: float,
 ) -> Tensor:
-    """Divergence of a network from another one, which gets no gradient."""
-    pairs = mutual_logits(learner, target, data_samples)
-    return sum_of([class_kl(pair, temperature) for pair in pairs])
+    """A network's average divergence from others, which get no gradient."""
+    if not box_heads(learner.model) and student_dense(learner).sigmoid:
+        return _of_priors(learner, targets, data_samples, temperature)
+    divergences = []
+    for target in targets:
+        pairs = mutual_logits(learner, target, data_samples)
+        divergences.append(sum_of([class_kl(p, temperature) for p in pairs]))
+    return _mean(divergences)
+
+
+def _of_priors(
+    learner: Outputs,
+    targets: Sequence[Outputs],
+    data_samples: Sequence[DetDataSample],
+    temperature: float,
+) -> Tensor:
+    """The same of sigmoid heads, each network's logits read only once."""
+    ours, *theirs = (
+        _binary_problems(outputs, temperature)
+        for outputs in (learner, *targets)
+    )
+    assigned = student_targets(learner, data_samples)
+    divergence = ours.kl_from(theirs)
+    return (divergence * assigned.weights).sum() / assigned.number
+
+
+def _binary_problems(outputs: Outputs, temperature: float) -> BinaryProblems:
+    key = f'binary problems at temperature {temperature}'
+    if key not in outputs.cache:
+        logits = student_dense(outputs).logits
+        outputs.cache[key] = BinaryProblems(logits, temperature)
+    return outputs.cache[key]
 
 
 def box_distance(

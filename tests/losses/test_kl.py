@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmkd.losses.kl import sigmoid_kl, softmax_kl
+from mmkd.losses.kl import BinaryProblems, sigmoid_kl, softmax_kl
 
 
 def kl(p, q):
@@ -100,5 +100,66 @@ def test_many_tiny_probabilities_lose_no_digits():
     teacher = torch.full((100_000,), -10.0)
     exact = 1e5 * kl(sigmoid(-10.0, 1), sigmoid(-9.0, 1))
     assert sigmoid_kl(teacher + 1, teacher).sum().item() == pytest.approx(
+        exact, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 4.0])
+@pytest.mark.parametrize('targets', [1, 3])
+def test_binary_problems_are_the_mean_of_the_targets(temperature, targets):
+    """Values and gradients of the divergences one by one."""
+    generator = torch.Generator().manual_seed(0)
+    student, *others = 4 * torch.randn(1 + targets, 6, 5, generator=generator)
+    weights = torch.rand(6, generator=generator)
+    student.requires_grad_()
+    apart = [sigmoid_kl(student, z, temperature).sum(-1) for z in others]
+    expected = torch.stack(apart).mean(0)
+    learner, *known = (
+        BinaryProblems(z, temperature) for z in (student, *others)
+    )
+    result = learner.kl_from(known)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    gradients = [
+        torch.autograd.grad((loss * weights).sum(), student)[0]
+        for loss in (result, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_binary_problems_by_hand():
+    """From 3/4 to 1/2, and from 1/4: the same by symmetry; 0 from itself."""
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    half, more, less = (
+        BinaryProblems(torch.tensor([[z]]))
+        for z in (0, math.log(3), -math.log(3))
+    )
+    for targets in ([more], [less], [more, less]):
+        assert half.kl_from(targets).item() == pytest.approx(expected)
+    assert half.kl_from([half, more]).item() == pytest.approx(
+        expected / 2, rel=1e-5
+    )
+    assert more.kl_from([more]).item() == 0
+
+
+def test_binary_problems_stay_finite_and_give_targets_no_gradient():
+    student = torch.tensor([[-300.0, 300.0]], dtype=torch.half)
+    student.requires_grad_()
+    target = (-student.detach()).requires_grad_()
+    pair = (BinaryProblems(z, 0.5) for z in (student, target))
+    learner, other = pair
+    loss = learner.kl_from([other]).sum()
+    loss.backward()
+    assert loss.isfinite()
+    assert loss > 0
+    assert student.grad.isfinite().all()
+    assert target.grad is None
+
+
+def test_binary_problems_of_a_background_lose_few_digits():
+    """1e4 priors with 80 classes of probability 5e-5."""
+    target = torch.full((10_000, 80), -10.0)
+    exact = 8e5 * kl(sigmoid(-10.0, 1), sigmoid(-9.0, 1))
+    learner, known = BinaryProblems(target + 1), BinaryProblems(target)
+    assert learner.kl_from([known]).sum().item() == pytest.approx(
         exact, rel=1e-3
     )

@@ -6,9 +6,11 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import _benchmark
 import _benchmark_assign
+import _benchmark_epochs
 import _benchmark_machine
 import _benchmark_networks
 import _benchmark_scale
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+from mmengine.config import Config
 
 from mmkd.utils import ConfigError
 
@@ -94,6 +97,42 @@ def test_the_teacher_s_options_are_timed(config):
     firsts = [row for row in table.splitlines() if '| as it is |' in row]
     assert len(firsts) == 1
     assert '**1.000**' in firsts[0]
+
+
+def test_epochs_of_a_cache_that_knows_all_images(config, monkeypatch):
+    """Real photos, loaded anew: the first epoch writes, the others read."""
+    path = config(toy.RETINANET, dict(pkd=dict(type='mmkd.PKD')))
+    entries, one_epoch = [], _benchmark_epochs.one_epoch
+
+    def watched(cfg, args):
+        seconds = one_epoch(cfg, args)
+        cache = cfg.get('distillation', {}).get('teacher', {}).get('cache')
+        if cache:
+            entries.append(len([*Path(cache.dir).glob('??/*')]))
+        return seconds
+
+    monkeypatch.setattr(_benchmark_epochs, 'one_epoch', watched)
+    args = arguments(path, images=4, cpu_time=True)
+    result, table = _benchmark_epochs.epochs(args, 'cpu')
+    assert entries == [4, 4, 4]
+    seconds = result['seconds']
+    assert [*seconds] == [*result['first_seconds']]
+    plain, distilled, cached = seconds.values()
+    assert min(*plain, *distilled, *cached) > 0.05
+    ratio = statistics.median(
+        a / b for a, b in zip(cached, plain, strict=True)
+    )
+    row = table.splitlines()[-1]
+    assert _benchmark_epochs.CACHE in row
+    assert f'| **{ratio:.3f}** |' in row
+
+
+def test_epochs_need_a_teacher(config):
+    cfg = Config.fromfile(config(toy.RETINANET, dict(hint=toy.HINT)))
+    cfg.distillation.pop('teacher')
+    cfg.dump(cfg.filename)
+    with pytest.raises(ConfigError, match='epochs takes a config with one'):
+        _benchmark_epochs.epochs(arguments(cfg.filename, images=4), 'cpu')
 
 
 def test_growth_with_the_images_size(config):
