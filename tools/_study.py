@@ -168,7 +168,11 @@ class UniqueKeys(yaml.SafeLoader):
     """YAML in which a key given twice is an error, not an override."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep) for key, _ in node.value]
+        keys = [
+            self.construct_object(key, deep)
+            for key, _ in node.value
+            if key.tag != 'tag:yaml.org,2002:merge'  # `<<: *anchor`
+        ]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(

@@ -189,6 +189,13 @@ def test_a_key_given_twice_is_refused(reading, tmp_path):
         reading.read_study(path)
 
 
+def test_options_shared_by_an_anchor(reading, tmp_path):
+    """YAML's merge is no key given twice."""
+    path = tmp_path / 'study.yaml'
+    path.write_text('a: &all {x: 1, y: 2}\nb:\n  <<: *all\n  y: 3\n')
+    assert reading.read_yaml(path)['b'] == dict(x=1, y=3)
+
+
 def test_errors_of_the_file_end_the_tool(tool, write, capsys, tmp_path):
     assert tool.main([str(write(sedes=[1]))]) == 1
     assert 'error: ' in capsys.readouterr().err
