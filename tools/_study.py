@@ -1,6 +1,7 @@
 """The file of `tools/study.py`: the runs that it describes."""
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from _study_grid import (
 from _study_networks import distillation_of, teachers_of
 from _study_run import STUDENT, Run, Tested
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 from mmkd.peers import TRAINED_TEACHER
 from mmkd.several_teachers import is_list, is_mean
@@ -34,6 +36,8 @@ METRICS = {
 STUDY_OPTIONS = (
     'name', 'work_dir', 'seeds', 'baseline', 'metrics', 'data', 'runs',
 )  # fmt: skip
+RUNNER_OPTIONS = inspect.signature(Runner).parameters
+"""What a run's options may add to its config, such as ``custom_hooks``."""
 RUN_OPTIONS = ('config', 'teacher', 'options', 'seeds', *AXES)
 TESTED_OPTIONS = ('of', 'network', 'ensemble')
 
@@ -321,7 +325,7 @@ def resolve(options: Mapping[str, Any], where: str) -> Config:
     check_options(
         f'{where}.options: {options["config"]}',
         (key.partition('.')[0] for key in changes),
-        config,
+        {*config, *RUNNER_OPTIONS},
     )
     config.merge_from_dict(changes)
     config.pop('work_dir', None)
