@@ -111,6 +111,12 @@ def with_trained_teacher(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**others, 'peers': peers}
 
 
+def place_of(name: str) -> str:
+    """Where in a config a peer is described."""
+    part = 'teacher' if name == TRAINED_TEACHER else f'peers.{name}'
+    return f'distillation.{part}'
+
+
 def build_peer(
     name: str,
     cfg: Mapping[str, Any],
@@ -138,8 +144,7 @@ def build_peer(
         ConfigError: If the description is incomplete or does not fit.
         CheckpointError: If the checkpoint does not fit the config exactly.
     """
-    trained = 'teacher' if name == TRAINED_TEACHER else f'peers.{name}'
-    where = f'distillation.{trained}'
+    where = place_of(name)
     if name == 'student':
         raise ConfigError(
             f'{where}: "student" is the name of the model itself in losses. '
@@ -245,8 +250,8 @@ def check_trained(wrapper: OptimWrapper, peers: Mapping[str, Peer]) -> None:
         if not any(id(p) in trained for p in peer.parameters()):
             raise ConfigError(
                 'optim_wrapper is an optimiser that is built already, and '
-                f'does not train distillation.peers.{name}. Give its config: '
-                'the peers are added to what is built of it.'
+                f'does not train {place_of(name)}. Give its config: the peers '
+                'are added to what is built of it.'
             )
 
 
@@ -254,7 +259,7 @@ def _check_same_steps(
     student: OptimWrapper, peer: OptimWrapper, name: str
 ) -> None:
     """Refuse what one optimiser for all networks cannot do."""
-    where = f'distillation.peers.{name}.optim_wrapper'
+    where = f'{place_of(name)}.optim_wrapper'
     for what, ours, theirs in (
         ('optimiser is', *map(_optimizer, (student, peer))),
         ('wrapper is', type(student).__name__, type(peer).__name__),

@@ -271,7 +271,25 @@ class TestBadPeers:
         cfg.distillation.peers.big.optim_wrapper = dict(
             type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3)
         )
-        with pytest.raises(ConfigError, match='the optimiser is AdamW'):
+        message = r'peers\.big\.optim_wrapper: the optimiser is AdamW'
+        with pytest.raises(ConfigError, match=message):
+            toy.train(cfg)
+
+    def test_another_kind_of_optimiser_of_a_trained_teacher(self, tmp_path):
+        cfg = config(tmp_path)
+        peers = cfg.distillation.pop('peers')
+        cfg.distillation.teacher = dict(
+            config=peers.big.config,
+            trainable=True,
+            optim_wrapper=dict(
+                type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3)
+            ),
+        )
+        cfg.distillation.methods = dict(
+            several=dict(type='mmkd.OneTeacherSeveralStudents', beta=0.0)
+        )
+        message = r'distillation\.teacher\.optim_wrapper: the optimiser is'
+        with pytest.raises(ConfigError, match=message):
             toy.train(cfg)
 
     def test_an_optimiser_built_without_the_peers(self, tmp_path):
