@@ -11,6 +11,13 @@ from mmengine.dist import is_distributed
 from torch import Tensor, nn
 
 from .checkpoint import ATTACHED
+from .distillation_checks import (
+    check_keys,
+    check_names,
+    check_needs,
+    check_one_guide,
+    check_reserved,
+)
 from .methods import Method
 from .outputs import Outputs
 from .peers import Peer, build_peer, with_trained_teacher
@@ -21,12 +28,11 @@ from .several_teachers import (
     build_method,
     build_teachers,
     cache_hits,
-    is_list,
     named,
 )
 from .teacher import Teacher
 from .teacher_probe import PROBE_SIZE, probe_sample
-from .utils import ConfigError, check_options, isolated_random_state
+from .utils import isolated_random_state
 
 Losses = dict[str, Tensor | list[Tensor]]
 Observer = Callable[[Losses, dict[str, dict[str, Tensor]]], None]
@@ -257,12 +263,12 @@ def build_distiller(
         CheckpointError: If the teacher's checkpoint does not fit.
         TapError: If a tap never fires.
     """
-    _check_keys(cfg)
+    check_keys(cfg)
     cfg = with_trained_teacher(cfg)
     method_cfgs, peer_cfgs = cfg.get('methods') or {}, cfg.get('peers') or {}
-    _check_names('methods', method_cfgs)
-    _check_names('peers', peer_cfgs, taken=method_cfgs)
-    _check_reserved(peer_cfgs, cfg)
+    check_names('methods', method_cfgs)
+    check_names('peers', peer_cfgs, taken=method_cfgs)
+    check_reserved(peer_cfgs, cfg)
     device = next(student.parameters()).device
     peers = {
         name: build_peer(
@@ -275,7 +281,7 @@ def build_distiller(
             name: build_method(name, c, cfg.get('teacher'))
             for name, c in method_cfgs.items()
         }
-        _check_needs(methods, cfg)
+        check_needs(methods, cfg)
         teacher = None
         if cfg.get('teacher'):
             teacher = build_teachers(
@@ -286,7 +292,7 @@ def build_distiller(
             ).to(device)
         distiller = Distiller(student, teacher, methods, peers)
         _prepare(distiller, device)
-        _check_one_guide(methods)
+        check_one_guide(methods)
     return distiller.to(device)
 
 
@@ -310,84 +316,6 @@ def _prepare(distiller: Distiller, device: torch.device) -> None:
                 cast(Any, method).prepare(student, None)
         else:
             cast(Method, method).prepare(student, theirs)
-
-
-def _check_keys(cfg: Mapping[str, Any]) -> None:
-    check_options('distillation', cfg, ('teacher', 'peers', 'methods'))
-    example = (
-        'Example: distillation = dict(teacher=dict(config=..., '
-        "checkpoint=...), methods=dict(hint=dict(type='mmkd.FeatureHint')))"
-    )
-    if is_list(cfg.get('teacher')) and not cfg['teacher']:
-        raise ConfigError(
-            'distillation.teacher is an empty list. Give at least one '
-            f'teacher, or leave it out. {example}'
-        )
-    if not cfg.get('teacher') and not cfg.get('peers'):
-        raise ConfigError(
-            'distillation needs a "teacher" to learn from, or "peers" to '
-            f'train with; got {sorted(cfg)}. {example}'
-        )
-    if not cfg.get('methods') and not cfg.get('peers'):
-        raise ConfigError(
-            f'distillation needs "methods", got {sorted(cfg)}. {example}'
-        )
-
-
-def _check_needs(
-    methods: Mapping[str, Method], cfg: Mapping[str, Any]
-) -> None:
-    for name, method in methods.items():
-        if not cfg.get(method.needs):
-            raise ConfigError(
-                f'distillation.methods.{name} ({type(method).__name__}) '
-                f'needs distillation.{method.needs}, which is missing.'
-            )
-
-
-def _check_names(
-    key: str, parts: Any, taken: Mapping[str, Any] | None = None
-) -> None:
-    if not isinstance(parts, Mapping):
-        raise ConfigError(
-            f'distillation.{key} must be a dict of a name of your choice to '
-            f'a config, got {parts!r}.'
-        )
-    for name in parts:
-        if not str(name).isidentifier() or hasattr(nn.ModuleDict(), name):
-            raise ConfigError(
-                f'distillation.{key}: "{name}" cannot be a name, it is also '
-                'one of losses and weights. Choose a word such as "hint".'
-            )
-        if name in (taken or {}):
-            raise ConfigError(
-                f'distillation.{key}: "{name}" is the name of a method, too. '
-                'Choose another one.'
-            )
-
-
-def _check_reserved(peers: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
-    """Refuse names that losses and metrics of others begin with."""
-    frozen = ('teacher',) if cfg.get('teacher') else ()
-    for name in (*frozen, 'ensemble', 'idle'):
-        if name in peers:
-            raise ConfigError(
-                f'distillation.peers: "{name}" cannot be a name, other '
-                'losses or metrics begin with it. Choose another one.'
-            )
-
-
-def _check_one_guide(methods: Mapping[str, Method]) -> None:
-    guides = [
-        name
-        for name, method in methods.items()
-        if type(method).guide is not Method.guide
-    ]
-    if len(guides) > 1:
-        raise ConfigError(
-            f'distillation.methods: {", ".join(guides)} each steer the '
-            "student's own loss; only one can. Keep one of them."
-        )
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """Several detectors as one, for inference."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -59,7 +61,10 @@ class EnsembleDetector(BaseModel):
             dict), ``checkpoint`` and, for pickles of more than weights,
             ``trust_checkpoint``; or detectors.
         fusion: ``'boxes'`` or ``'logits'``.
-        iou_threshold: Boxes with a larger IoU are one, between 0 and 1.
+        iou_threshold: Boxes with a larger IoU are one, between 0 and 1. None:
+            0.05 above the largest threshold of the members' own NMS, which
+            is the library's 0.55 for the usual 0.5. At or below it, boxes
+            would be fused that one member alone has found to be two.
         max_per_img: The best fused boxes of an image are kept, at least 1.
 
     Raises:
@@ -73,7 +78,7 @@ class EnsembleDetector(BaseModel):
         members: Sequence[Mapping[str, Any] | nn.Module],
         *,
         fusion: str = 'boxes',
-        iou_threshold: float = 0.55,
+        iou_threshold: float | None = None,
         max_per_img: int = 100,
     ) -> None:
         super().__init__()
@@ -82,7 +87,7 @@ class EnsembleDetector(BaseModel):
                 f'EnsembleDetector.fusion must be one of {FUSIONS}, got '
                 f'{fusion!r}'
             )
-        if not 0 < iou_threshold < 1:
+        if iou_threshold is not None and not 0 < iou_threshold < 1:
             raise ConfigError(
                 'EnsembleDetector.iou_threshold must be between 0 and 1, got '
                 f'{iou_threshold}'
@@ -92,9 +97,9 @@ class EnsembleDetector(BaseModel):
                 'EnsembleDetector needs max_per_img of at least 1 and at '
                 f'least two members, got {max_per_img} and {len(members)}.'
             )
-        self.fusion, self.iou_threshold = fusion, iou_threshold
-        self.max_per_img = max_per_img
+        self.fusion, self.max_per_img = fusion, max_per_img
         self.members: Any = nn.ModuleList(_build(members))
+        self.iou_threshold = _checked_threshold(self.members, iou_threshold)
         if fusion == 'logits':
             _check_heads(list(self.members))
         else:
@@ -239,6 +244,36 @@ def _build(members: Sequence[Mapping[str, Any] | nn.Module]) -> list[Any]:
             f'{counts}. Give members of the same classes.'
         )
     return models
+
+
+def _checked_threshold(
+    members: Iterable[nn.Module], given: float | None
+) -> float:
+    """The given IoU threshold, or one that leaves each member's boxes apart.
+
+    A given one that does not is used with a warning.
+    """
+    own = max(map(_nms_threshold, members))
+    if given is None:
+        return min(max(own, 0.5) + 0.05, 0.95)
+    if given <= own:
+        print_log(
+            f'EnsembleDetector.iou_threshold={given} is not above that of '
+            f"the members' NMS ({own}): boxes that one member alone has "
+            'found to be two objects become one. Raise it, or leave it out.',
+            'current',
+            logging.WARNING,
+        )
+    return given
+
+
+def _nms_threshold(model: Any) -> float:
+    """The IoU above which a detector's own NMS removes a box; 0 without."""
+    head = getattr(model, 'roi_head', None) or getattr(
+        model, 'bbox_head', None
+    )
+    options = getattr(head, 'test_cfg', None) or {}
+    return (options.get('nms') or {}).get('iou_threshold', 0.0)
 
 
 def _load(

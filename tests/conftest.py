@@ -9,12 +9,14 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
+import logging
 import signal
 import socket
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 
 torch.set_num_threads(1)
 
@@ -78,3 +80,18 @@ def own_signals():
     yield
     for number, handler in zip(numbers, former, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def logged():
+    """What MMEngine's logger is told at the level of a warning or above."""
+    records = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            records.append(record.getMessage())
+
+    logger, handler = MMLogger.get_current_instance(), Keep(logging.WARNING)
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)

@@ -152,11 +152,7 @@ def test_nothing_and_flat_boxes(recwarn):
 @pytest.mark.parametrize('fusion', ['boxes', 'logits'])
 def test_a_detector_and_its_twin_are_itself(pair, fusion):
     alone = pair[0].test_step(data())
-    twins = EnsembleDetector(
-        [pair[0], copy.deepcopy(pair[0])],
-        fusion=fusion,
-        iou_threshold=0.99,
-    )
+    twins = EnsembleDetector([pair[0], copy.deepcopy(pair[0])], fusion=fusion)
     together = twins.test_step(data())
     for a, b in zip(alone, together, strict=True):
         mine, ours = a.pred_instances, b.pred_instances
@@ -167,12 +163,44 @@ def test_a_detector_and_its_twin_are_itself(pair, fusion):
         torch.testing.assert_close(ours.bboxes, inside, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ('configs', 'threshold'),
+    [
+        ([tiny.retinanet(), tiny.faster_rcnn()], 0.55),  # NMS at 0.5
+        ([tiny.gfl(), tiny.retinanet()], 0.65),  # at 0.6, and 0.5
+        ([tiny_dense.yolox(), tiny_dense.yolox()], 0.7),
+    ],
+)
+def test_what_one_member_keeps_apart_stays_apart(configs, threshold):
+    members = [detector(config, 1) for config in configs]
+    ensemble = EnsembleDetector(members)
+    assert ensemble.iou_threshold == pytest.approx(threshold)
+    assert EnsembleDetector(members, iou_threshold=0.8).iou_threshold == 0.8
+
+
+def test_a_threshold_below_that_of_nms(pair, logged):
+    """Two boxes that GFL's NMS leaves: IoU 0.58."""
+    boxes = [[0, 0, 100, 100], [0, 0, 58, 100]]
+    found = instances(boxes, [0.9, 0.8], [0, 0])
+    nothing = instances([], [], [])
+    default = EnsembleDetector(pair)
+    assert not logged
+    low = EnsembleDetector(pair, iou_threshold=0.55)
+    (warning,) = logged
+    assert "is not above that of the members' NMS (0.6)" in warning
+    for ensemble, number in ((low, 1), (default, 2)):
+        fused = fuse_boxes(
+            [found, nothing], (100, 100), ensemble.iou_threshold, 100
+        )
+        assert len(fused) == number
+
+
 def test_boxes_of_members(pair):
     each = [model.test_step(data()) for model in pair]
     together = EnsembleDetector(pair).test_step(data())
     for index, sample in enumerate(together):
         found = [results[index].pred_instances for results in each]
-        expected = fused_by_loops(found, 0.55)[:100]
+        expected = fused_by_loops(found, 0.65)[:100]
         assert sample.pred_instances.scores.tolist() == pytest.approx(
             [score for score, _, _ in expected], rel=1e-4
         )
@@ -188,7 +216,7 @@ def test_members_of_other_kinds_and_normalisations():
     together = EnsembleDetector(models).test_step(data())
     for index, sample in enumerate(together):
         expected = fused_by_loops(
-            [results[index].pred_instances for results in each], 0.55
+            [results[index].pred_instances for results in each], 0.65
         )
         assert sample.pred_instances.scores.tolist() == pytest.approx(
             [score for score, _, _ in expected][:100], rel=1e-4

@@ -3,7 +3,6 @@
 import doctest
 import functools
 import http.server
-import logging
 import os
 import re
 import threading
@@ -17,7 +16,7 @@ import tiny_detectors as tiny
 import torch
 import toy
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
+from mmengine.logging import MessageHub
 
 from mmkd import teacher_source
 from mmkd.checkpoint import CheckpointError
@@ -318,21 +317,6 @@ def test_a_file_url(built, saved, trained, tmp_path, monkeypatch):
 
 
 # --------------------------------------------------- describing the teacher
-
-
-@pytest.fixture
-def logged():
-    """What MMEngine's logger is told at the level of a warning or above."""
-    records = []
-
-    class Keep(logging.Handler):
-        def emit(self, record):
-            records.append(record.getMessage())
-
-    logger, handler = MMLogger.get_current_instance(), Keep(logging.WARNING)
-    logger.addHandler(handler)
-    yield records
-    logger.removeHandler(handler)
 
 
 def test_an_untrained_teacher_is_warned_of(built, logged):

@@ -11,7 +11,8 @@ from typing import Any
 import cv2
 import matplotlib
 import numpy as np
-from _evaluation import Attention, Objects, Picture, match_by_class
+from _attention import Attention
+from _evaluation import Objects, Picture, match_by_class
 from _report import SCORE, lower_limit
 
 matplotlib.use('Agg')

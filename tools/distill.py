@@ -18,7 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _distill import config_text, find_data, methods, teacher_options
+from _distill import config_text, methods, teacher_options
+from _distill_data import find_data
 
 from mmkd.data import DataError
 from mmkd.utils import ConfigError

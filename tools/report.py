@@ -21,7 +21,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from _evaluation import Evaluation, Picture, attend, evaluate_runs, rank
+from _attention import attend
+from _evaluation import Evaluation, Picture, evaluate_runs, rank
 from _figures import CUT, bars, curves, heat, panels, photo
 from _report import SCORE
 from _training import ROOT

@@ -29,7 +29,8 @@ class EnsembleValidationHook(Hook):
             peer that teaches is best left out.
         fusion: ``'boxes'`` or ``'logits'``, see
             :class:`~mmkd.ensemble.EnsembleDetector`.
-        iou_threshold: Boxes with a larger IoU are one.
+        iou_threshold: Boxes with a larger IoU are one; None: what the
+            members' own NMS suggests.
 
     Raises:
         ConfigError: If there is no such network, or the members do not fit.
@@ -42,7 +43,7 @@ class EnsembleValidationHook(Hook):
         *,
         members: Sequence[str] | None = None,
         fusion: str = 'boxes',
-        iou_threshold: float = 0.55,
+        iou_threshold: float | None = None,
     ) -> None:
         self.members, self.fusion = members, fusion
         self.iou_threshold = iou_threshold

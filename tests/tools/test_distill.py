@@ -12,13 +12,13 @@ import toy
 from _distill import (
     _model_of,
     config_text,
-    find_data,
     find_method,
     methods,
     options_of,
     published,
     teacher_options,
 )
+from _distill_data import find_data
 from mmengine.config import Config
 
 from mmkd.doctor import diagnose

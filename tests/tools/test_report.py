@@ -11,6 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
+import _attention
 import numpy as np
 import pytest
 import torch
@@ -193,10 +194,10 @@ def test_classes_meet_by_name(evaluation):
 # --------------------------------------------------------------- attention
 
 
-def test_attention_by_loops(evaluation):
+def test_attention_by_loops():
     torch.manual_seed(0)
     fine, coarse = torch.randn(1, 3, 8, 6), torch.randn(1, 5, 4, 3)
-    found = evaluation.attention([fine, coarse], (1.0, 1.0))
+    found = _attention.attention([fine, coarse], (1.0, 1.0))
     energy = np.zeros((8, 6))
     for c in range(3):
         for y in range(8):
@@ -228,20 +229,20 @@ def at(image, y, x):
     return above * (1 - down) + below * down
 
 
-def test_attention_ignores_padding_width_and_scale(evaluation):
+def test_attention_ignores_padding_width_and_scale():
     torch.manual_seed(0)
     level = torch.rand(1, 4, 6, 8)
-    plain = evaluation.attention([level], (1.0, 1.0))
+    plain = _attention.attention([level], (1.0, 1.0))
     padded = torch.full((1, 8, 8, 16), 99.0)
     padded[:, :, :6, :8] = 3 * torch.cat([level, level], dim=1)
-    same = evaluation.attention([padded], (0.75, 0.5))
+    same = _attention.attention([padded], (0.75, 0.5))
     np.testing.assert_allclose(same, plain, rtol=1e-5)
 
 
-def test_attention_elsewhere(evaluation):
+def test_attention_elsewhere():
     left, right = np.array([[1.0, 0.0]]), np.array([[0.25, 0.75]])
-    assert evaluation.Attention(left, left).elsewhere == 0
-    assert evaluation.Attention(left, right).elsewhere == 0.75
+    assert _attention.Attention(left, left).elsewhere == 0
+    assert _attention.Attention(left, right).elsewhere == 0.75
 
 
 # ---------------------------------------------------------------- work dirs
@@ -506,13 +507,13 @@ def test_panels_tell_right_wrong_and_missed(evaluation):
     ]  # fmt: skip
 
 
-def test_difference_is_blue_where_the_student_looks(evaluation):
+def test_difference_is_blue_where_the_student_looks():
     import base64
 
     import _figures
     import cv2
 
-    seen = evaluation.Attention(
+    seen = _attention.Attention(
         np.array([[0.7, 0.2, 0.1]]), np.array([[0.1, 0.2, 0.7]])
     )
     uri = _figures.heat(seen)['difference']
