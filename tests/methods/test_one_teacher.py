@@ -1,6 +1,7 @@
 """One teacher and several students, of real detectors."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import tiny_detectors as tiny
@@ -255,6 +256,30 @@ class TestBadConfigs:
     def test_bad_weights(self, option):
         with pytest.raises(ConfigError, match=f'{option} must be at least 0'):
             several(tiny.gfl(), **{option: -0.1})
+
+
+@pytest.mark.usefixtures('shared_data')
+def test_a_run_leaves_the_online_teacher_as_it_is_alone(tmp_path):
+    """Its weights do not depend on what its students learn from it."""
+    weights = {}
+    for factor in (1.0, 0.0):
+        folder = tmp_path / str(factor)
+        cfg = mutual_run(folder, method=dict(METHOD, beta=0.0))
+        cfg.distillation.methods.m.loss_weight = factor
+        cfg.train_cfg.max_epochs = 2
+        big = cfg.distillation.peers.pop('big')
+        cfg.distillation.teacher = dict(**big, trainable=True)
+        toy.train(cfg)
+        weights[factor] = [
+            toy.load(path)['state_dict']
+            for path in (
+                Path(cfg.work_dir, 'teacher', 'epoch_2.pth'),
+                Path(cfg.work_dir, 'epoch_2.pth'),
+            )
+        ]
+    (teacher, student), (alone, plain) = weights.values()
+    assert toy.same(teacher, alone)
+    assert not toy.same(student, plain)
 
 
 @pytest.mark.usefixtures('shared_data')
