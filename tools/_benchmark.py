@@ -265,6 +265,22 @@ def spread(values: list[float]) -> str:
     return f'{median:.4g} | {min(values):.4g}-{max(values):.4g}'
 
 
+def ratio_table(what: str, times: Mapping[str, list[float]], base: str) -> str:
+    """Seconds, and the ratios to ``base`` round by round."""
+    rows = [
+        f'| {what} | median s | range | time / {base} | range |',
+        '|---|---|---|---|---|',
+    ]
+    for name, seconds in times.items():
+        ratios = [s / b for s, b in zip(seconds, times[base], strict=True)]
+        rows.append(
+            f'| {name} | {spread(seconds)} | '
+            f'**{statistics.median(ratios):.3f}** | '
+            f'{min(ratios):.3f}-{max(ratios):.3f} |'
+        )
+    return '\n'.join(rows)
+
+
 def size_of(modules: list[nn.Module]) -> float:
     """MiB of the modules' parameters and buffers."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]

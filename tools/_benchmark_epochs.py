@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import statistics
 import tempfile
 import time
 import warnings
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from _benchmark import load_config, spread, untrain
+from _benchmark import load_config, ratio_table, untrain
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
@@ -71,7 +70,11 @@ def epochs(
     first, *counted = rounds  # warms up, and fills the cache
     times = {name: [r[name] for r in counted] for name in variants}
     result = {'seconds': times, 'first_seconds': first}
-    return result, table(times, first)
+    text = (
+        f'{ratio_table("epoch", times, PLAIN)}\n\nThe epoch that fills the '
+        f'cache: {first[CACHE]:.4g} s.'
+    )
+    return result, text
 
 
 def configs_of(args: argparse.Namespace, folder: str) -> dict[str, Config]:
@@ -131,18 +134,3 @@ def one_epoch(cfg: Config, args: argparse.Namespace) -> float:
     runner.train()
     (seconds,) = clock.seconds
     return seconds
-
-
-def table(times: Mapping[str, list[float]], first: Mapping[str, float]) -> str:
-    rows = [
-        '| epoch | median s | range | time / plain | range | first epoch, s |',
-        '|---|---|---|---|---|---|',
-    ]
-    for name, seconds in times.items():
-        ratios = [s / p for s, p in zip(seconds, times[PLAIN], strict=True)]
-        rows.append(
-            f'| {name} | {spread(seconds)} | '
-            f'**{statistics.median(ratios):.3f}** | '
-            f'{min(ratios):.3f}-{max(ratios):.3f} | {first[name]:.4g} |'
-        )
-    return '\n'.join(rows)

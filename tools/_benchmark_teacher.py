@@ -1,13 +1,12 @@
 """A teacher's options: its forward, and iterations that have it."""
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from _benchmark import Trainer, build, interleaved, spread
+from _benchmark import Trainer, build, interleaved, ratio_table
 
 BASE = 'as it is'
 BEST = 'fold_bn, channels_last'
@@ -39,13 +38,13 @@ def teacher(
         runs = {n: partial(_forward, trainer, t) for n, t in teachers.items()}
         times = interleaved(runs, args, device)
         result = {'forward_seconds': times}
-        tables = [_table("teacher's forward", times, BASE)]
+        tables = [ratio_table("teacher's forward", times, BASE)]
         if not args.forward:
             runs = _iterations(trainer, teachers)
             times = interleaved(runs, args, device)
             times[RARE] = [seconds / EVERY for seconds in times[RARE]]
             result['iteration_seconds'] = times
-            tables.append(_table('iteration', times, 'plain student'))
+            tables.append(ratio_table('iteration', times, 'plain student'))
     return result, '\n\n'.join(tables)
 
 
@@ -108,19 +107,3 @@ def _iterations(
 def _forward(trainer: Any, network: Any) -> None:
     trainer.distiller.teacher = network
     trainer.teacher()
-
-
-def _table(what: str, times: Mapping[str, list[float]], base: str) -> str:
-    """Seconds, and the ratios to ``base`` round by round."""
-    rows = [
-        f'| {what} | median s | range | time / {base} | range |',
-        '|---|---|---|---|---|',
-    ]
-    for name, seconds in times.items():
-        ratios = [s / b for s, b in zip(seconds, times[base], strict=True)]
-        rows.append(
-            f'| {name} | {spread(seconds)} | '
-            f'**{statistics.median(ratios):.3f}** | '
-            f'{min(ratios):.3f}-{max(ratios):.3f} |'
-        )
-    return '\n'.join(rows)
