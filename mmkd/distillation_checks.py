@@ -1,4 +1,4 @@
-"""What ``distillation`` of a config may say, before anything is built."""
+"""What ``distillation`` of a config may say; all raise `ConfigError`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +11,7 @@ from .utils import ConfigError, check_options
 
 
 def check_keys(cfg: Mapping[str, Any]) -> None:
+    """Its parts: something to learn from, and methods."""
     check_options('distillation', cfg, ('teacher', 'peers', 'methods'))
     example = (
         'Example: distillation = dict(teacher=dict(config=..., '
@@ -33,6 +34,7 @@ def check_keys(cfg: Mapping[str, Any]) -> None:
 
 
 def check_needs(methods: Mapping[str, Method], cfg: Mapping[str, Any]) -> None:
+    """Each method has the teacher or the peers that it needs."""
     for name, method in methods.items():
         if not cfg.get(method.needs):
             raise ConfigError(
@@ -44,6 +46,7 @@ def check_needs(methods: Mapping[str, Method], cfg: Mapping[str, Any]) -> None:
 def check_names(
     key: str, parts: Any, taken: Mapping[str, Any] | None = None
 ) -> None:
+    """Names of methods or peers, which are parts of losses and weights."""
     if not isinstance(parts, Mapping):
         raise ConfigError(
             f'distillation.{key} must be a dict of a name of your choice to '
@@ -74,6 +77,7 @@ def check_reserved(peers: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
 
 
 def check_one_guide(methods: Mapping[str, Method]) -> None:
+    """At most one method steers the student's own loss."""
     guides = [
         name
         for name, method in methods.items()

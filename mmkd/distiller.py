@@ -282,6 +282,7 @@ def build_distiller(
             for name, c in method_cfgs.items()
         }
         check_needs(methods, cfg)
+        check_one_guide(methods)
         teacher = None
         if cfg.get('teacher'):
             teacher = build_teachers(
@@ -292,7 +293,6 @@ def build_distiller(
             ).to(device)
         distiller = Distiller(student, teacher, methods, peers)
         _prepare(distiller, device)
-        check_one_guide(methods)
     return distiller.to(device)
 
 

@@ -61,10 +61,12 @@ class EnsembleDetector(BaseModel):
             dict), ``checkpoint`` and, for pickles of more than weights,
             ``trust_checkpoint``; or detectors.
         fusion: ``'boxes'`` or ``'logits'``.
-        iou_threshold: Boxes with a larger IoU are one, between 0 and 1. None:
-            0.05 above the largest threshold of the members' own NMS, which
-            is the library's 0.55 for the usual 0.5. At or below it, boxes
-            would be fused that one member alone has found to be two.
+        iou_threshold: Boxes with a larger IoU are one, between 0 and 1; for
+            ``'boxes'`` alone. None: 0.05 above the largest threshold of the
+            members' own NMS, and at least the library's 0.55. At or below
+            that of NMS, boxes would be fused that one member alone has found
+            to be two. (Above it they still are where another member's box
+            lies between them. Soft-NMS keeps no boxes apart.)
         max_per_img: The best fused boxes of an image are kept, at least 1.
 
     Raises:
@@ -99,10 +101,16 @@ class EnsembleDetector(BaseModel):
             )
         self.fusion, self.max_per_img = fusion, max_per_img
         self.members: Any = nn.ModuleList(_build(members))
-        self.iou_threshold = _checked_threshold(self.members, iou_threshold)
         if fusion == 'logits':
+            if iou_threshold is not None:
+                raise ConfigError(
+                    "EnsembleDetector.iou_threshold is for fusion='boxes'; "
+                    'with logits the NMS of the first member runs. Leave it '
+                    'out.'
+                )
             _check_heads(list(self.members))
         else:
+            self.iou_threshold = _threshold(self.members, iou_threshold)
             _weighted_boxes_fusion()  # is it installed?
 
     @torch.no_grad()
@@ -246,16 +254,15 @@ def _build(members: Sequence[Mapping[str, Any] | nn.Module]) -> list[Any]:
     return models
 
 
-def _checked_threshold(
-    members: Iterable[nn.Module], given: float | None
-) -> float:
-    """The given IoU threshold, or one that leaves each member's boxes apart.
+def _threshold(members: Iterable[nn.Module], given: float | None) -> float:
+    """The given IoU, or one above that of each member's NMS.
 
-    A given one that does not is used with a warning.
+    A given one that is not above it is used with a warning.
     """
     own = max(map(_nms_threshold, members))
     if given is None:
-        return min(max(own, 0.5) + 0.05, 0.95)
+        base = max(own, 0.5)
+        return base + min(0.05, (1 - base) / 2)
     if given <= own:
         print_log(
             f'EnsembleDetector.iou_threshold={given} is not above that of '
@@ -268,12 +275,14 @@ def _checked_threshold(
 
 
 def _nms_threshold(model: Any) -> float:
-    """The IoU above which a detector's own NMS removes a box; 0 without."""
-    head = getattr(model, 'roi_head', None) or getattr(
-        model, 'bbox_head', None
-    )
+    """The IoU above which a detector's own NMS removes a box; 0 if none is."""
+    heads = (getattr(model, name, None) for name in ('roi_head', 'bbox_head'))
+    head = next(filter(None, heads), None)
     options = getattr(head, 'test_cfg', None) or {}
-    return (options.get('nms') or {}).get('iou_threshold', 0.0)
+    nms = options.get('nms') or {}
+    if nms.get('type', 'nms') != 'nms':  # soft-NMS lowers scores instead
+        return 0.0
+    return nms.get('iou_threshold', options.get('iou_thr', 0.0))  # YOLACT
 
 
 def _load(

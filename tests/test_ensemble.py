@@ -163,15 +163,24 @@ def test_a_detector_and_its_twin_are_itself(pair, fusion):
         torch.testing.assert_close(ours.bboxes, inside, atol=1e-3, rtol=1e-4)
 
 
+def nms(**options):
+    model = copy.deepcopy(tiny.gfl())
+    model.test_cfg.nms = dict(options)
+    return model
+
+
 @pytest.mark.parametrize(
     ('configs', 'threshold'),
     [
         ([tiny.retinanet(), tiny.faster_rcnn()], 0.55),  # NMS at 0.5
         ([tiny.gfl(), tiny.retinanet()], 0.65),  # at 0.6, and 0.5
         ([tiny_dense.yolox(), tiny_dense.yolox()], 0.7),
+        ([nms(type='nms', iou_threshold=0.3)] * 2, 0.55),
+        ([nms(type='nms', iou_threshold=0.98)] * 2, 0.99),
+        ([nms(type='soft_nms', iou_threshold=0.7)] * 2, 0.55),
     ],
 )
-def test_what_one_member_keeps_apart_stays_apart(configs, threshold):
+def test_above_the_iou_of_the_members_nms(configs, threshold):
     members = [detector(config, 1) for config in configs]
     ensemble = EnsembleDetector(members)
     assert ensemble.iou_threshold == pytest.approx(threshold)
@@ -300,6 +309,10 @@ class TestMembersThatDoNotFit:
         for options, message in (
             (dict(fusion='nms'), 'fusion must be one of'),
             (dict(iou_threshold=1), 'iou_threshold must be between'),
+            (
+                dict(iou_threshold=0.7, fusion='logits'),
+                "iou_threshold is for fusion='boxes'",
+            ),
             (dict(max_per_img=0), 'max_per_img of at least 1'),
         ):
             with pytest.raises(ConfigError, match=message):

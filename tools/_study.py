@@ -1,7 +1,6 @@
 """The file of `tools/study.py`: the runs that it describes."""
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from _study_grid import (
 from _study_networks import distillation_of, teachers_of
 from _study_run import STUDENT, Run, Tested
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from mmkd.peers import TRAINED_TEACHER
 from mmkd.several_teachers import is_list, is_mean
@@ -36,8 +34,10 @@ METRICS = {
 STUDY_OPTIONS = (
     'name', 'work_dir', 'seeds', 'baseline', 'metrics', 'data', 'runs',
 )  # fmt: skip
-RUNNER_OPTIONS = inspect.signature(Runner).parameters
-"""What a run's options may add to its config, such as ``custom_hooks``."""
+ADDED = (
+    'auto_scale_lr', 'custom_hooks', 'env_cfg', 'load_from', 'log_processor',
+)  # fmt: skip
+"""What a run's options may add to a config that does not have it."""
 RUN_OPTIONS = ('config', 'teacher', 'options', 'seeds', *AXES)
 TESTED_OPTIONS = ('of', 'network', 'ensemble')
 
@@ -171,18 +171,15 @@ def teacher_run(study: Study, name: str, seed: int, where: str) -> Run:
 class UniqueKeys(yaml.SafeLoader):
     """YAML in which a key given twice is an error, not an override."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [
-            self.construct_object(key, deep)
-            for key, _ in node.value
-            if key.tag != 'tag:yaml.org,2002:merge'  # `<<: *anchor`
-        ]
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
                     None, None, f'"{key}" is given twice', node.start_mark
                 )
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def read_yaml(path: Path) -> Any:
@@ -325,7 +322,7 @@ def resolve(options: Mapping[str, Any], where: str) -> Config:
     check_options(
         f'{where}.options: {options["config"]}',
         (key.partition('.')[0] for key in changes),
-        {*config, *RUNNER_OPTIONS},
+        {*config, *ADDED} - {'work_dir'},
     )
     config.merge_from_dict(changes)
     config.pop('work_dir', None)

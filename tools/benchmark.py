@@ -23,16 +23,17 @@ distilled iteration; peak memory is that of a fresh process for each.
 ``methods``: what the methods of each config take beyond both networks, their
 losses and the gradients of these, as a share of the plain iteration.
 ``teacher``: its forward with each of its options, and iterations with some of
-them. ``epochs``: those of a training, with its data loader, plain, distilled
-and from the teacher's cache, on some images that are resized and not changed
-otherwise. ``assign``: the batched mixture fit against scikit-learn's, and LAD
-against MMDetection's own detector. ``scale``: the distilled iteration with few
-and with many objects; with ``--sizes`` against its parts, for images of
-several sizes; with ``--processes`` against the plain one, both wrapped for
-distributed training; with ``--networks`` the iteration of so many students
-together against the sum of what each costs alone (and the frozen teacher's
-forward), with the memory of each. Without a number, and for methods that fix
-the number of their networks (DCM, FFSD), the networks are the config's.
+them. ``epochs``: the second epochs of trainings, with the loading of images,
+plain, distilled and from the teacher's cache, on the first images of the data,
+which are resized and not changed otherwise. ``assign``: the batched mixture
+fit against scikit-learn's, and LAD against MMDetection's own detector.
+``scale``: the distilled iteration with few and with many objects; with
+``--sizes`` against its parts, for images of several sizes; with
+``--processes`` against the plain one, both wrapped for distributed training;
+with ``--networks`` the iteration of so many students together against the sum
+of what each costs alone (and the frozen teacher's forward), with the memory of
+each. Without a number, and for methods that fix the number of their networks
+(DCM, FFSD), the networks are the config's.
 """
 
 import argparse
@@ -101,7 +102,10 @@ def parse_args() -> argparse.Namespace:
         '--processes', type=int, nargs='+', help='or of processes'
     )
     for command in (one, many, options, whole, fit, growth):
-        add_common(command, several=command is growth)
+        add_common(command)
+    for command in (one, many, options, fit):
+        command.add_argument('--objects', type=int, default=8)
+    growth.add_argument('--objects', type=int, nargs='+', default=[10, 200])
     return parser.parse_args()
 
 
@@ -114,17 +118,11 @@ def as_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def add_common(command: argparse.ArgumentParser, *, several: bool) -> None:
+def add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         '--size', type=int, nargs=2, default=[800, 1333], metavar=('H', 'W')
     )
     command.add_argument('--batch', type=int, default=2, help='images')
-    if several:
-        command.add_argument(
-            '--objects', type=int, nargs='+', default=[10, 200]
-        )
-    else:
-        command.add_argument('--objects', type=int, default=8)
     command.add_argument('--repeat', type=int, default=7, help='rounds')
     command.add_argument('--threads', type=int, default=1, help='CPU threads')
     command.add_argument('--device', default='auto', help='cpu, cuda or auto')

@@ -87,8 +87,8 @@ class _SigmoidKL(torch.autograd.Function):
 class BinaryProblems:
     r"""A network's independent binary problems, for all who learn from it.
 
-    What its divergences share is computed once, so that K networks that
-    learn from each other take K passes over their logits, not K (K - 1): as
+    K networks that learn from each other take K sigmoids, logarithms and
+    products of their logits, not K (K - 1); as
 
     .. math::
         \frac{1}{n} \sum_b \mathrm{KL}(p_b \| p)
@@ -120,7 +120,8 @@ class BinaryProblems:
             targets: At least one; they get no gradient.
 
         Returns:
-            (...), float32. 0 where all are equal, up to rounding.
+            (...), float32. 0 where all are equal, up to rounding, which may
+            leave it slightly negative.
         """
         first, *others = (target.probabilities for target in targets)
         mean = sum(others, first) / len(targets) if others else first

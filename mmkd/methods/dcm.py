@@ -156,7 +156,7 @@ class DCM(Method):
         (one, ours), (other, theirs) = heads.items()
         return {
             f'kl_{name}': self.kl_weight
-            * len(targets)
+            * len(targets)  # the sum of what mutual_kl averages
             * sum_of(
                 [
                     mutual_kl(each, targets, data_samples, self.temperature)

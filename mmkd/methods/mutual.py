@@ -216,7 +216,7 @@ def _of_priors(
     data_samples: Sequence[DetDataSample],
     temperature: float,
 ) -> Tensor:
-    """The same of sigmoid heads, each network's logits read only once."""
+    """The same of sigmoid heads; see :class:`BinaryProblems`."""
     ours, *theirs = (
         _binary_problems(outputs, temperature)
         for outputs in (learner, *targets)

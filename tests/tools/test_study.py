@@ -194,6 +194,22 @@ def test_options_shared_by_an_anchor(reading, tmp_path):
     path = tmp_path / 'study.yaml'
     path.write_text('a: &all {x: 1, y: 2}\nb:\n  <<: *all\n  y: 3\n')
     assert reading.read_yaml(path)['b'] == dict(x=1, y=3)
+    path.write_text('a: &a {x: 1}\nb: {c: &b {<<: *a, x: 2}}\nd: {<<: *b}\n')
+    assert reading.read_yaml(path)['d'] == dict(x=2)
+    path.write_text('a: &a {x: 1}\nb:\n  <<: *a\n  <<: *a\n')
+    with pytest.raises(ConfigError, match='"<<" is given twice'):
+        reading.read_yaml(path)
+
+
+def test_hooks_are_added_to_a_run(reading, write, configs, tmp_path):
+    runs = content(configs, tmp_path)['runs']
+    hooks = [dict(type='mmkd.TelemetryHook', interval=4)]
+    runs['student'] = {**runs['student'], 'options': {'custom_hooks': hooks}}
+    study = reading.read_study(write(runs=runs))
+    assert study.of('student')[0].config.custom_hooks == hooks
+    runs['student']['options'] = {'work_dir': 'elsewhere'}
+    with pytest.raises(ConfigError, match='no option "work_dir"'):
+        reading.read_study(write(runs=runs))
 
 
 def test_errors_of_the_file_end_the_tool(tool, write, capsys, tmp_path):
