@@ -37,7 +37,9 @@ class PeerView:
         self.cache = outputs.cache
         self.class_map = _same_classes(class_count(self.model) or 0)
         self._outputs, self._learns = outputs, learns
-        self._roi_scores: dict[int, tuple[BoxSample, Any]] = {}
+        # Kept there, so that all views of a step have the same.
+        self._roi_scores: dict[int, tuple[BoxSample, Any]]
+        self._roi_scores = self.cache.setdefault(f'RoIs, {learns=}', {})
 
     @property
     def dense(self) -> Any:
@@ -76,16 +78,16 @@ class PeerView:
 
 
 def as_teacher(outputs: Outputs, *, learns: bool = True) -> 'TeacherOutputs':
-    """The same view for all that read it in a step.
+    """A network in the place of a teacher, for all that read it in a step.
+
+    The outputs must not know their view: what refers to itself is freed late,
+    and a step's maps with it.
 
     Args:
         outputs: Of the network that stands in the place of a teacher.
         learns: Whether it learns itself from what it is compared with.
     """
-    key = 'learning view' if learns else 'view'
-    if key not in outputs.cache:
-        outputs.cache[key] = PeerView(outputs, learns=learns)
-    return cast('TeacherOutputs', outputs.cache[key])
+    return cast('TeacherOutputs', PeerView(outputs, learns=learns))
 
 
 @functools.cache
