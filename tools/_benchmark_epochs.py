@@ -88,8 +88,8 @@ def epochs(
         ]
     times = {name: [r[name][0] for r in rounds] for name in variants}
     number = rounds[0][PLAIN][1]
-    text = f'{ratio_table(f"epoch of {number} batches", times, PLAIN)}'
-    return {'seconds': times, 'batches': number}, text
+    table = ratio_table(f'epoch of {number} batches', times, PLAIN)
+    return {'seconds': times, 'batches': number}, table
 
 
 def configs_of(args: argparse.Namespace, folder: str) -> dict[str, Config]:
@@ -125,7 +125,7 @@ def as_benchmark(cfg: Config, args: argparse.Namespace, folder: str) -> Config:
     cfg.custom_hooks = [
         hook
         for hook in cfg.get('custom_hooks') or []
-        if str(hook['type']).rpartition('.')[2] not in VALIDATING
+        if named(hook) not in VALIDATING
     ]
     for key in ('val_cfg', 'val_dataloader', 'val_evaluator'):
         cfg[key] = None
@@ -158,8 +158,9 @@ def some_images(dataset: Any, args: argparse.Namespace) -> Any:
     return dataset
 
 
-def named(step: Mapping[str, Any]) -> str:
-    kind = step['type']
+def named(described: Mapping[str, Any]) -> str:
+    """The class of a transform or hook, without its scope."""
+    kind = described['type']
     return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
 
 
