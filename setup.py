@@ -21,6 +21,8 @@ def read_requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith('#')]
 
 
+MMDET = read_requirements('mmdet')
+
 setup(
     name='mmkd',
     version=read_version(),
@@ -35,9 +37,12 @@ setup(
     python_requires='>=3.10',
     # Neither torch nor the mm* packages: which build of them fits is the
     # user's to say, and importing mmkd checks that they are there.
-    install_requires=['numpy'],
+    install_requires=[
+        'numpy',
+        *(line for line in MMDET if not line.startswith('onedl-')),
+    ],
     extras_require={
-        'mmdet': read_requirements('mmdet'),
+        'mmdet': MMDET,
         'report': read_requirements('report'),
         'ensemble': read_requirements('ensemble'),
         'dev': read_requirements('dev'),
