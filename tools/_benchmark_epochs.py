@@ -16,6 +16,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmkd.data_guard import explain_data_error
 from mmkd.several_teachers import is_list, is_mean
 from mmkd.utils import ConfigError
 
@@ -172,6 +173,7 @@ def second_epoch(cfg: Config, args: argparse.Namespace) -> tuple[float, int]:
 
     Raises:
         ConfigError: If a cache did not know all of its images.
+        DataError: If the images are not there.
     """
     cfg = copy.deepcopy(cfg)
     cfg.experiment_name = f'epochs-{time.monotonic_ns()}'
@@ -181,7 +183,8 @@ def second_epoch(cfg: Config, args: argparse.Namespace) -> tuple[float, int]:
     else:
         runner = Runner.from_cfg(cfg)
     runner.register_hook(clock)
-    runner.train()
+    with explain_data_error(cfg, 'train'):
+        runner.train()
     if any(hit < 1 for hit in clock.hits):
         raise ConfigError(
             'the cache did not know all images in the second epoch: it holds '

@@ -50,6 +50,7 @@ from _benchmark_step import methods, print_peak, step
 from _benchmark_teacher import teacher
 from mmengine.config import DictAction
 
+from mmkd.data import DataError
 from mmkd.utils import ConfigError
 
 COMMANDS = {
@@ -150,7 +151,7 @@ def main() -> None:
     found = environment(args, device)  # before the commands change it
     try:
         result, table = COMMANDS[args.command](args, device)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         raise SystemExit(f'error: {error}') from error
     print(f'{table}\n\n{measured_on(found)}')
     if args.json:

@@ -145,6 +145,18 @@ def test_an_epoch_that_the_cache_does_not_know(config, monkeypatch):
         _benchmark_epochs.second_epoch(cached, args)
 
 
+def test_epochs_without_the_data(config, monkeypatch):
+    """The plain run is stock's, and stock says no more than the path."""
+    path = config(toy.RETINANET, dict(pkd=dict(type='mmkd.PKD')))
+    cfg = Config.fromfile(path)
+    cfg.train_dataloader.dataset.ann_file = '/nowhere/coco/train.json'
+    cfg.dump(path)
+    command = ['epochs', path, *'--images 4 --size 96 128 --batch 2'.split()]
+    monkeypatch.setattr('sys.argv', ['benchmark.py', *command])
+    with pytest.raises(SystemExit, match=r'error: .*prepare_data\.py coco'):
+        benchmark.main()
+
+
 @pytest.mark.parametrize(
     'name', ['lad_yolox_s', 'faster_rcnn_kd_r18_voc', 'pkd_faster_rcnn_r50']
 )
