@@ -151,8 +151,8 @@ def test_epochs_without_the_data(config, monkeypatch):
     cfg = Config.fromfile(path)
     cfg.train_dataloader.dataset.ann_file = '/nowhere/coco/train.json'
     cfg.dump(path)
-    command = ['epochs', path, *'--images 4 --size 96 128 --batch 2'.split()]
-    monkeypatch.setattr('sys.argv', ['benchmark.py', *command])
+    command = ['benchmark.py', 'epochs', path, '--images', '4', '--batch', '2']
+    monkeypatch.setattr('sys.argv', command)
     with pytest.raises(SystemExit, match=r'error: .*prepare_data\.py coco'):
         benchmark.main()
 
