@@ -19,6 +19,8 @@ from mmkd.distiller import Distiller, build_distiller
 from mmkd.peers import with_trained_teacher
 from mmkd.several_teachers import is_list, is_mean, single_views
 from mmkd.teacher import class_names
+from mmkd.teacher_source import load_config as read_config
+from mmkd.utils import ConfigError
 
 Batch = tuple[Tensor, list[DetDataSample]]
 
@@ -69,7 +71,7 @@ def build_student(
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     if cfg.get('distillation'):
@@ -101,10 +103,15 @@ def build_together(
     cfg: Config, args: argparse.Namespace, device: str
 ) -> tuple[Distiller, Batch]:
     """The same of a config that has been read."""
+    if not cfg.get('distillation'):
+        raise ConfigError(
+            f'{args.config} has no distillation to measure. Give a config '
+            'that distils, such as configs/faster_rcnn_kd_r50.py.'
+        )
     student, batch = student_of(cfg, args, device)
     distillation = copy.deepcopy(cfg.distillation)
     if 'teacher' in distillation:
-        untrain(distillation.teacher)
+        distillation.teacher = untrained(distillation.teacher)
     for peer in distillation.get('peers', {}).values():
         options = peer.get('cfg_options') or {}
         peer.cfg_options = {**options, 'model.backbone.init_cfg': None}
@@ -113,15 +120,15 @@ def build_together(
     return build_distiller(distillation, student, classes), batch
 
 
-def untrain(teacher: Any) -> None:
-    """Take the weights from descriptions of teachers, in place."""
+def untrained(teacher: Any) -> Any:
+    """Descriptions of teachers without their weights."""
+    if is_list(teacher):
+        return [untrained(each) for each in teacher]
     if is_mean(teacher):
-        teacher = teacher['mean']
-    if not is_list(teacher):
-        teacher['checkpoint'] = None
-        return
-    for each in teacher:
-        untrain(each)
+        return {**teacher, 'mean': untrained(teacher['mean'])}
+    if isinstance(teacher, str):
+        teacher = dict(name=teacher)
+    return {**teacher, 'checkpoint': None}
 
 
 class Trainer:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from _benchmark import load_config, ratio_table, untrain
+from _benchmark import load_config, ratio_table, untrained
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
@@ -118,7 +118,8 @@ def as_benchmark(cfg: Config, args: argparse.Namespace, folder: str) -> Config:
     """Two epochs on some images of one size, without chance or files."""
     cfg.model.backbone.init_cfg = None
     cfg.model.data_preprocessor.pop('batch_augments', None)
-    untrain(cfg.distillation.teacher)
+    teacher = untrained(cfg.distillation.teacher)
+    cfg.distillation.teacher = teacher
     cfg.work_dir, cfg.randomness = folder, dict(seed=0)
     cfg.load_from, cfg.resume, cfg.visualizer = None, False, None
     cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=2)

@@ -511,6 +511,42 @@ def test_networks_need_peers(config):
 
 
 @pytest.mark.parametrize(
+    'command',
+    [
+        *('step no.py', 'methods no.py', 'teacher no.py', 'epochs no.py'),
+        *('assign --config no.py', 'scale no.py --objects 3'),
+    ],
+)
+def test_a_config_that_is_not_there(command, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['benchmark.py', *command.split()])
+    with pytest.raises(SystemExit, match=r"error: the config 'no.py' does"):
+        benchmark.main()
+
+
+def test_nothing_to_measure():
+    stock = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
+    with pytest.raises(ConfigError, match='has no distillation to measure'):
+        _benchmark.build(arguments(stock), 'cpu')
+
+
+def test_teachers_without_their_weights():
+    """Named, described, in a list and as a mean: all that a config takes."""
+    a, b = (
+        dict(config='a.py', checkpoint='a.pth'),
+        dict(name='b', fold_bn=True),
+    )
+    bare = dict(config='a.py', checkpoint=None)
+    named = dict(name='b', fold_bn=True, checkpoint=None)
+    assert _benchmark.untrained('b') == dict(name='b', checkpoint=None)
+    assert _benchmark.untrained([a, b]) == [bare, named]
+    mean = dict(mean=[a, b], label='both')
+    assert _benchmark.untrained([mean, b]) == [
+        *(dict(mean=[bare, named], label='both'), named),
+    ]
+    assert a['checkpoint'] == 'a.pth'
+
+
+@pytest.mark.parametrize(
     ('path', 'message'),
     [
         ('lad.py', 'lad .LabelAssignmentDistillation. computes no loss'),
