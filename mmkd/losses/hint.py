@@ -1,5 +1,6 @@
 """Distance between a student's adapted feature and the teacher's."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkd.registry import MODELS
@@ -80,8 +81,10 @@ class HintLoss(nn.Module):
                 'width and resize the map first'
             )
         reduction = check_reduction(reduction_override or self.reduction)
-        difference = pred.float() - target.detach().float()
-        loss = difference.square() if self.norm == 'l2' else difference.abs()
+        distance = F.mse_loss if self.norm == 'l2' else F.l1_loss
+        loss = distance(
+            pred.float(), target.detach().float(), reduction='none'
+        )
         return self.loss_weight * reduce_loss(
             loss, weight, avg_factor, reduction
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
@@ -367,7 +368,8 @@ def mean_square(
 ) -> Tensor:
     """The mean squared error over channels, positions and images."""
     weights = position_weights(data_samples, maps)
-    square = (maps.float() - targets.float()).square().mean(1, keepdim=True)
+    square = F.mse_loss(maps.float(), targets.float(), reduction='none')
+    square = square.mean(1, keepdim=True)
     return (weights * square).sum((1, 2, 3)).mean()
 
 

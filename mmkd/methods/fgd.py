@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -158,7 +159,7 @@ class FGD(FeatureMethod):
         foreground = foreground * (weights > 0)
         background = ((foreground == 0) & (weights > 0)).float()
         count = background.sum((2, 3), keepdim=True).clamp(min=1)
-        error = (teacher - student).square() * which_t
+        error = F.mse_loss(student, teacher, reduction='none') * which_t
         error = error.sum(1, keepdim=True) * where_t  # (B, 1, H, W)
         return {
             'foreground': (error * foreground).sum(),
@@ -173,7 +174,8 @@ class FGD(FeatureMethod):
         inside = weights > 0
         ours = self.student_blocks[level](student, inside)
         theirs = self.teacher_blocks[level](teacher, inside)
-        return (theirs - ours).where(inside, 0.0).square().sum()
+        error = F.mse_loss(ours, theirs, reduction='none')
+        return error.where(inside, 0.0).sum()
 
 
 class ContextBlock(nn.Module):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
@@ -99,6 +100,6 @@ def anticorrelation(
         student, weights, per_image=per_image, eps=EPS
     )
     theirs, _ = standardize(teacher, weights, per_image=per_image, eps=EPS)
-    distance = (ours - theirs).square() * averaging
+    distance = F.mse_loss(ours, theirs, reduction='none') * averaging
     over = (2, 3) if per_image else (0, 2, 3)
     return distance.sum(over).mean() / 2

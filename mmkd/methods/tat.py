@@ -215,7 +215,7 @@ class TaT(FeatureMethod):
         logits = logits - logits.detach().amax(-1, keepdim=True)
         logits = logits.clamp(min=NEGLIGIBLE).masked_fill(padding, OUTSIDE)
         rebuilt = logits.softmax(-1) @ values
-        errors = (rebuilt - targets).square()
+        errors = F.mse_loss(rebuilt, targets, reduction='none')
         errors = errors.unflatten(-1, (weights.shape[-1], -1)).mean(-1)
         return (errors * weights).sum()
 
