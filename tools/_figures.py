@@ -76,11 +76,11 @@ def curves(
         xs, ys = thinned(line)
         marker = 'o' if len(xs) < 50 else None
         (drawn[name],) = axes.plot(
-            xs, ys, marker=marker, ms=4, **style(number)
+            xs, ys, marker=marker, ms=4, clip_on=False, **style(number)
         )
     limits = limits or (lower_limit(lines), None)
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=limits)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return as_svg(figure, axes, drawn, f'{ylabel} by {xlabel}')
 
 
