@@ -118,8 +118,7 @@ def as_benchmark(cfg: Config, args: argparse.Namespace, folder: str) -> Config:
     """Two epochs on some images of one size, without chance or files."""
     cfg.model.backbone.init_cfg = None
     cfg.model.data_preprocessor.pop('batch_augments', None)
-    teacher = untrained(cfg.distillation.teacher)
-    cfg.distillation.teacher = teacher
+    cfg.distillation.teacher = untrained(cfg.distillation.teacher)
     cfg.work_dir, cfg.randomness = folder, dict(seed=0)
     cfg.load_from, cfg.resume, cfg.visualizer = None, False, None
     cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=2)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from mmengine.dist import get_rank
 from torch import Tensor, nn
@@ -144,5 +143,5 @@ def draw_mask(
 
 def squared_error(generated: Tensor, target: Tensor, inside: Tensor) -> Tensor:
     """The squared error summed over an image, averaged over the images."""
-    error = F.mse_loss(generated.float(), target.float(), reduction='none')
-    return error.where(inside, 0.0).sum() / max(len(target), 1)
+    error = generated.float() - target.float()
+    return error.where(inside, 0.0).square().sum() / max(len(target), 1)
