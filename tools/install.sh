@@ -158,7 +158,9 @@ main() {
     # Its requirements are installed already: nothing is to move torch.
     install --quiet --no-deps -e .
 
-    "$py" -c 'import torch, mmengine, mmcv.ops, mmdet' || die \
+    # yapf writes its grammars to a cache when first imported; processes that
+    # did so at the same time, as the tests' do, would read half of a file.
+    "$py" -c 'import torch, mmengine, mmcv.ops, mmdet, yapf' || die \
         'the installed packages do not import (see above).' \
         'Remove .venv and run this again.'
     fingerprint >"$stamp"
