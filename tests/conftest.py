@@ -70,16 +70,19 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_signals():
-    """Take back the handlers of tools that a test has run in this process.
+def own_process():
+    """Take back what tools that a test has run in this process have set.
 
-    A process forked with one may miss the signal that is to end it.
+    A process forked with their signal handlers may miss the signal that is
+    to end it, and what they silenced would be missing from others' logs.
     """
     numbers = (signal.SIGTERM, signal.SIGHUP)
-    former = [signal.getsignal(number) for number in numbers]
+    handlers = [signal.getsignal(number) for number in numbers]
+    silenced = logging.root.manager.disable
     yield
-    for number, handler in zip(numbers, former, strict=True):
+    for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
+    logging.disable(silenced)
 
 
 @pytest.fixture
