@@ -198,6 +198,7 @@ def plot(
             label=name,
             marker=marker,
             markersize=4,
+            clip_on=False,
         )
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(lower_limit(lines), None))
     axes.xaxis.get_major_locator().set_params(integer=True)
