@@ -11,20 +11,28 @@ from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
 from mmengine.registry import Registry
 
 RUNNERS = Registry(
-    'runner', parent=MMENGINE_RUNNERS, scope='mmkd', locations=['mmkd.runner']
+    'runner',
+    parent=MMENGINE_RUNNERS,
+    scope='mmkd',
+    locations=['mmkd.engine.runner'],
 )
 HOOKS = Registry(
-    'hook', parent=MMENGINE_HOOKS, scope='mmkd', locations=['mmkd.hooks']
+    'hook',
+    parent=MMENGINE_HOOKS,
+    scope='mmkd',
+    locations=['mmkd.engine.hooks'],
 )
 MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmkd',
-    locations=['mmkd.losses', 'mmkd.heads', 'mmkd.ensemble'],
+    locations=['mmkd.losses', 'mmkd.detectors.heads', 'mmkd.peers.ensemble'],
 )
 # Methods are built by the Distiller, never by a detector's config.
 METHODS = Registry('method', scope='mmkd', locations=['mmkd.methods'])
 # How well a network's costs tell good candidates from bad, for CoLAD.
 INDICATORS = Registry(
-    'indicator', scope='mmkd', locations=['mmkd.assignment.colearning']
+    'indicator',
+    scope='mmkd',
+    locations=['mmkd.detectors.assignment.colearning'],
 )

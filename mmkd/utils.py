@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from mmengine.registry import Registry
 
-
-class ConfigError(ValueError):
-    """A mistake in a config: what, where, expected, got and the remedy."""
+from mmkd.errors import ConfigError
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import toy
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mmkd.peers import with_trained_teacher
+from mmkd.detectors.source import find_in_model_index, load_config
+from mmkd.peers.peer import with_trained_teacher
 from mmkd.registry import METHODS
-from mmkd.several_teachers import described as by_name
-from mmkd.teacher_source import find_in_model_index, load_config
+from mmkd.teachers.several import described as by_name
 from mmkd.utils import build_checked
+from tests.helpers import toy
 
 FOLDER = toy.ROOT / 'configs'
 ALL = sorted(

@@ -7,22 +7,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny_dense
-import tiny_detectors as tiny
 import torch
-import toy
 from mmengine.optim import build_optim_wrapper
 
-from mmkd.checkpoint import join_checkpoint, load_checkpoint_file
-from mmkd.data_guard import check_images, diagnose
-from mmkd.distiller import build_distiller
-from mmkd.ensemble import EnsembleDetector
-from mmkd.hooks import LossCheckHook, WeightScheduleHook
-from mmkd.peers import add_to_optimizer, check_trained
+from mmkd.core.distiller import build_distiller
+from mmkd.data.checkpoint_file import load_checkpoint_file
+from mmkd.detectors.shrink import small_model
+from mmkd.engine.checkpoint import join_checkpoint
+from mmkd.engine.data_guard import check_images, diagnose
+from mmkd.engine.hooks import LossCheckHook, WeightScheduleHook
+from mmkd.peers.ensemble import EnsembleDetector
+from mmkd.peers.peer import add_to_optimizer, check_trained
 from mmkd.registry import HOOKS, METHODS
-from mmkd.shrink import small_model
-from mmkd.teacher_view import ClassMap
+from mmkd.teachers.class_map import ClassMap
 from mmkd.utils import build_checked, distiller_of
+from tests.helpers import tiny_dense, toy
+from tests.helpers import tiny_detectors as tiny
 
 PAGE = toy.ROOT / 'docs' / 'errors.md'
 DOTS = '…'

@@ -8,17 +8,19 @@ import sys
 
 import pytest
 import torch
-import toy
 from mmdet.models import ResNet
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner.checkpoint import load_state_dict
 
-from mmkd.checkpoint import CheckpointError
-from mmkd.hooks.loss_check import NonFiniteLossError
-from mmkd.outputs import TapError
-from mmkd.utils import ConfigError
+from mmkd.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteLossError,
+    TapError,
+)
+from tests.helpers import toy
 
 pytestmark = pytest.mark.usefixtures('shared_data')
 
@@ -59,7 +61,7 @@ assert not any(name.startswith('mmkd') for name in sys.modules)
 tool = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
 sys.argv = [str(tool), *sys.argv[1:]]
 runpy.run_path(str(tool), run_name='__main__')
-assert 'mmkd.runner' in sys.modules
+assert 'mmkd.engine.runner' in sys.modules
 """
 STOCK_USE = """
 import sys

@@ -4,10 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from _families import SKIPPED, Pair
-from _trial import FAILS, METHODS, UNFIT, WORKS
-
-from mmkd.shrink import SCALE
+from mmkd.detectors.shrink import SCALE
+from mmkd.doctor.trial import FAILS, METHODS, UNFIT, WORKS
+from tools._families import SKIPPED, Pair
 
 KINDS = tuple(METHODS)
 SHORT = {WORKS: 'works', UNFIT: 'does not fit', FAILS: '**fails**'}

@@ -35,12 +35,12 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import torch
 import torch._dynamo  # optimizers import it, in every process again
-from _compatibility_table import page
-from _families import PAIRS, Pair, families
-from _trial import FAILS, METHODS, examine
 from mmdet.utils import register_all_modules
 
 import mmkd
+from mmkd.doctor.trial import FAILS, METHODS, examine
+from tools._compatibility_table import page
+from tools._families import PAIRS, Pair, families
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ('plain', *METHODS)

@@ -24,7 +24,7 @@ from pathlib import Path
 # everywhere, and more of them wait for each other on a busy machine.
 os.environ['OMP_NUM_THREADS'] = '1'
 
-from _training import (
+from mmkd.study.training import (
     ROOT,
     DemoError,
     Network,
@@ -119,7 +119,9 @@ def report(networks: Mapping[str, Network], folder: Path) -> None:
         print('results: evaluating and drawing', flush=True)
         log = (folder / 'evaluation.txt').open('w')
         with log, redirect_stdout(log), redirect_stderr(log):
-            from _report import write_results  # and with it MMDetection
+            from mmkd.report.summary import (
+                write_results,  # and with it MMDetection
+            )
 
             data = write_results(networks, folder)
         data |= dict(evaluated=now(), versions=versions(), fingerprints=marks)

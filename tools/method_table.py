@@ -16,11 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _training import ROOT
 from mmengine.config import Config
 
-from mmkd import heads, methods
-from mmkd.methods import Method
+from mmkd import methods
+from mmkd.core.method import Method
+from mmkd.detectors import heads
+from mmkd.study.training import ROOT
 
 BEGIN = '<!-- written by tools/method_table.py -->'
 END = '<!-- end of the methods -->'

@@ -6,6 +6,8 @@ is raised as :class:`DataError`: one line that says where, what was expected,
 what was found, and the remedy.
 """
 
+from mmkd.errors import DataError
+
 from .coco import check_coco_annotations
 from .conversion import (
     Conversion,
@@ -15,7 +17,7 @@ from .conversion import (
     coco_image,
     voc_to_coco,
 )
-from .errors import COCO_REMEDY, VOC_REMEDY, DataError, data_error
+from .errors import COCO_REMEDY, VOC_REMEDY, data_error
 from .files import StrPath, read_json, replacing, write_json
 from .voc import Box, VocImage, VocObject, read_voc_xml, voc_check
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from mmkd.errors import DataError
+
 COCO_REMEDY = (
     'For COCO run `python tools/prepare_data.py coco` (with `--from FOLDER` '
     'for a local copy); mend or replace any other data.'
@@ -10,10 +12,6 @@ VOC_REMEDY = (
     'For VOC run `python tools/prepare_data.py voc` (with `--from FOLDER` '
     'for a local copy); mend or replace any other data.'
 )
-
-
-class DataError(ValueError):
-    """Data that cannot be used as it is, told in one line."""
 
 
 def data_error(

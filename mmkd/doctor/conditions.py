@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.hooks.telemetry import gradient, norm, student_parameters
-from mmkd.outputs import Outputs, box_heads, intercepted, replaced
-from mmkd.several_teachers import single_views, views_of
-from mmkd.teacher import Teacher
-from mmkd.teacher_view import ClassMap
+from mmkd.detectors.record import Outputs, box_heads, intercepted, replaced
+from mmkd.engine.hooks.telemetry import gradient, norm, student_parameters
+from mmkd.teachers.class_map import ClassMap
+from mmkd.teachers.frozen import Teacher
+from mmkd.teachers.several import single_views, views_of
 from mmkd.utils import isolated_random_state
 
 from .losses import trained_parts

@@ -8,16 +8,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, RUNNERS, DefaultScope
 from mmengine.runner import Runner
 
-from mmkd.checkpoint import CheckpointError
-from mmkd.data import DataError
-from mmkd.outputs import TapError, replaced
-from mmkd.utils import ConfigError
+from mmkd.detectors.record import replaced
+from mmkd.errors import CheckpointError, ConfigError, DataError, TapError
 
-from .conditions import (
-    check_class_order,
-    check_half_precision,
-    check_padding,
-)
+from .conditions import check_class_order, check_half_precision, check_padding
 from .distributed import check_distributed
 from .losses import check_losses
 from .networks import check_classes, check_modes, check_precision, watched

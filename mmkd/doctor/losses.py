@@ -5,8 +5,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mmkd.hooks.telemetry import cosine, gradient, norm, student_parameters
-from mmkd.methods import Method
+from mmkd.core.method import Method
+from mmkd.engine.hooks.telemetry import (
+    cosine,
+    gradient,
+    norm,
+    student_parameters,
+)
 
 from .patient import Patient, Step, steers
 from .report import some, table

@@ -10,13 +10,14 @@ import torch
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from mmkd.hooks.teacher_check import evaluate_teacher
-from mmkd.outputs import intercepted
-from mmkd.several_teachers import described as teacher_descriptions
-from mmkd.teacher import Teacher
-from mmkd.teacher_source import check_class_count, class_names, load_config
-from mmkd.teacher_view import flips, mean_std, pad_value
-from mmkd.utils import ConfigError, isolated_random_state
+from mmkd.detectors.record import intercepted
+from mmkd.detectors.source import check_class_count, class_names, load_config
+from mmkd.engine.hooks.teacher_check import evaluate_teacher
+from mmkd.errors import ConfigError
+from mmkd.teachers.class_map import flips, mean_std, pad_value
+from mmkd.teachers.frozen import Teacher
+from mmkd.teachers.several import described as teacher_descriptions
+from mmkd.utils import isolated_random_state
 
 from .patient import Patient
 from .report import Report, some, table

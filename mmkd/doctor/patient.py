@@ -10,10 +10,10 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from mmkd.checkpoint import ATTACHED
-from mmkd.distiller import Distiller, Losses
-from mmkd.methods import Method
-from mmkd.outputs import replaced
+from mmkd.core.distiller import Distiller, Losses
+from mmkd.core.method import Method
+from mmkd.detectors.record import replaced
+from mmkd.engine.checkpoint import ATTACHED
 from mmkd.utils import isolated_random_state
 
 from .report import Report

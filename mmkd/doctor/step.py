@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkd.checkpoint import ATTACHED
-from mmkd.hooks.telemetry import gradient
+from mmkd.core.each_teacher import FromEach
+from mmkd.detectors.record import Outputs, intercepted
+from mmkd.engine.checkpoint import ATTACHED
+from mmkd.engine.hooks.telemetry import gradient
+from mmkd.errors import TapError
 from mmkd.methods import CrossKD
 from mmkd.methods.feature_base import FeatureMethod
-from mmkd.outputs import Outputs, TapError, intercepted
-from mmkd.several_teachers import FromEach
 
 from .patient import Patient, Step, cloned, own_state
 from .report import some, table

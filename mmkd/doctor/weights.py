@@ -11,9 +11,10 @@ import torch
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from mmkd.checkpoint import ATTACHED, load_checkpoint_file
-from mmkd.several_teachers import described
-from mmkd.teacher_source import find_in_model_index
+from mmkd.data.checkpoint_file import load_checkpoint_file
+from mmkd.detectors.source import find_in_model_index
+from mmkd.engine.checkpoint import ATTACHED
+from mmkd.teachers.several import described
 
 from .patient import own_state
 from .report import Report, some

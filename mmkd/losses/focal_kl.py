@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
+from mmkd.errors import ConfigError
 from mmkd.registry import MODELS
-from mmkd.utils import ConfigError
 
 from .kl import sigmoid_kl
 from .reduction import check_reduction, reduce_loss

@@ -1,6 +1,7 @@
 """Distillation methods, one paper a file."""
 
-from .base import Method
+from mmkd.core.method import Method
+
 from .colad import CoLearningAssignment
 from .crosskd import CrossKD
 from .cwd import CWD

@@ -8,20 +8,24 @@ from typing import Any, ClassVar
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.assignment.colearning import Switched, find_indicator, switch
-from mmkd.assignment.fit import dense_head, is_paa
-from mmkd.assignment.paa import (
+from mmkd.core.method import Method
+from mmkd.detectors.assignment.colearning import (
+    Switched,
+    find_indicator,
+    switch,
+)
+from mmkd.detectors.assignment.fit import dense_head, is_paa
+from mmkd.detectors.assignment.paa import (
     Candidates,
     assigned_by,
     check_stock_paa,
     flat_predictions,
 )
-from mmkd.dense_checks import check_same_priors
-from mmkd.outputs import Outputs, replaced
+from mmkd.detectors.dense_checks import check_same_priors
+from mmkd.detectors.record import Outputs, replaced
+from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
-from .base import Method
 from .lad import BOX_WEIGHTINGS, unweighted_boxes
 
 
@@ -32,7 +36,7 @@ class CoLearningAssignment(Method):
     The student and its peers each train by their own stock PAA loss, on the
     same positives. For every image, object and level, the costs of the
     pre-assigned candidates are those of the network with the larger
-    indicator (:func:`~mmkd.assignment.colearning.switch`); from there on it
+    indicator (:func:`.switch`); from there on it
     is PAA: the cheapest of each level are joined, so that one mixture can
     hold costs of several networks.
 

@@ -12,25 +12,25 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
-from mmkd.adapters import build_adapter
-from mmkd.dense import (
+from mmkd.core.method import Method
+from mmkd.detectors.adapters import build_adapter
+from mmkd.detectors.dense import (
     DenseOutputs,
     DenseTargets,
     read_dense,
     student_targets,
     teacher_dense,
 )
-from mmkd.dense_checks import check_dense, check_same_priors
+from mmkd.detectors.dense_checks import check_dense, check_same_priors
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError
 from mmkd.losses.kl import softmax_kl
-from mmkd.outputs import Outputs
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
-from .base import Method
 from .feature_base import image_weights
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 BRANCHES = ('cls_convs', 'reg_convs')
 """The towers of a dense head, of classes and of boxes."""

@@ -7,14 +7,14 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
+from mmkd.detectors.record import Outputs
 from mmkd.losses.kl import softmax_kl
-from mmkd.outputs import Outputs
 from mmkd.registry import METHODS
 
 from .feature_base import OUTSIDE, FeatureMethod, position_weights
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 
 @METHODS.register_module()

@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from mmkd.auxiliary import AuxiliaryHead
-from mmkd.dense_checks import check_dense
-from mmkd.outputs import Outputs
-from mmkd.peer_view import check_mutual, networks_of
+from mmkd.core.method import Method
+from mmkd.detectors.dense_checks import check_dense
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError
+from mmkd.peers.auxiliary import AuxiliaryHead
+from mmkd.peers.view import networks_of
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
-from .base import Method
 from .mutual import mutual_kl, sum_of
+from .mutual_logits import check_mutual
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 STAGES = ('backbone.layer2', 'backbone.layer3')
 
@@ -48,7 +49,7 @@ class DCM(Method):
     blocks of the later stages. A dense head needs maps of all strides: here
     each auxiliary head is a copy of the network's own dense head, freshly
     initialised, on a pyramid of convolutions from that one stage
-    (:class:`~mmkd.auxiliary.StagePyramid`), so that its priors are those of
+    (:class:`.StagePyramid`), so that its priors are those of
     the stock head and every pair of logits corresponds. It is shallower than
     the paper's. Two-stage detectors are left out: their RoIs differ from
     head to head.

@@ -8,15 +8,15 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
-from mmkd.class_logits import check_class_logits, class_logits
-from mmkd.outputs import Outputs
+from mmkd.core.method import Method
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
-from .base import Method
+from .class_logits import check_class_logits, class_logits
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 EPSILON = 1e-8
 """The official code's, added to the product of two norms."""

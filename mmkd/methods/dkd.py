@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.class_logits import ClassLogits, check_class_logits, class_logits
+from mmkd.core.method import Method
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError
 from mmkd.losses.kl import sigmoid_kl, softmax_kl
-from mmkd.outputs import Outputs
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
-from .base import Method
+from .class_logits import ClassLogits, check_class_logits, class_logits
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 
 @METHODS.register_module()

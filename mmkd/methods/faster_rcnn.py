@@ -8,9 +8,9 @@ from mmdet.structures import DetDataSample
 from mmengine.registry import Registry
 from torch import Tensor
 
-from mmkd.outputs import BoxSample, Outputs, box_heads
-from mmkd.registry import METHODS, MODELS
-from mmkd.two_stage import (
+from mmkd.core.method import Method
+from mmkd.detectors.record import BoxSample, Outputs, box_heads
+from mmkd.detectors.two_stage import (
     check_same_anchors,
     check_same_classifiers,
     check_two_stage,
@@ -18,13 +18,15 @@ from mmkd.two_stage import (
     same_coder,
     uses_sigmoid,
 )
-from mmkd.utils import ConfigError, build_checked
+from mmkd.errors import ConfigError
+from mmkd.registry import METHODS, MODELS
+from mmkd.utils import build_checked
 
-from .base import Method
 from .feature_hint import FeatureHint
 
 if TYPE_CHECKING:
-    from mmkd.teacher import ClassMap, TeacherOutputs
+    from mmkd.teachers.class_map import ClassMap
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 SOFT = {'type': 'mmkd.WeightedSoftCrossEntropyLoss', 'background_weight': 1.5}
 BOUNDED = {

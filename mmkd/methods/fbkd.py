@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from mmkd.outputs import Outputs
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
 from .feature_base import (
     FeatureMethod,
@@ -21,7 +21,7 @@ from .feature_base import (
 )
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 EPS = 1e-5
 """Of batch normalisation."""

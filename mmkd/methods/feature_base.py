@@ -8,19 +8,19 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from mmkd.adapters import (
+from mmkd.core.method import Method
+from mmkd.detectors.adapters import (
     build_adapter,
     check_levels,
     check_sizes,
     resize_to,
 )
-from mmkd.outputs import Outputs
-from mmkd.utils import ConfigError
-
-from .base import Method
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mmkd.teacher import ClassMap, TeacherOutputs
+    from mmkd.teachers.class_map import ClassMap
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 OUTSIDE = -1e30
 """A logit of padding: its softmax is 0, and differences of it are finite."""

@@ -7,14 +7,14 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.outputs import Outputs
+from mmkd.detectors.record import Outputs
 from mmkd.registry import METHODS, MODELS
 from mmkd.utils import build_checked
 
 from .feature_base import FeatureMethod, image_weights
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 
 @METHODS.register_module()

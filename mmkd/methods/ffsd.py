@@ -12,21 +12,22 @@ from mmdet.structures import DetDataSample
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
-from mmkd.adapters import resize_to
-from mmkd.auxiliary import fresh_copy, head_loss
-from mmkd.dense_checks import check_dense
-from mmkd.outputs import Outputs
-from mmkd.peer_view import check_mutual, mutual_logits, networks_of
+from mmkd.core.method import Method
+from mmkd.detectors.adapters import resize_to
+from mmkd.detectors.dense_checks import check_dense
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError
+from mmkd.peers.auxiliary import fresh_copy, head_loss
+from mmkd.peers.view import networks_of
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
-from .base import Method
 from .feature_base import position_weights
 from .kd import class_kl
 from .mutual import mutual_kl, mutual_losses
+from .mutual_logits import check_mutual, mutual_logits
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 STAGES = tuple(f'backbone.layer{number}' for number in range(1, 5))
 EPSILON = 1e-12

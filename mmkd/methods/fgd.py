@@ -9,7 +9,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mmkd.outputs import Outputs, as_tensor
+from mmkd.detectors.record import Outputs, as_tensor
 from mmkd.registry import METHODS
 
 from .feature_base import (
@@ -21,7 +21,7 @@ from .feature_base import (
 )
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 AT_ONCE = 32
 """Boxes of an image that are painted at once: a mask each."""

@@ -10,27 +10,27 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from mmkd.assignment.fit import (
+from mmkd.core.method import Method
+from mmkd.detectors.assignment.fit import (
     check_all_classes_known,
     check_dynamic,
     dense_head,
     is_paa,
 )
-from mmkd.assignment.paa import (
+from mmkd.detectors.assignment.paa import (
     Candidates,
     assigned_by,
     check_stock_paa,
     flat_predictions,
 )
-from mmkd.assignment.replay import record_assignments, replayed
-from mmkd.outputs import Outputs, replaced
+from mmkd.detectors.assignment.replay import record_assignments, replayed
+from mmkd.detectors.record import Outputs, replaced
+from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
-
-from .base import Method
 
 if TYPE_CHECKING:
-    from mmkd.teacher import ClassMap, TeacherOutputs
+    from mmkd.teachers.class_map import ClassMap
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 BOX_WEIGHTINGS = ('iou', 'none')
 QUALITIES = ('student', 'teacher')

@@ -9,23 +9,22 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
-from mmkd.dense import (
+from mmkd.core.method import Method
+from mmkd.detectors.dense import (
     DenseOutputs,
     DenseTargets,
     student_dense,
     student_targets,
     teacher_dense,
 )
-from mmkd.dense_checks import check_dense, check_same_priors
+from mmkd.detectors.dense_checks import check_dense, check_same_priors
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError
 from mmkd.losses.kl import softmax_kl
-from mmkd.outputs import Outputs
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
-
-from .base import Method
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 VLR_FACTOR = 0.25
 """The official code divides the valuable region's sum by 16, not by the 4

@@ -9,13 +9,13 @@ from mmdet.structures import DetDataSample
 from mmengine.dist import get_rank
 from torch import Tensor, nn
 
-from mmkd.outputs import Outputs
+from mmkd.detectors.record import Outputs
 from mmkd.registry import METHODS
 
 from .feature_base import FeatureMethod, position_weights
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 
 @METHODS.register_module()

@@ -17,26 +17,23 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
-from mmkd.dense import DenseOutputs, student_dense, student_targets
-from mmkd.dense_checks import check_dense, check_same_priors
+from mmkd.core.method import Method
+from mmkd.detectors.dense import DenseOutputs, student_dense, student_targets
+from mmkd.detectors.dense_checks import check_dense, check_same_priors
+from mmkd.detectors.record import Outputs, box_heads
+from mmkd.detectors.two_stage import deltas_of_label
+from mmkd.errors import ConfigError
 from mmkd.losses.kl import BinaryProblems
-from mmkd.outputs import Outputs, box_heads
-from mmkd.peer_view import (
-    as_teacher,
-    check_mutual,
-    mutual_logits,
-    networks_of,
-)
+from mmkd.peers.view import as_teacher, networks_of
 from mmkd.registry import METHODS
-from mmkd.two_stage import deltas_of_label
-from mmkd.utils import ConfigError, build_checked
+from mmkd.utils import build_checked
 
-from .base import Method
 from .feature_base import FeatureMethod
 from .kd import class_kl
+from .mutual_logits import check_mutual, mutual_logits
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 WITH_BOXES = (ATSSHead, FCOSHead, GFLHead, PAAHead, RetinaHead)
 """Heads whose boxes can be read from their own output; subclasses refine

@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING, ClassVar
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.class_logits import check_class_logits, class_logits
-from mmkd.outputs import Outputs
-from mmkd.peer_view import as_teacher, check_mutual, networks_of
-from mmkd.peers import TRAINED_TEACHER
+from mmkd.core.method import Method
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError
+from mmkd.peers.peer import TRAINED_TEACHER
+from mmkd.peers.view import as_teacher, networks_of
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
-from .base import Method
+from .class_logits import check_class_logits, class_logits
 from .kd import class_kl
 from .mutual import mutual_losses, sum_of
+from .mutual_logits import check_mutual
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 
 @METHODS.register_module()
@@ -40,7 +41,7 @@ class OneTeacherSeveralStudents(Method):
     KD of K students that do not know each other.
 
     Logged as ``<method>.loss_kd_<network>`` and ``loss_mutual_<network>``;
-    ``student`` is the model. :class:`~mmkd.hooks.ensemble_validation.
+    ``student`` is the model. :class:`~mmkd.engine.hooks.ensemble_validation.
     EnsembleValidationHook` tells how good the students are as an ensemble,
     which is what the paper evaluates.
 

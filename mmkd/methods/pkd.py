@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.outputs import Outputs
+from mmkd.detectors.record import Outputs
 from mmkd.registry import METHODS
 
 from .feature_base import FeatureMethod, position_weights, standardize
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 EPS = 1e-12
 """Added to variances; channels that are constant learn nothing anyway."""

@@ -10,19 +10,19 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
-from mmkd.assignment.fit import dense_head
-from mmkd.assignment.paa import flat_predictions
-from mmkd.dense_checks import check_same_priors
+from mmkd.core.method import Method
+from mmkd.detectors.assignment.fit import dense_head
+from mmkd.detectors.assignment.paa import flat_predictions
+from mmkd.detectors.dense_checks import check_same_priors
+from mmkd.detectors.record import Outputs, flatten_levels
+from mmkd.errors import ConfigError
 from mmkd.losses import FocalKLLoss
-from mmkd.outputs import Outputs, flatten_levels
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
-from .base import Method
 from .lad import LabelAssignmentDistillation
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 
 @METHODS.register_module()

@@ -8,19 +8,14 @@ import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from mmkd.outputs import Outputs
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
 
-from .feature_base import (
-    OUTSIDE,
-    FeatureMethod,
-    position_weights,
-    standardize,
-)
+from .feature_base import OUTSIDE, FeatureMethod, position_weights, standardize
 
 if TYPE_CHECKING:
-    from mmkd.teacher import TeacherOutputs
+    from mmkd.teachers.frozen_view import TeacherOutputs
 
 THETAS = ('identity', 'conv')
 SOFTMAXES = ('student', 'teacher')

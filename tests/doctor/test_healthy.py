@@ -3,17 +3,19 @@
 import copy
 import functools
 
-import faults  # noqa: F401 registers them
 import mmengine.config.config
 import pytest
-import test_configs
 import torch
-import toy
 from mmengine.config import Config
 
-from mmkd import shrink
+from mmkd.detectors import shrink
+from mmkd.detectors.source import load_config
 from mmkd.doctor import diagnose, examination
-from mmkd.teacher_source import load_config
+from tests import test_configs
+from tests.helpers import (
+    faults,  # noqa: F401 registers them
+    toy,
+)
 
 pytestmark = pytest.mark.usefixtures('shared_data')
 DISTILLED = [

@@ -3,13 +3,12 @@
 import copy
 import re
 
-import faults
 import pytest
 import torch
-import toy
 
 from mmkd.doctor import conditions, diagnose, examination, weights
 from mmkd.doctor.report import Report
+from tests.helpers import faults, toy
 
 pytestmark = pytest.mark.usefixtures('shared_data')
 CLASSES = toy.stock_classes()[:8]

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import toy
+
+from tests.helpers import toy
 
 PROGRAM = """
 from types import SimpleNamespace

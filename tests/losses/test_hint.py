@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import pytest
-import tiny_detectors as tiny
 import torch
 from mmdet.registry import MODELS
 
 from mmkd import losses
 from mmkd.losses import HintLoss, hint
+from tests.helpers import tiny_detectors as tiny
 
 
 def reference(student, teacher, norm):

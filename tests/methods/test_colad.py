@@ -5,14 +5,14 @@ import itertools
 import statistics
 
 import pytest
-import tiny_dense as dense
-import tiny_detectors as tiny
 import torch
-from _paa_reference import reference
 
-from mmkd.distiller import build_distiller
-from mmkd.outputs import intercepted
-from mmkd.utils import ConfigError
+from mmkd.benchmark.paa_reference import reference
+from mmkd.core.distiller import build_distiller
+from mmkd.detectors.record import intercepted
+from mmkd.errors import ConfigError
+from tests.helpers import tiny_dense as dense
+from tests.helpers import tiny_detectors as tiny
 
 WIDE = dict(
     backbone=dict(tiny.BACKBONE, base_channels=16),

@@ -4,16 +4,16 @@ import copy
 import math
 
 import pytest
-import tiny_dense
-import tiny_detectors as tiny
 import torch
-import toy
-from logit_pair import Pair, seen_targets
 
-from mmkd.distiller import blank_pass
+from mmkd.detectors.blank import blank_pass
+from mmkd.errors import ConfigError
 from mmkd.methods.crosskd import align_moments, from_layer, soft_focal
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError, build_checked
+from mmkd.utils import build_checked
+from tests.helpers import tiny_dense, toy
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.logit_pair import Pair, seen_targets
 
 DEEP = dict(bbox_head__stacked_convs=2)
 HEADS = {

@@ -3,10 +3,13 @@
 import math
 
 import pytest
-import tiny_dense
-import tiny_detectors as tiny
 import torch
-from feature_maps import (
+
+from mmkd.errors import ConfigError
+from mmkd.methods.cwd import channel_divergence
+from tests.helpers import tiny_dense
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.feature_maps import (
     Pair,
     images_of,
     pointwise,
@@ -14,10 +17,7 @@ from feature_maps import (
     twin,
     weights_of,
 )
-from logit_pair import Pair as ClassPair
-
-from mmkd.methods.cwd import channel_divergence
-from mmkd.utils import ConfigError
+from tests.helpers.logit_pair import Pair as ClassPair
 
 
 @pytest.fixture(autouse=True)

@@ -3,22 +3,22 @@
 import copy
 
 import pytest
-import tiny_detectors as tiny
 import torch
-import toy
-from logit_pair import seen_targets, spread
-from test_mutual import Alone as Seen
-from test_mutual import (
+
+from mmkd.errors import ConfigError, TapError
+from mmkd.peers.auxiliary import StagePyramid, fresh_copy
+from mmkd.utils import isolated_random_state
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers import toy
+from tests.helpers.logit_pair import seen_targets, spread
+from tests.helpers.together import Networks, wide
+from tests.methods.test_mutual import Alone as Seen
+from tests.methods.test_mutual import (
     bernoulli_kl,
     mutual_run,
     trained_and_resumed,
     where_the_images_are,
 )
-from together import Networks, wide
-
-from mmkd.auxiliary import StagePyramid, fresh_copy
-from mmkd.outputs import TapError
-from mmkd.utils import ConfigError, isolated_random_state
 
 DCM = dict(type='mmkd.DCM')
 

@@ -2,11 +2,18 @@
 
 import copy
 
-import frcnn_reference
 import pytest
-import tiny_detectors as tiny
 import torch
-from frcnn_reference import (
+
+from mmkd.detectors.blank import blank_pass
+from mmkd.detectors.record import BoxSample, Outputs
+from mmkd.errors import ConfigError
+from mmkd.methods import FasterRCNNDistillation
+from mmkd.registry import METHODS
+from mmkd.utils import build_checked
+from tests.helpers import frcnn_reference
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.frcnn_reference import (
     Pair,
     Seen,
     bounded,
@@ -15,12 +22,6 @@ from frcnn_reference import (
     expected_parts,
     rcn_reference,
 )
-
-from mmkd.distiller import blank_pass
-from mmkd.methods import FasterRCNNDistillation
-from mmkd.outputs import BoxSample, Outputs
-from mmkd.registry import METHODS
-from mmkd.utils import ConfigError, build_checked
 
 STDS = dict(
     rpn_head__bbox_coder__target_means=[0.1, -0.2, 0.0, 0.3],

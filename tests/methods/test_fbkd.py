@@ -3,9 +3,12 @@
 import math
 
 import pytest
-import tiny_detectors as tiny
 import torch
-from feature_maps import (
+
+from mmkd.errors import ConfigError
+from mmkd.methods.fbkd import NonLocal
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.feature_maps import (
     Pair,
     images_of,
     pointwise,
@@ -14,9 +17,6 @@ from feature_maps import (
     twin,
     weights_of,
 )
-
-from mmkd.methods.fbkd import NonLocal
-from mmkd.utils import ConfigError
 
 SIZES = ((96, 128), (64, 96), (70, 90))
 WEIGHTS = dict(

@@ -1,11 +1,10 @@
 """What holds for every method that compares feature maps."""
 
 import pytest
-import tiny_detectors as tiny
 import torch
-from feature_maps import Pair, own, pointwise, randomized, weights_of
 from mmengine.structures import InstanceData
 
+from mmkd.errors import ConfigError
 from mmkd.methods.feature_base import (
     FeatureMethod,
     image_weights,
@@ -14,7 +13,14 @@ from mmkd.methods.feature_base import (
 )
 from mmkd.methods.feature_hint import FeatureHint
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.feature_maps import (
+    Pair,
+    own,
+    pointwise,
+    randomized,
+    weights_of,
+)
 
 # Options under which an image's loss does not depend on its company.
 ALONE = {

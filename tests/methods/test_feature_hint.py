@@ -4,18 +4,19 @@ import copy
 import math
 
 import pytest
-import tiny_detectors as tiny
 import torch
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import nn
 
-from mmkd.distiller import build_distiller
+from mmkd.core.distiller import build_distiller
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError, TapError
 from mmkd.methods import FeatureHint
 from mmkd.methods.feature_hint import image_weights
-from mmkd.outputs import Outputs, TapError
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError, build_checked
+from mmkd.utils import build_checked
+from tests.helpers import tiny_detectors as tiny
 
 
 @pytest.fixture(autouse=True)

@@ -5,26 +5,26 @@ import math
 
 import numpy as np
 import pytest
-import tiny_detectors as tiny
 import torch
-import toy
-from logit_pair import seen_targets, spread
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
-from test_dcm import divergence, flat
-from test_mutual import Alone as Seen
-from test_mutual import (
+
+from mmkd.errors import ConfigError, TapError
+from mmkd.methods.ffsd import StageDecoder, shifted
+from mmkd.utils import isolated_random_state
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers import toy
+from tests.helpers.logit_pair import seen_targets, spread
+from tests.helpers.together import Networks, wide
+from tests.methods.test_dcm import divergence, flat
+from tests.methods.test_mutual import Alone as Seen
+from tests.methods.test_mutual import (
     dense_reference,
     mutual_run,
     trained_and_resumed,
     where_the_images_are,
 )
-from test_peers import peer_config
-from together import Networks, wide
-
-from mmkd.methods.ffsd import StageDecoder, shifted
-from mmkd.outputs import TapError
-from mmkd.utils import ConfigError, isolated_random_state
+from tests.peers.test_peer import peer_config
 
 FFSD = dict(type='mmkd.FFSD')
 COMMON = ('first', 'second')

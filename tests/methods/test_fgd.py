@@ -3,9 +3,21 @@
 import math
 
 import pytest
-import tiny_detectors as tiny
 import torch
-from feature_maps import (
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmkd.errors import ConfigError
+from mmkd.methods.fgd import (
+    AT_ONCE,
+    ContextBlock,
+    channel_attention,
+    paint_boxes,
+    relative_boxes,
+)
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.feature_maps import (
     Pair,
     pointwise,
     random_maps,
@@ -14,18 +26,6 @@ from feature_maps import (
     valid_sizes,
     weights_of,
 )
-from mmdet.structures import DetDataSample
-from mmengine.structures import InstanceData
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from mmkd.methods.fgd import (
-    AT_ONCE,
-    ContextBlock,
-    channel_attention,
-    paint_boxes,
-    relative_boxes,
-)
-from mmkd.utils import ConfigError
 
 SIZES = ((96, 128), (64, 96), (70, 90))
 WEIGHTS = dict(

@@ -9,12 +9,12 @@ import gc
 import weakref
 
 import pytest
-import tiny_dense
-import tiny_detectors as tiny
-from together import Networks
 
-from mmkd.outputs import Outputs, tensors_in
-from mmkd.teacher_outputs import TeacherOutputs
+from mmkd.detectors.record import Outputs, tensors_in
+from mmkd.teachers.frozen_view import TeacherOutputs
+from tests.helpers import tiny_dense
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.together import Networks
 
 DENSE = (
     *('KD', 'DKD', 'DIST', 'LD', 'CrossKD', 'FeatureHint', 'CWD', 'PKD'),

@@ -10,12 +10,15 @@ import functools
 import re
 
 import pytest
-import tiny_dense
-import tiny_detectors as tiny
 import torch
-import toy  # noqa: F401  registers toy.FirstSampler
-from logit_pair import SIZES, Pair
-from together import Networks, wide
+
+from tests.helpers import (
+    tiny_dense,
+    toy,  # noqa: F401  registers toy.FirstSampler
+)
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.logit_pair import SIZES, Pair
+from tests.helpers.together import Networks, wide
 
 FIRST = dict(type='toy.FirstSampler')
 SAME_BOXES = dict(

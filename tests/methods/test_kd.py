@@ -4,14 +4,14 @@ import copy
 import math
 
 import pytest
-import tiny_dense
-import tiny_detectors as tiny
 import torch
-import toy
-from logit_pair import Pair, rows, seen_targets
 
+from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
-from mmkd.utils import ConfigError, build_checked
+from mmkd.utils import build_checked
+from tests.helpers import tiny_dense, toy
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.logit_pair import Pair, rows, seen_targets
 
 
 @pytest.fixture(autouse=True)

@@ -5,17 +5,17 @@ import itertools
 import math
 
 import pytest
-import tiny_dense as dense
-import tiny_detectors as tiny
 import torch
 from mmdet.models.dense_heads import LADHead
 from mmdet.models.utils import unpack_gt_instances
 from mmengine.structures import InstanceData
 
-from mmkd.distiller import build_distiller
+from mmkd.core.distiller import build_distiller
+from mmkd.detectors.record import Outputs, intercepted
+from mmkd.errors import ConfigError
 from mmkd.losses import FocalKLLoss
-from mmkd.outputs import Outputs, intercepted
-from mmkd.utils import ConfigError
+from tests.helpers import tiny_dense as dense
+from tests.helpers import tiny_detectors as tiny
 
 LAD = 'mmkd.LabelAssignmentDistillation'
 HEADS = dict(paa=dense.paa, **dense.DYNAMIC)

@@ -3,12 +3,13 @@
 import functools
 
 import pytest
-import tiny_dense
-import tiny_detectors as tiny
 import torch
 import torch.distributed
 import torch.multiprocessing
-from logit_pair import Pair
+
+from tests.helpers import tiny_dense
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.logit_pair import Pair
 
 METHODS = {
     'KD': {},

@@ -3,13 +3,13 @@
 import copy
 
 import pytest
-import tiny_detectors as tiny
 import torch
-import toy
-from feature_maps import Pair, images_of, pointwise, randomized
 
+from mmkd.errors import ConfigError
 from mmkd.methods.mgd import draw_mask, squared_error
-from mmkd.utils import ConfigError
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers import toy
+from tests.helpers.feature_maps import Pair, images_of, pointwise, randomized
 
 
 @pytest.fixture(autouse=True)

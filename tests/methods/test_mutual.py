@@ -6,17 +6,17 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-import tiny_dense
-import tiny_detectors as tiny
 import torch
-import toy
-from logit_pair import rows, seen_targets
-from test_peers import peer_config
-from test_resume import assert_same_outcome
-from together import Networks, wide
 
-from mmkd.outputs import intercepted
-from mmkd.utils import ConfigError, isolated_random_state
+from mmkd.detectors.record import intercepted
+from mmkd.errors import ConfigError
+from mmkd.utils import isolated_random_state
+from tests.engine.test_resume import assert_same_outcome
+from tests.helpers import tiny_dense, toy
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.logit_pair import rows, seen_targets
+from tests.helpers.together import Networks, wide
+from tests.peers.test_peer import peer_config
 
 DML = dict(type='mmkd.MutualLearning')
 HEADS = dict(retinanet=tiny.retinanet(), fcos=tiny.fcos(), gfl=tiny.gfl())

@@ -4,21 +4,22 @@ import copy
 from pathlib import Path
 
 import pytest
-import tiny_detectors as tiny
-import toy
-from logit_pair import Pair
-from test_kd import reference as kd_reference
-from test_mutual import (
+
+from mmkd.core.distiller import build_distiller
+from mmkd.errors import ConfigError
+from mmkd.utils import isolated_random_state
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers import toy
+from tests.helpers.logit_pair import Pair
+from tests.helpers.together import Networks, wide
+from tests.methods.test_kd import reference as kd_reference
+from tests.methods.test_mutual import (
     dense_reference,
     dml,
     mutual_run,
     trained_and_resumed,
 )
-from test_peers import peer_config
-from together import Networks, wide
-
-from mmkd.distiller import build_distiller
-from mmkd.utils import ConfigError, isolated_random_state
+from tests.peers.test_peer import peer_config
 
 METHOD = dict(type='mmkd.OneTeacherSeveralStudents')
 CONFIGS = dict(gfl=tiny.gfl(), rcnn=tiny.faster_rcnn())

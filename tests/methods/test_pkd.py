@@ -4,11 +4,17 @@ import math
 import statistics
 
 import pytest
-import tiny_detectors as tiny
 import torch
-from feature_maps import Pair, images_of, random_maps, twin, weights_of
 
 from mmkd.methods.pkd import anticorrelation
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.feature_maps import (
+    Pair,
+    images_of,
+    random_maps,
+    twin,
+    weights_of,
+)
 
 SIZES = [(5, 6), (3, 6), (2, 2)]
 

@@ -3,9 +3,13 @@
 import math
 
 import pytest
-import tiny_detectors as tiny
 import torch
-from feature_maps import (
+
+from mmkd.errors import ConfigError
+from mmkd.methods import TaT
+from mmkd.methods.tat import Embedding, group_patches, pool_cells
+from tests.helpers import tiny_detectors as tiny
+from tests.helpers.feature_maps import (
     Pair,
     images_of,
     pointwise,
@@ -13,10 +17,6 @@ from feature_maps import (
     randomized,
     weights_of,
 )
-
-from mmkd.methods import TaT
-from mmkd.methods.tat import Embedding, group_patches, pool_cells
-from mmkd.utils import ConfigError
 
 PLAIN = dict(patch_size=None, anchor_grid=None)
 

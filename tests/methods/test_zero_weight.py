@@ -13,18 +13,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny_dense
-import tiny_detectors as tiny
 import torch
-import toy
 from mmengine.optim import OptimWrapper
 
 from mmkd import methods
-from mmkd.distiller import build_distiller
-from mmkd.hooks import WeightScheduleHook
-from mmkd.methods import Method
-from mmkd.peers import add_to_optimizer
-from mmkd.utils import ConfigError
+from mmkd.core.distiller import build_distiller
+from mmkd.core.method import Method
+from mmkd.engine.hooks import WeightScheduleHook
+from mmkd.errors import ConfigError
+from mmkd.peers.peer import add_to_optimizer
+from tests.helpers import tiny_dense, toy
+from tests.helpers import tiny_detectors as tiny
 
 STUDENTS = {
     'paa': tiny_dense.paa,  # one-stage, its assignment read off predictions

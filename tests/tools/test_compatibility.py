@@ -12,7 +12,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 
-from mmkd.utils import ConfigError
+from mmkd.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / 'tools'
@@ -26,16 +26,16 @@ KINDS = (
 
 @pytest.fixture
 def tool():
-    import compatibility
+    from tools import compatibility
 
     return compatibility
 
 
 @pytest.fixture
 def trial():
-    import _trial
+    from mmkd.doctor import trial
 
-    return _trial
+    return trial
 
 
 def rows(page, title):
@@ -87,7 +87,7 @@ def test_two_families_through_the_real_tool(tmp_path, shared_data):
 
 class TestFamilies:
     def test_every_folder_is_tried_or_left_out_with_a_reason(self, tool):
-        from _families import CONFIGS, SKIPPED, families
+        from tools._families import CONFIGS, SKIPPED, families
 
         folders = {
             p.name
@@ -99,7 +99,7 @@ class TestFamilies:
         assert all(SKIPPED.values())
 
     def test_every_config_exists(self, tool):
-        from _families import CONFIGS
+        from tools._families import CONFIGS
 
         for pair in tool.all_pairs(''):
             for name in (pair.student, pair.teacher):
@@ -193,8 +193,8 @@ def test_what_is_not_tried_stays_on_the_page(tool, monkeypatch, tmp_path):
 
 
 def test_a_reason_is_written_once():
-    from _compatibility_table import general, refusals
-    from _families import Pair
+    from tools._compatibility_table import general, refusals
+    from tools._families import Pair
 
     def fits(model, why='it has no dense head'):
         reason = f'KD fits heads, such as A; the student is {model}: {why}.'
@@ -270,7 +270,7 @@ class Attached:
 
 
 def test_the_page_counts_families_not_configs(tool):
-    from _compatibility_table import page
+    from tools._compatibility_table import page
 
     def steps(plain='works', features='works', **more):
         given = {'plain': plain, 'features': features, **more}

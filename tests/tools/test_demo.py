@@ -17,20 +17,20 @@ NEON = ROOT / 'data' / 'neon'
 
 @pytest.fixture
 def training():
-    import _training
+    from mmkd.study import training
 
-    return _training
+    return training
 
 
 @pytest.fixture
 def report():
-    import _report
+    from mmkd.report import summary
 
-    return _report
+    return summary
 
 
 def figures(ap, **changes):
-    from _measure import Figures
+    from mmkd.report.measure import Figures
 
     values = dict(
         AP=ap, AP50=2 * ap, AP75=ap / 2, parameters=1_250_000, gflops=0.5, ms=9
@@ -63,7 +63,7 @@ def test_table(report):
     [(0.125, '+2.5 AP'), (0.08, '-2.0 AP'), (0.1 - 1e-9, '+0.0 AP')],
 )
 def test_remarks_tell_gain_and_loss_alike(report, distilled, gain):
-    from _measure import Tile
+    from mmkd.report.measure import Tile
 
     tiles = [Tile('x', np.zeros((4, 4, 3)), np.zeros((n, 4))) for n in (3, 4)]
     text = report.remarks(
@@ -152,7 +152,7 @@ def test_match_of_nothing(report):
 
 
 def test_pictures_are_at_even_distances(report, tmp_path):
-    from _measure import Detections, Tile
+    from mmkd.report.measure import Detections, Tile
 
     pixels = np.full((8, 8, 3), 99, np.uint8)
     box = np.array([[1.0, 1.0, 6.0, 6.0]])

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import toy
+
+from tests.helpers import toy
 
 pytestmark = pytest.mark.usefixtures('shared_data')
 
@@ -17,7 +18,9 @@ def config(folder: Path, batch: int, **methods):
     cfg = toy.distilled(
         folder, methods=methods or {'frcnn': toy.FRCNN}, images=8, batch=batch
     )
-    cfg.custom_imports = dict(imports=['toy', 'toy_distributed'])
+    cfg.custom_imports = dict(
+        imports=['tests.helpers.toy', 'tests.helpers.toy_distributed']
+    )
     cfg.custom_hooks = [
         dict(type='toy_distributed.WriteLosses', folder=str(folder))
     ]
@@ -42,7 +45,7 @@ def config(folder: Path, batch: int, **methods):
 def run(cfg, processes: int, *arguments: str) -> subprocess.CompletedProcess:
     folder = Path(cfg.work_dir)
     path = toy.write(cfg, folder / 'config.py')
-    paths = [str(toy.ROOT / 'tests'), os.environ.get('PYTHONPATH', '')]
+    paths = [str(toy.ROOT), os.environ.get('PYTHONPATH', '')]
     env = {
         **os.environ,
         'PYTHON': sys.executable,
@@ -126,7 +129,7 @@ def test_two_processes_test_like_one(tmp_path):
             env={
                 **os.environ,
                 'PYTHON': sys.executable,
-                'PYTHONPATH': str(toy.ROOT / 'tests'),
+                'PYTHONPATH': str(toy.ROOT),
             },
             capture_output=True,
             text=True,

@@ -1,10 +1,10 @@
 """The README's table of methods is what its command writes."""
 
 import pytest
-from method_table import BEGIN, END, paper, table, updated
-from toy import ROOT
 
 from mmkd import methods
+from tests.helpers.toy import ROOT
+from tools.method_table import BEGIN, END, paper, table, updated
 
 
 @pytest.fixture(scope='module')

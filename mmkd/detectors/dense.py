@@ -1,0 +1,335 @@
+"""What dense heads have in common, read by structure.
+
+A dense head predicts classes and a box at every prior (an anchor or a point)
+of every level. Heads differ in what they are called and in what else they
+predict; here they are told apart by what they return.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mmdet.models.detectors import RPN
+from mmdet.structures import DetDataSample
+from mmdet.utils import reduce_mean
+from torch import Tensor
+
+from mmkd.errors import ConfigError
+
+from .record import Outputs, flatten_levels
+
+if TYPE_CHECKING:
+    from mmkd.teachers.frozen_view import TeacherOutputs
+
+PROBABILITY_FLOOR = 1e-6
+"""Of heads that return probabilities: where their logit is cut off."""
+
+
+@dataclass
+class DenseOutputs:
+    """A dense head's predictions for the N priors of each of B images.
+
+    Priors are in MMDetection's order: level, row, column, prior of a point.
+    """
+
+    head: Any
+    logits: Tensor
+    """(B, N, K) of a sigmoid head; (B, N, K + 1) of a softmax head, whose
+    last column is the background."""
+    sigmoid: bool
+    """Whether the classes are independent binary problems."""
+    sizes: list[tuple[int, int]]
+    """(H, W) of each level."""
+    raw: Any
+    """What the head returned."""
+
+    @functools.cached_property
+    def regression(self) -> Tensor | None:
+        """(B, N, R) as the head returns it: R = 4 deltas or distances.
+
+        Or the logits of 4 (n + 1) bins; None where the boxes are not a vector
+        a prior, or not what the head's coder decodes.
+        """
+        if _is_yolo(self.head):
+            return _yolo_parts(self.head, self.raw)[..., :4]
+        if _decodes_itself(self.head):
+            return None
+        return _vectors(self.head, self.raw, 1)
+
+    @functools.cached_property
+    def quality(self) -> Tensor | None:
+        """(B, N) logits of centerness, IoU or objectness, if there is such."""
+        if _is_yolo(self.head):
+            return _yolo_parts(self.head, self.raw)[..., 4]
+        return _numbers(self.head, self.raw)
+
+    @property
+    def bins(self) -> Tensor | None:
+        """(B, N, 4, n + 1) logits of the distances' distributions (DFL)."""
+        count = getattr(self.head, 'reg_max', None)
+        if self.regression is None or count is None:
+            return None
+        if self.regression.shape[-1] != 4 * (count + 1):
+            return None
+        return self.regression.unflatten(-1, (4, count + 1))
+
+    @functools.cached_property
+    def priors(self) -> Tensor:
+        """(N, 4) anchors as xyxy, or (N, 2) points as xy, in pixels."""
+        levels = priors_of(self.head).grid_priors(
+            self.sizes, device=self.logits.device
+        )
+        return torch.cat(list(levels))
+
+    @functools.cached_property
+    def centres(self) -> Tensor:
+        """(N, 2) the priors' centres, xy in pixels."""
+        if hasattr(priors_of(self.head), 'base_anchors'):
+            return (self.priors[:, :2] + self.priors[:, 2:]) / 2
+        return self.priors[:, :2]
+
+    def inside(self, data_samples: Sequence[DetDataSample]) -> Tensor:
+        """(B, N) which priors have their centre in the image, not padding."""
+        shapes = torch.tensor(
+            [sample.img_shape[1::-1] for sample in data_samples],
+            dtype=self.centres.dtype,
+        ).to(self.centres.device, non_blocking=True)
+        return (self.centres < shapes[:, None]).all(-1)
+
+
+@dataclass
+class DenseTargets:
+    """What the student's own assignment made of its priors."""
+
+    labels: Tensor
+    """(B, N); 0..K-1 are objects, all else is background or ignored."""
+    weights: Tensor
+    """(B, N) weights of the class loss, 0 for padding and for what it leaves
+    out: ignored priors, in YOLOv3 and YOLOX all but the positives."""
+    classes: int
+
+    @functools.cached_property
+    def positive(self) -> Tensor:
+        """(B, N) which priors are assigned to an object."""
+        return (self.labels >= 0) & (self.labels < self.classes)
+
+    @functools.cached_property
+    def index(self) -> tuple[Tensor, Tensor]:
+        """Image and prior of each of the P positives, (P,) each."""
+        image, prior = self.positive.nonzero(as_tuple=True)
+        return image, prior
+
+    @functools.cached_property
+    def number(self) -> Tensor:
+        """The number of positives, averaged over processes, at least 1."""
+        count = self.positive.sum().to(torch.float32)
+        return reduce_mean(count).clamp(min=1)
+
+
+def student_dense(student: Outputs) -> DenseOutputs:
+    """The student's dense predictions in this step."""
+    if 'dense' not in student.cache:
+        raw = student.raw('bbox_head')
+        student.cache['dense'] = read_dense(student.model.bbox_head, raw)
+    return student.cache['dense']
+
+
+def teacher_dense(teacher: 'TeacherOutputs') -> DenseOutputs:
+    """The teacher's dense predictions for the same batch."""
+    if 'dense' not in teacher.cache:
+        head = teacher.model.bbox_head
+        teacher.cache['dense'] = read_dense(head, teacher.dense)
+    return teacher.cache['dense']
+
+
+def student_targets(
+    student: Outputs, data_samples: Sequence[DetDataSample]
+) -> DenseTargets:
+    """What the student's own loss has assigned in this step.
+
+    Priors in the padding get weight 0.
+
+    Raises:
+        TapError: If the head has assigned nothing in a known way.
+        ConfigError: If what it returned holds no label a prior.
+    """
+    if 'targets' not in student.cache:
+        dense = student_dense(student)
+        labels, weights = assigned(dense, student.dense_targets)
+        weights = weights.float() * dense.inside(data_samples)
+        classes = dense.head.num_classes
+        targets = DenseTargets(labels, weights, classes)
+        student.cache['targets'] = targets
+    return student.cache['targets']
+
+
+def priors_of(head: Any) -> Any:
+    """The generator of a dense head's priors, SABL's squares, or None."""
+    squares = getattr(head, 'square_anchor_generator', None)
+    return getattr(head, 'prior_generator', squares)
+
+
+def is_class_agnostic(model: Any) -> bool:
+    """Whether a detector tells objects from background, but no classes."""
+    return isinstance(model, RPN)
+
+
+def read_dense(head: Any, raw: Any) -> DenseOutputs:
+    """Sort out what a dense head returned.
+
+    Args:
+        head: The head.
+        raw: Its output: a tuple of lists of maps (B, A * c, H, W), a map a
+            level; the first is the classes', and a third of one channel a
+            prior is a quality or objectness. In YOLOv3 all are one map.
+
+    Raises:
+        ConfigError: If the head returned anything else.
+    """
+    _check_structure(head, raw)
+    sizes = [tuple(level.shape[-2:]) for level in raw[0]]
+    if _is_yolo(head):
+        logits = _yolo_parts(head, raw)[..., 5:]
+        return DenseOutputs(head, logits, True, sizes, raw)
+    logits = flatten_levels(raw[0], head.cls_out_channels)
+    if getattr(getattr(head, 'loss_cls', None), 'activated', False):
+        logits = torch.logit(logits.float(), eps=PROBABILITY_FLOOR)
+    sigmoid = bool(getattr(head, 'use_sigmoid_cls', True))
+    return DenseOutputs(head, logits, sigmoid, sizes, raw)
+
+
+def _is_yolo(head: Any) -> bool:
+    """Whether one map has boxes, objectness and classes (YOLOv3)."""
+    return hasattr(head, 'num_attrib')
+
+
+def _yolo_parts(head: Any, raw: Any) -> Tensor:
+    return flatten_levels(raw[0], head.num_attrib)
+
+
+def _vectors(head: Any, raw: Any, part: int) -> Tensor | None:
+    """What a part of the output predicts for each prior, (B, N, R)."""
+    if len(raw) <= part or not _is_maps(raw[part]):
+        return None
+    count = priors_of(head).num_base_priors[0]
+    width, rest = divmod(raw[part][0].shape[1], count)
+    return None if rest else flatten_levels(raw[part], width)
+
+
+def _decodes_itself(head: Any) -> bool:
+    """Whether boxes are made past the head's own coder (FoveaBox)."""
+    return hasattr(head, 'bbox_coder') and hasattr(head, '_bbox_decode')
+
+
+def _numbers(head: Any, raw: Any) -> Tensor | None:
+    values = _vectors(head, raw, 2)
+    one_each = values is not None and values.shape[-1] == 1
+    return values[..., 0] if one_each and values is not None else None
+
+
+def _is_maps(part: Any) -> bool:
+    return (
+        isinstance(part, list | tuple)
+        and bool(part)
+        and all(isinstance(m, Tensor) and m.dim() == 4 for m in part)
+    )
+
+
+def _check_structure(head: Any, raw: Any) -> None:
+    name = type(head).__name__
+    if not isinstance(raw, tuple) or not raw or not _is_maps(raw[0]):
+        raise ConfigError(
+            f'the {name} is no dense head that can be read: expected a tuple '
+            f'of lists of maps (B, C, H, W), got {type(raw).__name__}. Use '
+            'a method on features, such as mmkd.FeatureHint.'
+        )
+    width = getattr(head, 'num_attrib', getattr(head, 'cls_out_channels', 0))
+    counts = priors_of(head).num_base_priors
+    found = [level.shape[1] for level in raw[0]]
+    if found != [count * width for count in counts]:
+        raise ConfigError(
+            f'the {name} is no dense head that can be read: its first maps '
+            f'have {found} channels, expected {width} for each of {counts} '
+            'priors a point. Use a method on features, such as '
+            'mmkd.FeatureHint.'
+        )
+
+
+def assigned(dense: DenseOutputs, calls: list[Any]) -> tuple[Tensor, Tensor]:
+    """Labels and weights, (B, N) each, of an assignment's results."""
+    shape, classes = dense.logits.shape[:2], dense.head.num_classes
+    first = calls[0]
+    if _is_yolo(dense.head):  # box, object, classes
+        targets = torch.cat(first[0], dim=1)
+        positive = targets[..., 4] > 0
+        labels = targets[..., 5:].argmax(-1).where(positive, classes)
+        weights = positive
+    elif isinstance(first[0], Tensor) and first[0].dtype == torch.bool:
+        # YOLOX, image by image: a mask, and soft one-hot rows of the objects
+        weights = torch.stack([mask for mask, *_ in calls])
+        labels = torch.full(shape, classes, device=weights.device)
+        for row, (mask, soft, *_) in zip(labels, calls, strict=True):
+            row[mask] = soft.argmax(-1)
+    else:
+        parts = calls[-1]  # RepPoints assigns twice, its classes by this one
+        if isinstance(first[0], Tensor):  # PAA image by image, YOLOF at once
+            parts = [list(part) for part in zip(*calls, strict=True)]
+        labels, weights = _first_integers(dense, parts)
+    return labels, weights
+
+
+def _first_integers(
+    dense: DenseOutputs, parts: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
+    """Labels are the first integers; weights follow them, if any."""
+    for labels, follower in zip(parts, (*parts[1:], None), strict=True):
+        if not _are_integers(labels):
+            continue
+        joined = _joined(labels, dense)
+        if joined is None:
+            break
+        shapes = [part.shape for part in labels]
+        if isinstance(follower, list | tuple) and shapes == [
+            getattr(part, 'shape', None) for part in follower
+        ]:
+            weights = _joined(follower, dense)
+            assert weights is not None
+            return joined, weights
+        return joined, torch.ones_like(joined)
+    images, priors = dense.logits.shape[:2]
+    raise ConfigError(
+        f'the assignment of the {type(dense.head).__name__} cannot be read: '
+        f'none of the {len(parts)} parts that it returned holds an integer '
+        f'label for each of {priors} priors in {images} images. Use a '
+        'method on features, such as mmkd.FeatureHint.'
+    )
+
+
+def _are_integers(parts: Any) -> bool:
+    return (
+        isinstance(parts, list | tuple)
+        and bool(parts)
+        and all(
+            isinstance(p, Tensor) and p.dtype in (torch.int64, torch.int32)
+            for p in parts
+        )
+    )
+
+
+def _joined(parts: Any, dense: DenseOutputs) -> Tensor | None:
+    """Levels (B, n) or (B * n,), or images (N,), or all at once, to (B, N)."""
+    images, priors = dense.logits.shape[:2]
+    if sum(part.numel() for part in parts) != images * priors:
+        return None
+    if len(parts) == images and all(p.numel() == priors for p in parts):
+        return torch.stack([part.flatten() for part in parts])
+    if len(parts) == 1 and parts[0].dim() == 1:
+        # FoveaBox: flat as the logits of its loss, level by level, then image
+        count = priors_of(dense.head).num_base_priors
+        numbers = zip(dense.sizes, count, strict=True)
+        parts = parts[0].split([images * h * w * n for (h, w), n in numbers])
+    if parts[0].dim() == 1 and len(parts) != len(dense.sizes):
+        return None  # levels and images in an unknown order
+    return torch.cat([part.reshape(images, -1) for part in parts], dim=1)

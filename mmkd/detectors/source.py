@@ -1,0 +1,274 @@
+"""Where a teacher comes from: its config, its weights, its class names."""
+
+import copy
+import difflib
+import functools
+import importlib.util
+import logging
+import os
+import os.path as osp
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmdet.registry import DATASETS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config, ConfigDict
+from mmengine.fileio import list_from_file, load
+from mmengine.logging import print_log
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.utils import get_installed_path
+from torch import Tensor, nn
+
+from mmkd.data.checkpoint_file import load_checkpoint_file
+from mmkd.data.errors import some
+from mmkd.errors import CheckpointError, ConfigError
+
+from .dense import is_class_agnostic
+
+
+def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
+    """A config from a file, an ``mmdet::`` name, or a dict of its own.
+
+    Raises:
+        ConfigError: If the file does not exist or has no model.
+    """
+    if isinstance(source, str | os.PathLike):
+        path = _config_path(str(source))
+        if not osp.isfile(path):
+            raise ConfigError(
+                f'the config {str(source)!r} does not exist: {path} is no '
+                f'file. Give a path from {osp.abspath(".")} or '
+                '"mmdet::folder/file.py".'
+            )
+        config = Config.fromfile(path)
+    else:
+        config = Config(copy.deepcopy(dict(source)))
+    if 'model' not in config:
+        given = (
+            f'the config {str(source)!r}'
+            if isinstance(source, str | os.PathLike)
+            else 'a config dict'
+        )
+        raise ConfigError(
+            f'{given} needs the key "model" (and names the classes through '
+            f'its data sets), got {sorted(config)}. A bare model dict goes '
+            'into dict(model=...).'
+        )
+    return config
+
+
+def _config_path(source: str) -> str:
+    """The file of a path, or of ``package::folder/file.py``."""
+    package, separator, path = source.rpartition('::')
+    if not separator:
+        return osp.expanduser(source)
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f'the config {source!r} is of {package}, which is not installed. '
+            f'Install {package}, or give the path of a config.'
+        )
+    return osp.join(osp.dirname(spec.origin), '.mim', 'configs', path)
+
+
+@functools.lru_cache(maxsize=1)
+def _model_index() -> dict[str, dict[str, Any]]:
+    root = osp.join(get_installed_path('mmdet'), '.mim')
+    models: dict[str, dict[str, Any]] = {}
+    for metafile in load(osp.join(root, 'model-index.yml'))['Import']:
+        content = load(osp.join(root, metafile))
+        entries = content if isinstance(content, list) else content['Models']
+        for entry in entries:
+            if 'Weights' in entry and 'Config' in entry:
+                models[entry['Name']] = dict(
+                    config=osp.join(root, entry['Config']),
+                    checkpoint=entry['Weights'],
+                )
+    return models
+
+
+def find_in_model_index(name: str) -> dict[str, Any]:
+    """The config and checkpoint of a model that MMDetection publishes.
+
+    Raises:
+        ConfigError: If the index has no such name; says the nearest ones.
+
+    Example:
+        >>> find_in_model_index('paa_r101_fpn_1x_coco')['checkpoint'][-12:]
+        '0a1825a4.pth'
+    """
+    models = _model_index()
+    if name not in models:
+        close = difflib.get_close_matches(name, models, n=3)
+        raise ConfigError(
+            f"MMDetection's model index has no {name!r}. Nearest: "
+            f'{", ".join(close) or "none"} (of {len(models)} models). Give '
+            'one of its names, or "config" and "checkpoint".'
+        )
+    return dict(models[name])
+
+
+def build_trained(
+    cfg: Mapping[str, Any], checkpoint: str | None, *, trust: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a detector and load its weights.
+
+    Args:
+        cfg: Config of the model.
+        checkpoint: Path or URL; None leaves it untrained, with a warning.
+        trust: Unpickle whatever the checkpoint holds.
+
+    Returns:
+        The detector and the checkpoint's meta data.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fit the config exactly.
+    """
+    register_all_modules(init_default_scope=False)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        # ImageNet weights would be overwritten at once: never fetch them.
+        model = MODELS.build(_without_pretrained(cfg))
+    if checkpoint is None:
+        model.init_weights()
+        message = (
+            'THE TEACHER IS UNTRAINED (checkpoint=None): its weights are '
+            'random and distillation from it teaches nothing. This is for '
+            'smoke tests only.'
+        )
+        warnings.warn(message, stacklevel=3)
+        print_log(message, 'current', logging.WARNING)
+        return model, {}
+    content = load_checkpoint_file(checkpoint, trust=trust)
+    _load_strictly(model, content['state_dict'], checkpoint)
+    meta = content.get('meta')
+    return model, meta if isinstance(meta, dict) else {}
+
+
+def _without_pretrained(cfg: Any) -> Any:
+    """A copy of a model's config that initialises nothing from files."""
+    if isinstance(cfg, list | tuple):
+        return type(cfg)(_without_pretrained(item) for item in cfg)
+    if not isinstance(cfg, Mapping):
+        return cfg
+    result = ConfigDict()
+    for key, value in cfg.items():
+        if key == 'pretrained':
+            value = None
+        elif key == 'init_cfg':
+            items = value if isinstance(value, list | tuple) else [value]
+            # Of MMEngine's initialisers, only Pretrained has a checkpoint.
+            kept = [i for i in items if i and 'checkpoint' not in i]
+            value = kept or None
+        result[key] = _without_pretrained(value)
+    return result
+
+
+def _load_strictly(
+    model: nn.Module, state: Mapping[str, Tensor], source: str
+) -> None:
+    # Wrapped for distributed training, a model's keys begin with "module.".
+    renamed = OrderedDict(
+        (key.removeprefix('module.'), value) for key, value in state.items()
+    )
+    # The modules' versions, by which they rename keys of older versions.
+    renamed._metadata = {  # type: ignore[attr-defined]
+        key.removeprefix('module').removeprefix('.'): value
+        for key, value in getattr(state, '_metadata', {}).items()
+    }
+    try:
+        missing, unexpected = model.load_state_dict(renamed, strict=False)
+    except RuntimeError:
+        # Shapes differ; which of the keys do as well is told below.
+        own = model.state_dict()
+        missing = [key for key in own if key not in renamed]
+        unexpected = [key for key in renamed if key not in own]
+    shapes = [
+        f'{key}: config {tuple(value.shape)}, '
+        f'checkpoint {tuple(renamed[key].shape)}'
+        for key, value in model.state_dict().items()
+        if key in renamed and value.shape != renamed[key].shape
+    ]
+    problems = [
+        f'{len(keys)} {what} (first: {"; ".join(keys[:3])})'
+        for what, keys in (
+            ('keys are missing', missing),
+            ('keys are unexpected', unexpected),
+            ('shapes differ', shapes),
+        )
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(
+            f'the checkpoint {source} does not fit the teacher '
+            f'{type(model).__name__} of its config: {", ".join(problems)}. '
+            'Give the checkpoint that was trained with this config, or the '
+            'config of this checkpoint.'
+        )
+
+
+def class_names(
+    meta: Mapping[str, Any], config: Config
+) -> tuple[str, ...] | None:
+    """Class names from a checkpoint's meta data, else from its config."""
+    recorded = meta.get('dataset_meta') or {}
+    for source, key in (
+        (recorded, 'classes'),
+        (recorded, 'CLASSES'),
+        (meta, 'CLASSES'),
+    ):
+        if isinstance(source, Mapping) and source.get(key):
+            return _as_names(source[key])
+    for loader in ('test_dataloader', 'val_dataloader', 'train_dataloader'):
+        dataset = (config.get(loader) or {}).get('dataset')
+        names = dataset and _dataset_classes(dataset)
+        if names:
+            return names
+    return None
+
+
+def check_class_count(model: Any, names: Sequence[str], where: str) -> None:
+    """Check that a detector classifies into as many classes as are named.
+
+    One that knows none (RPN), or classifies into words, may name any.
+
+    Raises:
+        ConfigError: If its box head has another number of classes.
+    """
+    if hasattr(model, 'language_model') or is_class_agnostic(model):
+        return
+    head = getattr(model, 'bbox_head', None)
+    if head is None:
+        head = getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
+    if isinstance(head, nn.ModuleList):
+        head = head[0]
+    count = getattr(head, 'num_classes', None)
+    if count is not None and count != len(names):
+        raise ConfigError(
+            f'{where}: the box head has num_classes={count}, but there are '
+            f'{len(names)} class names ({some(names)}). Name its own '
+            'classes through test_dataloader.dataset.metainfo=dict(classes='
+            '...) in its config, or set num_classes.'
+        )
+
+
+def _dataset_classes(dataset: Mapping[str, Any]) -> tuple[str, ...] | None:
+    metainfo = dataset.get('metainfo') or {}
+    if metainfo.get('classes'):
+        return _as_names(metainfo['classes'])
+    nested = dataset.get('dataset') or (dataset.get('datasets') or [None])[0]
+    if nested is not None:
+        return _dataset_classes(nested)
+    cls = dataset.get('type')
+    if isinstance(cls, str):
+        cls = DATASETS.get(cls)
+    names = getattr(cls, 'METAINFO', {}).get('classes')
+    return _as_names(names) if names else None
+
+
+def _as_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        # As in MMEngine's data sets: a file of names, or a single name.
+        names = list_from_file(names) if osp.isfile(names) else [names]
+    return tuple(names)

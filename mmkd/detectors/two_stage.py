@@ -1,0 +1,187 @@
+"""What two-stage detectors have in common, and which pairs can meet."""
+
+import inspect
+from typing import Any
+
+import torch
+from mmdet.models.dense_heads import RPNHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from torch import Tensor
+
+from mmkd.errors import ConfigError
+
+from .record import box_heads
+
+FITTING = 'Faster, Mask, Cascade and Double-Head R-CNN'
+
+
+def deltas_of_label(deltas: Tensor, labels: Tensor) -> Tensor:
+    """The 4 deltas of each box' label: (N, 4K) to (N, 4).
+
+    Background has no deltas of its own; it gets the last class', which
+    nobody uses. Class-agnostic deltas (N, 4) are every label's.
+    """
+    per_class = deltas.unflatten(1, (-1, 4))
+    index = labels.clamp(max=per_class.shape[1] - 1)
+    return per_class.gather(1, index[:, None, None].expand(-1, 1, 4))[:, 0]
+
+
+def uses_sigmoid(head: Any) -> bool:
+    """Whether a head's classes are independent binary problems."""
+    return bool(getattr(head.loss_cls, 'use_sigmoid', False))
+
+
+def same_coder(ours: Any, theirs: Any) -> bool:
+    """Whether two box coders give the same deltas."""
+    return type(ours) is type(theirs) and vars(ours) == vars(theirs)
+
+
+def check_two_stage(
+    model: Any,
+    role: str,
+    method: str,
+    *,
+    rpn: bool = True,
+    rcn: bool = True,
+    deltas: bool = True,
+) -> None:
+    """Check that those parts of a two-stage detector that are read can be.
+
+    Args:
+        model: The detector.
+        role: ``'student'`` or ``'teacher'``, for the message.
+        method: The method that asks, for the message.
+        rpn: The RPN is read.
+        rcn: The RoI head's labels and class logits are read.
+        deltas: The RoI head's boxes and their targets are read, too.
+
+    Raises:
+        ConfigError: If they cannot; names what fits.
+    """
+    reason = _why_unfit_rpn(model) if rpn else None
+    if rcn:  # what a one-stage detector lacks first
+        reason = _why_unfit_rcn(model, deltas) or reason
+    if reason is None:
+        return
+    needed = ['an anchor-based RPNHead'] * rpn
+    needed += ['a RoI head with BBoxHeads'] * rcn
+    parts = [
+        f'{name}={type(getattr(model, name)).__name__}'
+        for name in ('rpn_head', 'roi_head', 'bbox_head')
+        if getattr(model, name, None) is not None
+    ]
+    raise ConfigError(
+        f'{method} fits {FITTING} ({" and ".join(needed)}); the {role} is '
+        f'{type(model).__name__} ({", ".join(parts) or "no heads"}): '
+        f'{reason}. For any other detector use mmkd.FeatureHint, which '
+        'distils features.'
+    )
+
+
+def _why_unfit_rpn(model: Any) -> str | None:
+    if isinstance(getattr(model, 'rpn_head', None), RPNHead):
+        return None
+    return (
+        'its proposals do not come from an RPNHead; rpn=False leaves the RPN '
+        'out'
+    )
+
+
+def _why_unfit_rcn(model: Any, deltas: bool) -> str | None:
+    heads = box_heads(model)
+    if not heads:
+        return 'it has no RoI box head'
+    for head in heads:
+        name, kind = type(head).__name__, type(head)
+        if not isinstance(head, BBoxHead):
+            return f'its {name} is no BBoxHead'
+        if hasattr(head, 'num_instance'):
+            return f'its {name} predicts several objects a RoI'
+        if kind.loss_and_target is not BBoxHead.loss_and_target:
+            return f'its {name} has a loss_and_target of its own'
+        if deltas and kind.get_targets is not BBoxHead.get_targets:
+            return (
+                f'its {name} has targets other than labels and deltas; '
+                'bounded=None leaves the boxes out'
+            )
+    return _why_unfit_roi_head(model.roi_head)
+
+
+def _why_unfit_roi_head(roi_head: Any) -> str | None:
+    name = type(roi_head).__name__
+    forward = inspect.signature(roi_head._bbox_forward).parameters
+    needed = [p for p in forward.values() if p.default is p.empty]
+    if [p.name for p in needed] not in (['x', 'rois'], ['stage', 'x', 'rois']):
+        return f'its {name} scores boxes from more than features and RoIs'
+    for extra in ('with_semantic', 'with_glbctx'):
+        if getattr(roi_head, extra, False):
+            return f'its {name} adds context to the RoIs ({extra})'
+    if hasattr(roi_head, 'num_branch'):
+        return f'its {name} trains several branches of every image'
+    if not _asks_loss_and_target(roi_head):
+        return (
+            f'its {name} makes the box loss itself, without the '
+            'loss_and_target of its box head, where targets are read'
+        )
+    return None
+
+
+def _asks_loss_and_target(roi_head: Any) -> bool:
+    """False where the box loss gets its targets in another way (PISA)."""
+    names = inspect.unwrap(roi_head.bbox_loss).__code__.co_names
+    return 'loss_and_target' in names or 'get_targets' not in names
+
+
+def check_same_anchors(student: Any, teacher: Any) -> None:
+    """Check that both RPNs have the same anchors at every position.
+
+    Raises:
+        ConfigError: If they differ.
+    """
+    ours = student.rpn_head.prior_generator
+    theirs = teacher.rpn_head.prior_generator
+    same = list(ours.strides) == list(theirs.strides) and all(
+        a.shape == b.shape and torch.allclose(a.cpu(), b.cpu())
+        for a, b in zip(ours.base_anchors, theirs.base_anchors, strict=True)
+    )
+    if not same:
+        raise ConfigError(
+            "the RPNs cannot be distilled: the student's anchors (strides "
+            f'{list(ours.strides)}, {ours.num_base_priors} a position) are '
+            f"not the teacher's (strides {list(theirs.strides)}, "
+            f'{theirs.num_base_priors} a position, or other shapes). Give '
+            'both the same anchor_generator, or set rpn=False.'
+        )
+
+
+def check_same_classifiers(
+    student: Any, teacher: Any, *, remedy: str = 'set soft=None or rcn=False'
+) -> None:
+    """Check that the RoI heads' logits mean the same, stage by stage.
+
+    Args:
+        student: The student's detector.
+        teacher: The teacher's detector.
+        remedy: What to do otherwise, for the message.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    heads = box_heads(teacher)
+    for stage, head in enumerate(box_heads(student)):
+        other = heads[min(stage, len(heads) - 1)]
+        for role, each in (('student', head), ('teacher', other)):
+            if each.custom_activation or each.custom_cls_channels:
+                raise ConfigError(
+                    f'the RoI head of stage {stage} of the {role} classifies '
+                    f'through {type(each.loss_cls).__name__}, whose logits '
+                    'are not those of a softmax over classes and background. '
+                    f'Use CrossEntropyLoss in both networks, or {remedy}.'
+                )
+        if uses_sigmoid(head) != uses_sigmoid(other):
+            raise ConfigError(
+                f'the RoI heads of stage {stage} cannot be distilled: '
+                f'use_sigmoid is {uses_sigmoid(head)} in the student and '
+                f'{uses_sigmoid(other)} in the teacher. Train both with the '
+                f'same kind of classifier, or {remedy}.'
+            )

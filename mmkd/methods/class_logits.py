@@ -1,0 +1,220 @@
+"""Both networks' class logits of the same boxes, of any kind of detector."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from mmdet.structures import DetDataSample
+from torch import Tensor
+
+from mmkd.detectors.dense import student_dense, student_targets, teacher_dense
+from mmkd.detectors.dense_checks import check_dense, check_same_priors
+from mmkd.detectors.record import Outputs, box_heads
+from mmkd.detectors.two_stage import (
+    check_same_classifiers,
+    check_two_stage,
+    uses_sigmoid,
+)
+from mmkd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmkd.teachers.class_map import ClassMap
+    from mmkd.teachers.frozen_view import TeacherOutputs
+
+
+@dataclass
+class ClassLogits:
+    """Logits of the S shared classes for M priors or RoIs of B images."""
+
+    prefix: str
+    """What a loss' name starts with: ``''``, in cascades ``'s0_'``."""
+    student: Tensor
+    """(M, S), or (M, S + 1) with the background last."""
+    teacher: Tensor
+    """The same of the teacher."""
+    sigmoid: bool
+    """Whether columns are independent binary problems."""
+    labels: Tensor
+    """(M,) the student's targets: 0..S-1, S for the background, -1 for what
+    is ignored or of a class that the teacher does not know."""
+    weights: Tensor
+    """(M,); 0 for what is ignored and for padding."""
+    images: Tensor
+    """(M,) the image that each is of, 0..B-1."""
+    avg_factor: float | Tensor
+    """What sums are divided by: the positives of a dense head, averaged over
+    the processes, or the number of RoIs."""
+    classes: int
+    """S."""
+    scale: float = 1.0
+    """The weight of a cascade's stage."""
+
+    def objects(self) -> 'ClassLogits':
+        """Only those whose label is one of the shared classes."""
+        is_object = (self.labels >= 0) & (self.labels < self.classes)
+        (index,) = is_object.nonzero(as_tuple=True)
+        parts = {
+            name: getattr(self, name)[index]
+            for name in ('student', 'teacher', 'labels', 'weights', 'images')
+        }
+        return dataclasses.replace(self, **parts)
+
+    def labelled(self) -> 'ClassLogits':
+        """The same, where what has no label gets weight 0 (and some label)."""
+        known = self.labels >= 0
+        return dataclasses.replace(
+            self,
+            labels=self.labels.clamp(min=0),
+            weights=self.weights * known,
+        )
+
+    def average(self, losses: Tensor) -> Tensor:
+        """The weighted average of losses (M,), as a scalar."""
+        total = (losses * self.weights).sum() / self.avg_factor
+        return self.scale * total
+
+
+def class_logits(
+    student: Outputs,
+    teacher: 'TeacherOutputs',
+    data_samples: Sequence[DetDataSample],
+) -> list[ClassLogits]:
+    """Pair the class logits of a step.
+
+    One-stage detectors give those of all priors. Two-stage ones give, stage
+    by stage, those of the RoIs that the student was trained on, which the
+    teacher scores on its own features.
+    """
+    if not box_heads(student.model):
+        return [_of_priors(student, teacher, data_samples)]
+    stages = range(len(student.rois))
+    return [_of_rois(student, teacher, stage) for stage in stages]
+
+
+def check_class_logits(
+    student: Outputs, teacher: Outputs, method: str
+) -> bool:
+    """Check that two detectors' class logits can be compared.
+
+    Args:
+        student: The student's outputs for a blank image.
+        teacher: The teacher's.
+        method: The method that asks, for the message.
+
+    Returns:
+        Whether the classes are independent binary problems (sigmoid).
+
+    Raises:
+        ConfigError: If they cannot.
+    """
+    if box_heads(student.model) and box_heads(teacher.model):
+        for role, outputs in (('student', student), ('teacher', teacher)):
+            check_two_stage(
+                outputs.model, role, method, rpn=False, deltas=False
+            )
+        check_same_classifiers(
+            student.model, teacher.model, remedy='use a method on features'
+        )
+        return uses_sigmoid(box_heads(student.model)[0])
+    ours = check_dense(student, 'student', method)
+    theirs = check_dense(teacher, 'teacher', method)
+    check_same_priors(ours.head, theirs.head, method)
+    if ours.sigmoid != theirs.sigmoid:
+        kinds = {True: 'sigmoid', False: 'softmax with background'}
+        raise ConfigError(
+            f'{method}: the class logits cannot be compared, those of the '
+            f"student are a {kinds[ours.sigmoid]}'s, those of the teacher a "
+            f"{kinds[theirs.sigmoid]}'s. Train both with the same kind of "
+            'loss_cls.'
+        )
+    return ours.sigmoid
+
+
+def _of_priors(
+    student: Outputs,
+    teacher: 'TeacherOutputs',
+    data_samples: Sequence[DetDataSample],
+) -> ClassLogits:
+    ours, theirs = student_dense(student), teacher_dense(teacher)
+    targets = student_targets(student, data_samples)
+    classes = teacher.class_map
+    images, priors = targets.labels.shape
+    numbers = torch.arange(images, device=targets.labels.device)
+    return ClassLogits(
+        prefix='',
+        student=_of_student(ours.logits, classes),
+        teacher=_of_teacher(theirs.logits, classes),
+        sigmoid=ours.sigmoid,
+        labels=shared_labels(targets.labels, classes).flatten(),
+        weights=targets.weights.flatten(),
+        images=numbers.repeat_interleave(priors),
+        avg_factor=targets.number,
+        classes=len(classes.shared),
+    )
+
+
+def _of_rois(
+    student: Outputs, teacher: 'TeacherOutputs', stage: int
+) -> ClassLogits:
+    sample = student.rois[stage]
+    classes = teacher.class_map
+    logits, _ = teacher.score_rois(sample, stage)
+    assert sample.logits is not None
+    cascade = len(box_heads(student.model)) > 1
+    weights = student.model.roi_head.stage_loss_weights if cascade else [1.0]
+    return ClassLogits(
+        prefix=f's{stage}_' if cascade else '',
+        # The last column is the background's, also of a sigmoid.
+        student=_of_student(sample.logits, classes),
+        teacher=_of_teacher(logits, classes),
+        sigmoid=uses_sigmoid(sample.head),
+        labels=shared_labels(sample.labels, classes),
+        weights=sample.label_weights,
+        images=sample.boxes[:, 0].long(),
+        avg_factor=sample.avg_factor,
+        classes=len(classes.shared),
+        scale=weights[stage],
+    )
+
+
+def _of_student(logits: Tensor, classes: 'ClassMap') -> Tensor:
+    known = len(classes.student)
+    return _shared(logits, classes.student_index, known, classes.identical)
+
+
+def _of_teacher(logits: Tensor, classes: 'ClassMap') -> Tensor:
+    known = len(classes.teacher)
+    return _shared(logits, classes.teacher_index, known, classes.identical)
+
+
+def _shared(
+    logits: Tensor, index: Tensor, known: int, identical: bool
+) -> Tensor:
+    """(..., K or K + 1) to (M, S or S + 1): a background column stays."""
+    logits = logits.flatten(0, -2)
+    if identical:
+        return logits
+    return torch.cat([logits[:, index], logits[:, known:]], dim=1)
+
+
+def shared_labels(labels: Tensor, classes: 'ClassMap') -> Tensor:
+    """Labels counted through the S shared classes.
+
+    Args:
+        labels: The student's, 0..K-1 for objects, K for the background,
+            below 0 for ignored.
+        classes: The class map.
+
+    Returns:
+        The same shape: 0..S-1, S for the background, -1 for ignored and for
+        classes that the teacher does not know.
+    """
+    if classes.identical:
+        return labels
+    shared = len(classes.shared)
+    table = torch.full_like(classes.to_teacher, -1)
+    table[classes.student_index] = torch.arange(shared, device=table.device)
+    table[-1] = shared
+    return table[labels.clamp(min=0)].where(labels >= 0, -1)

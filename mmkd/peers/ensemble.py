@@ -1,0 +1,356 @@
+"""Several detectors as one, for inference."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.model import BaseModel
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from mmkd.detectors.dense_checks import check_same_priors
+from mmkd.detectors.record import class_count, replaced
+from mmkd.detectors.source import build_trained, class_names, load_config
+from mmkd.detectors.two_stage import same_coder
+from mmkd.errors import CheckpointError, ConfigError
+from mmkd.registry import MODELS
+from mmkd.utils import check_options, isolated_random_state
+
+FUSIONS = ('boxes', 'logits')
+MEMBER_OPTIONS = ('config', 'checkpoint', 'trust_checkpoint')
+
+
+@MODELS.register_module()
+class EnsembleDetector(BaseModel):
+    """Several detectors as one, for inference.
+
+    ``fusion='boxes'``: every member detects by itself, in its own
+    normalisation; their boxes are fused class by class. Boxes that overlap
+    become one, at their mean weighted by the scores; its score is the sum of
+    theirs over the number of members, at most their mean. Fits any
+    detectors with the same classes; masks are left out.
+
+    ``fusion='logits'``: members have the same dense head on the same
+    priors; what the heads return (class logits, deltas or bins, centerness)
+    is averaged, and the rest (decoding, NMS) runs once. Heads that return
+    probabilities (TOOD) have these averaged.
+
+    Source of the fusion of boxes: Solovyev, Wang, Gabruseva, "Weighted boxes
+    fusion", Image and Vision Computing 2021,
+    https://arxiv.org/abs/1910.13302, by the library ``ensemble-boxes``.
+
+    A config for ``tools/test.py CONFIG`` (there is no checkpoint beside
+    those of the members)::
+
+        _base_ = ['mmdet::gfl/gfl_r50_fpn_1x_coco.py']
+        model = dict(
+            _delete_=True,
+            type='mmkd.EnsembleDetector',
+            members=[
+                dict(config='first.py', checkpoint='first.pth'),
+                dict(config='second.py', checkpoint='second.pth'),
+            ],
+        )
+
+    Args:
+        members: At least two: dicts of ``config`` (a path, ``mmdet::…`` or a
+            dict), ``checkpoint`` and, for pickles of more than weights,
+            ``trust_checkpoint``; or detectors.
+        fusion: ``'boxes'`` or ``'logits'``.
+        iou_threshold: Boxes with a larger IoU are one, between 0 and 1; for
+            ``'boxes'`` alone. None: 0.05 above the largest threshold of the
+            members' own NMS, and at least the library's 0.55. At or below
+            that of NMS, boxes would be fused that one member alone has found
+            to be two. (Above it they still are where another member's box
+            lies between them. Soft-NMS keeps no boxes apart.)
+        max_per_img: The best fused boxes of an image are kept, at least 1.
+
+    Raises:
+        ConfigError: If an option is unknown or out of range, the members'
+            classes or (for logits) heads differ, or the library is missing.
+        CheckpointError: If a checkpoint does not fit its config.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Mapping[str, Any] | nn.Module],
+        *,
+        fusion: str = 'boxes',
+        iou_threshold: float | None = None,
+        max_per_img: int = 100,
+    ) -> None:
+        super().__init__()
+        if fusion not in FUSIONS:
+            raise ConfigError(
+                f'EnsembleDetector.fusion must be one of {FUSIONS}, got '
+                f'{fusion!r}'
+            )
+        if iou_threshold is not None and not 0 < iou_threshold < 1:
+            raise ConfigError(
+                'EnsembleDetector.iou_threshold must be between 0 and 1, got '
+                f'{iou_threshold}'
+            )
+        if max_per_img < 1 or len(members) < 2:
+            raise ConfigError(
+                'EnsembleDetector needs max_per_img of at least 1 and at '
+                f'least two members, got {max_per_img} and {len(members)}.'
+            )
+        self.fusion, self.max_per_img = fusion, max_per_img
+        self.members: Any = nn.ModuleList(_build(members))
+        if fusion == 'logits':
+            if iou_threshold is not None:
+                raise ConfigError(
+                    "EnsembleDetector.iou_threshold is for fusion='boxes'; "
+                    'with logits the NMS of the first member runs. Leave it '
+                    'out.'
+                )
+            _check_heads(list(self.members))
+        else:
+            self.iou_threshold = _threshold(self.members, iou_threshold)
+            _weighted_boxes_fusion()  # is it installed?
+
+    @torch.no_grad()
+    def test_step(self, data: Any) -> list[DetDataSample]:
+        """Detections of a batch as the data loader gives it."""
+        if self.fusion == 'logits':
+            return self._of_average_logits(data)
+        first, *others = (member.test_step(data) for member in self.members)
+        for index, sample in enumerate(first):
+            found = [sample, *(results[index] for results in others)]
+            sample.pred_instances = fuse_boxes(
+                [each.pred_instances for each in found],
+                sample.ori_shape,
+                self.iou_threshold,
+                self.max_per_img,
+            )
+        return first
+
+    def val_step(self, data: Any) -> list[DetDataSample]:
+        """The same as :meth:`test_step`."""
+        return self.test_step(data)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for training.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            'EnsembleDetector is for inference, by test_step and val_step; '
+            'train its members instead.'
+        )
+
+    def _of_average_logits(self, data: Any) -> list[DetDataSample]:
+        batches = [each.data_preprocessor(data) for each in self.members]
+        maps = [
+            member.extract_feat(batch['inputs'])
+            for member, batch in zip(self.members, batches, strict=True)
+        ]
+        outputs = [
+            member.bbox_head(levels)
+            for member, levels in zip(self.members, maps, strict=True)
+        ]
+        average = average_of(outputs)
+        first, samples = self.members[0], batches[0]['data_samples']
+        with replaced(first.bbox_head, 'forward', lambda *_: average):
+            results = first.bbox_head.predict(maps[0], samples, rescale=True)
+        return first.add_pred_to_datasample(samples, results)
+
+
+def fuse_boxes(
+    predictions: Sequence[InstanceData],
+    shape: tuple[int, int],
+    iou_threshold: float,
+    max_per_img: int,
+) -> InstanceData:
+    """Fuse several detectors' boxes of an image.
+
+    Args:
+        predictions: Of each, with bboxes (n, 4) as xyxy in pixels of the
+            original image, scores and labels (n,).
+        shape: Height and width of the image.
+        iou_threshold: See :class:`EnsembleDetector`.
+        max_per_img: See :class:`EnsembleDetector`.
+
+    Returns:
+        The same three, by falling score.
+    """
+    device = predictions[0].bboxes.device
+    size = torch.tensor([*shape[::-1]] * 2, dtype=torch.float64)
+    parts: list[list] = []
+    for each in predictions:
+        boxes = (each.bboxes.double().cpu() / size).clamp(0, 1)
+        solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        given = (boxes, each.scores.cpu(), each.labels.cpu())
+        parts.append([values[solid].numpy() for values in given])
+    fused, scores, labels = _weighted_boxes_fusion()(
+        *zip(*parts, strict=True), iou_thr=iou_threshold
+    )
+    kept = slice(max_per_img)
+    return InstanceData(
+        bboxes=(torch.as_tensor(fused[kept]) * size).float().to(device),
+        scores=torch.as_tensor(scores[kept]).float().to(device),
+        labels=torch.as_tensor(labels[kept]).long().to(device),
+    )
+
+
+def average_of(outputs: Sequence[Any]) -> Any:
+    """The mean of tensors in nested tuples and lists of one structure.
+
+    Raises:
+        ConfigError: If shapes or structures differ.
+    """
+    first = outputs[0]
+    if isinstance(first, list | tuple) and all(
+        isinstance(each, type(first)) and len(each) == len(first)
+        for each in outputs
+    ):
+        return type(first)(map(average_of, zip(*outputs, strict=True)))
+    if all(each is None for each in outputs):
+        return None
+    shapes = [tuple(getattr(each, 'shape', ())) for each in outputs]
+    if not isinstance(first, Tensor) or len(set(shapes)) > 1:
+        raise ConfigError(
+            "EnsembleDetector: the heads' outputs cannot be averaged, they "
+            f"are of the shapes {shapes}. Use fusion='boxes'."
+        )
+    return torch.stack(list(outputs)).mean(0)
+
+
+def _build(members: Sequence[Mapping[str, Any] | nn.Module]) -> list[Any]:
+    """Detectors in eval mode, all with the same classes."""
+    models, names = [], []
+    for number, member in enumerate(members):
+        if isinstance(member, nn.Module):
+            models.append(member)
+            continue
+        where = f'EnsembleDetector.members[{number}]'
+        check_options(where, member, MEMBER_OPTIONS)
+        if not member.get('config') or not member.get('checkpoint'):
+            raise ConfigError(
+                f'{where} needs a "config" and a "checkpoint", got '
+                f'{sorted(member)}.'
+            )
+        config = load_config(member['config'])
+        model, meta = _load(member, config, where)
+        models.append(model.eval())
+        names.append(class_names(meta, config))
+        if names[-1] != names[0]:
+            raise ConfigError(
+                f'{where} was trained on the classes {names[-1]}, the first '
+                f'member on {names[0]}. Give members of the same classes in '
+                'the same order.'
+            )
+    counts = [class_count(model) for model in models]
+    if len(set(counts)) > 1:
+        raise ConfigError(
+            'EnsembleDetector: the members detect other numbers of classes, '
+            f'{counts}. Give members of the same classes.'
+        )
+    return models
+
+
+def _threshold(members: Iterable[nn.Module], given: float | None) -> float:
+    """The given IoU, or one above that of each member's NMS.
+
+    A given one that is not above it is used with a warning.
+    """
+    own = max(map(_nms_threshold, members))
+    if given is None:
+        base = max(own, 0.5)
+        return base + min(0.05, (1 - base) / 2)
+    if given <= own:
+        print_log(
+            f'EnsembleDetector.iou_threshold={given} is not above that of '
+            f"the members' NMS ({own}): boxes that one member alone has "
+            'found to be two objects become one. Raise it, or leave it out.',
+            'current',
+            logging.WARNING,
+        )
+    return given
+
+
+def _nms_threshold(model: Any) -> float:
+    """The IoU above which a detector's own NMS removes a box; 0 if none is."""
+    heads = (getattr(model, name, None) for name in ('roi_head', 'bbox_head'))
+    head = next(filter(None, heads), None)
+    options = getattr(head, 'test_cfg', None) or {}
+    nms = options.get('nms') or {}
+    if nms.get('type', 'nms') != 'nms':  # soft-NMS lowers scores instead
+        return 0.0
+    return nms.get('iou_threshold', options.get('iou_thr', 0.0))  # YOLACT
+
+
+def _load(
+    member: Mapping[str, Any], config: Config, where: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    trust = bool(member.get('trust_checkpoint', False))
+    try:
+        with isolated_random_state():
+            return build_trained(
+                config.model, member['checkpoint'], trust=trust
+            )
+    except CheckpointError as error:
+        raise CheckpointError(f'{where}: {error}') from error
+
+
+def _check_heads(members: Sequence[Any]) -> None:
+    first = getattr(members[0], 'bbox_head', None)
+    for member in members:
+        head = getattr(member, 'bbox_head', None)
+        differ = _difference(first, head)
+        if differ is None:
+            try:
+                where = "EnsembleDetector with fusion='logits'"
+                check_same_priors(first, head, where, centres=True)
+            except ConfigError as error:
+                differ = str(error)
+        if differ is None and _padding(member) != _padding(members[0]):
+            differ = 'their images are padded to other sizes'
+        if differ is not None:
+            raise ConfigError(
+                "EnsembleDetector with fusion='logits' averages equal dense "
+                f'heads on the same priors, these do not agree: {differ} '
+                "Use fusion='boxes'."
+            )
+
+
+def _difference(ours: Any, theirs: Any) -> str | None:
+    kinds = [type(head).__name__ for head in (ours, theirs)]
+    if kinds[0] != kinds[1]:
+        return f'{kinds[0]} and {kinds[1]}.'
+    if not hasattr(ours, 'prior_generator'):
+        return f'{kinds[0]} has no priors.'
+    for name in ('cls_out_channels', 'use_sigmoid_cls', 'reg_max'):
+        values = [getattr(head, name, None) for head in (ours, theirs)]
+        if values[0] != values[1]:
+            return f'{name} is {values[0]} and {values[1]}.'
+    coders = [getattr(head, 'bbox_coder', None) for head in (ours, theirs)]
+    if coders[0] is not None and not same_coder(*coders):
+        return 'their box coders differ.'
+    anchors = [
+        getattr(head.prior_generator, 'base_anchors', [])
+        for head in (ours, theirs)
+    ]
+    if [a.tolist() for a in anchors[0]] != [a.tolist() for a in anchors[1]]:
+        return 'their anchors differ.'
+    return None
+
+
+def _padding(member: Any) -> Any:
+    return getattr(member.data_preprocessor, 'pad_size_divisor', None)
+
+
+def _weighted_boxes_fusion() -> Any:
+    try:
+        from ensemble_boxes import weighted_boxes_fusion
+    except ImportError as error:
+        raise ConfigError(
+            "fusion='boxes' needs the package ensemble-boxes: pip install "
+            "mmkd[ensemble], or set fusion='logits'."
+        ) from error
+    return weighted_boxes_fusion

@@ -1,0 +1,264 @@
+"""A teacher's outputs on disk, for images that it has seen before."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mmcv
+import mmdet
+import torch
+from mmdet.structures import DetDataSample
+from torch import Tensor
+
+from mmkd.detectors.record import Outputs
+from mmkd.errors import ConfigError
+from mmkd.utils import check_options
+
+from .disk_cache import DiskCache, fast_hash
+from .frozen_view import TeacherOutputs
+from .probe import difference, probe
+from .speed import changed, eagerly
+
+if TYPE_CHECKING:
+    from .frozen import Teacher
+
+SOURCES = (
+    *('detectors/heads/cop', 'detectors/record', 'detectors/source'),
+    *('teachers/cache', 'teachers/class_map', 'teachers/fold_bn'),
+    *('teachers/frozen', 'teachers/frozen_view', 'teachers/speed'),
+)
+"""The modules of mmkd that decide what a teacher's outputs are."""
+TOLERANCE = 1e-3
+"""Of an output's largest value; rounding makes about 1e-5."""
+
+
+class TeacherCache:
+    """What a teacher has computed, by image and output.
+
+    The key of an entry is a hash of all that its value depends on: the
+    pixels as the teacher gets them, padding included (and in them whatever
+    the pipeline has done to the image), the teacher's weights, config and
+    options, the precision of the step, the device, the versions of PyTorch,
+    MMCV and MMDetection, and the text of mmkd's own modules that compute it
+    (:data:`SOURCES`); and which output it is. So entries are never out of
+    date, and nothing about the pipeline has to be declared.
+
+    Args:
+        teacher: With its weights and options, on its device.
+        config: The config of its model.
+        dir: Folder of the cache; runs and processes may share it.
+        max_gib: Limit of its size, in GiB.
+
+    Raises:
+        ConfigError: If an option is wrong, or what the teacher says of an
+            image depends on the other images of the batch.
+    """
+
+    def __init__(
+        self,
+        teacher: 'Teacher',
+        config: Mapping[str, Any],
+        *,
+        dir: str,
+        max_gib: float = 10.0,
+    ) -> None:
+        _check_independent(teacher)
+        versions = torch.__version__, mmcv.__version__, mmdet.__version__
+        facts = (versions, teacher.speed, config)
+        digest = fast_hash(_code())
+        digest.update(repr(facts).encode())
+        for name, value in teacher.model.state_dict().items():
+            digest.update(f'{name} {value.dtype} {value.shape}'.encode())
+            digest.update(_bytes(value))
+        self._identity = digest.digest()
+        try:
+            self.disk = DiskCache(dir, int(max_gib * 2**30))
+        except OSError as error:
+            raise ConfigError(
+                f'distillation.teacher.cache.dir: {dir} cannot hold a cache '
+                f'({error}). Give a folder that this process can write.'
+            ) from error
+
+    def key(self, image: Tensor, sample: DetDataSample) -> str:
+        """Of an image (3, H, W), padded, as the teacher gets it."""
+        device = image.device.type
+        half = torch.is_autocast_enabled(device)
+        facts = (
+            device,
+            torch.cuda.get_device_name(image.device) if image.is_cuda else '',
+            torch.get_autocast_dtype(device) if half else None,
+            tensorfloat32(),
+            image.dtype,
+            tuple(image.shape),
+            tuple(sample.img_shape),
+        )
+        digest = fast_hash(self._identity)
+        digest.update(repr(facts).encode())
+        digest.update(_bytes(image))
+        return digest.hexdigest()
+
+
+def check_cache_options(cfg: Any) -> dict[str, Any]:
+    """The options of ``distillation.teacher.cache``.
+
+    Raises:
+        ConfigError: If one is missing, unknown or outside its range.
+    """
+    where = 'distillation.teacher.cache'
+    if not isinstance(cfg, Mapping) or not isinstance(cfg.get('dir'), str):
+        raise ConfigError(
+            f'{where} must be a dict with the folder "dir" and, if need be, '
+            f'"max_gib", got {cfg!r}. Example: dict(dir="work_dirs/cache", '
+            'max_gib=20).'
+        )
+    check_options(where, cfg, ('dir', 'max_gib'))
+    size = cfg.get('max_gib', 1)
+    if isinstance(size, bool) or not isinstance(size, int | float):
+        raise ConfigError(f'{where}.max_gib must be a number, got {size!r}.')
+    if not 0 < size < math.inf:
+        raise ConfigError(
+            f'{where}.max_gib must be above 0 and finite, got {size}.'
+        )
+    return dict(cfg)
+
+
+def tensorfloat32() -> tuple[bool, ...]:
+    """Whether a GPU multiplies, and convolves, in TensorFloat-32."""
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    if not hasattr(matmul, 'fp32_precision'):  # before PyTorch 2.9
+        return matmul.allow_tf32, cudnn.allow_tf32
+    parts = matmul, cudnn.conv
+    return tuple(part.fp32_precision == 'tf32' for part in parts)
+
+
+def _code() -> bytes:
+    """The text of :data:`SOURCES`."""
+    folder = Path(__file__).parents[1]
+    return b''.join((folder / f'{s}.py').read_bytes() for s in SOURCES)
+
+
+def _bytes(value: Tensor) -> Any:
+    flat = value.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy()
+
+
+def _check_independent(teacher: 'Teacher') -> None:
+    """Check that an image's outputs are the same in any batch."""
+    with eagerly(teacher.speed):
+        both = probe(teacher, (0, 1))
+        first, second = probe(teacher, (0,)), probe(teacher, (1,))
+    joined = {
+        part: [
+            torch.cat(torch.atleast_1d(a, b))
+            for a, b in zip(first[part], second.get(part, ()), strict=False)
+        ]
+        for part in first
+    }
+    worst, where = difference(joined, both)
+    if worst > TOLERANCE:
+        raise ConfigError(
+            f'distillation.teacher.cache: what {type(teacher.model).__name__} '
+            'computes for an image is not the same in another batch: '
+            f'{where} differs by {worst:.2g} of its largest value. Leave the '
+            'cache out.'
+        )
+
+
+class CachedOutputs(TeacherOutputs):
+    """The view of a batch of which the cache may know parts.
+
+    Images that it does not know are computed together and kept. RoI heads
+    see the student's RoIs, new in every step, and are always computed, on
+    the feature maps of the cache.
+    """
+
+    def __init__(
+        self,
+        teacher: 'Teacher',
+        inputs: Tensor,
+        data_samples: Sequence[DetDataSample],
+    ) -> None:
+        super().__init__(teacher, inputs, data_samples)
+        assert teacher.cache is not None
+        self._teacher, self._entries = teacher, teacher.cache
+        self._live: dict[tuple[int, ...], TeacherOutputs] = {}
+        self._features: dict[str, tuple[Tensor, ...]] = {}
+
+    @functools.cached_property
+    def maps(self) -> tuple[Tensor, ...]:
+        return self._known('maps', lambda live: live.maps)
+
+    @functools.cached_property
+    def rpn(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self._known('rpn', lambda live: live.rpn)
+
+    @functools.cached_property
+    def dense(self) -> Any:
+        return self._known('dense', lambda live: live.dense)
+
+    def features(
+        self, path: str, student: Outputs, student_path: str | None = None
+    ) -> tuple[Tensor, ...]:
+        if path.partition('.')[0] == 'roi_head':
+            return super().features(path, student, student_path)
+        if path not in self._features:
+            self._features[path] = self._known(
+                f'features {path}', lambda live: live.features(path, student)
+            )
+        return self._features[path]
+
+    @functools.cached_property
+    def _keys(self) -> list[str]:
+        images = self._renormalize(self._inputs, self._data_samples)
+        return [
+            self._entries.key(image, sample)
+            for image, sample in zip(images, self._data_samples, strict=True)
+        ]
+
+    def _known(self, part: str, read: Callable[[TeacherOutputs], Any]) -> Any:
+        """A part of the outputs, from the cache as far as that knows it."""
+        disk = self._entries.disk
+        keys = [f'{key} {part}' for key in self._keys]
+        images = [disk.read(key) for key in keys]
+        missing = [i for i, image in enumerate(images) if image is None]
+        self.asked += len(images)
+        self.hits += len(images) - len(missing)
+        if missing:
+            fresh = read(self._computed(tuple(missing)))
+            for row, i in enumerate(missing):
+                images[i] = changed(fresh, functools.partial(_image, row))
+                disk.write(keys[i], images[i])
+            if len(missing) == len(images):
+                return fresh
+        return _joined(images, self._inputs.device)
+
+    def _computed(self, images: tuple[int, ...]) -> TeacherOutputs:
+        if images not in self._live:
+            index = torch.tensor(images, device=self._inputs.device)
+            self._live[images] = TeacherOutputs(
+                self._teacher,
+                self._inputs[index],
+                [self._data_samples[i] for i in images],
+            )
+        return self._live[images]
+
+
+def _image(row: int, batch: Tensor) -> Tensor:
+    # A clone: of a mere slice, the whole batch would be written.
+    return batch[row].detach().cpu().clone()
+
+
+def _joined(images: Sequence[Any], device: torch.device) -> Any:
+    """Nested outputs of single images as those of a batch."""
+    first = images[0]
+    if isinstance(first, Tensor):
+        return torch.stack(list(images)).to(device)
+    if isinstance(first, Mapping):
+        return {k: _joined([i[k] for i in images], device) for k in first}
+    if isinstance(first, list | tuple):
+        parts = zip(*images, strict=True)
+        return type(first)(_joined(part, device) for part in parts)
+    return first

@@ -1,0 +1,95 @@
+"""What a teacher computes for test images: to compare it with itself."""
+
+import contextlib
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmkd.detectors.blank import PROBE_SIZE, probe_sample
+from mmkd.detectors.record import box_heads, tensors_in
+
+from .frozen_view import TeacherOutputs
+
+if TYPE_CHECKING:
+    from .frozen import Teacher
+
+ROIS = ((8.0, 8.0, 200.0, 120.0), (90.0, 40.0, 310.0, 310.0))
+"""xyxy, in each test image."""
+
+
+def probe(
+    teacher: 'Teacher', images: Sequence[int] = (0,)
+) -> dict[str, list[Tensor]]:
+    """All that methods can read of a teacher, for images of noise.
+
+    A part that the detector does not have, or not in the form that methods
+    read, is left out.
+
+    Args:
+        teacher: As it is; it is not asked to look into its cache.
+        images: The numbers of the images; each has its noise.
+
+    Returns:
+        Per part its tensors.
+    """
+    device = next(teacher.model.parameters()).device
+    inputs = torch.stack([_noise(number) for number in images]).to(device)
+    view = TeacherOutputs(teacher, inputs, [probe_sample()] * len(images))
+    parts: dict[str, Any] = {'the feature maps': view.maps}
+    with contextlib.suppress(Exception):
+        parts['the RPN'] = view.rpn
+    with contextlib.suppress(Exception):
+        parts['the dense head'] = view.dense
+    rois = [(i, *box) for i in range(len(images)) for box in ROIS]
+    sample: Any = SimpleNamespace(boxes=torch.tensor(rois, device=device))
+    stages = [sample for _ in box_heads(teacher.model)]
+    for stage, _ in enumerate(stages):
+        with contextlib.suppress(Exception):
+            parts[f'RoI stage {stage}'] = view.score_rois(sample, stage)
+    student: Any = SimpleNamespace(model=teacher.model, rois=stages)
+    for path in teacher.paths:
+        with contextlib.suppress(Exception):
+            parts[path] = view.features(path, student)
+    return {name: list(tensors_in(part)) for name, part in parts.items()}
+
+
+def _noise(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, PROBE_SIZE, PROBE_SIZE, generator=generator)
+
+
+def difference(
+    ours: dict[str, list[Tensor]], theirs: dict[str, list[Tensor]]
+) -> tuple[float, str]:
+    """The largest difference of two probes, and the part that it is in.
+
+    Each tensor's difference is relative to its largest value; parts or
+    values that only one has, and values that are not finite in only one, are
+    infinitely different.
+    """
+    worst, where = 0.0, ''
+    for part in dict.fromkeys((*ours, *theirs)):
+        a, b = ours.get(part, []), theirs.get(part, [])
+        share = _difference(a, b) if part in ours and part in theirs else None
+        if share is None or share > worst:
+            worst = torch.inf if share is None else share
+            where = part
+    return worst, where
+
+
+def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float | None:
+    if [a.shape for a in ours] != [b.shape for b in theirs]:
+        return None
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if not b.numel():
+            continue
+        a, b = a.double(), b.double()
+        share = (a - b).abs().max() / b.abs().max().clamp(min=1e-30)
+        if not share.isfinite():
+            return None
+        worst = max(worst, share.item())
+    return worst

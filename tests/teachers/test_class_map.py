@@ -1,0 +1,106 @@
+"""The student's classes and pixels as the teacher knows them."""
+
+import doctest
+
+import pytest
+import torch
+
+from mmkd.errors import ConfigError
+from mmkd.teachers import class_map as teacher_view
+from mmkd.teachers.class_map import ClassMap, Renormalize
+from tests.helpers import tiny_detectors as tiny
+
+# ---------------------------------------------------------- class map
+
+
+def test_classes_are_mapped_by_name():
+    student = ('cat', 'dog', 'cow', 'yak')
+    teacher = ('cow', 'bus', 'cat')
+    mapped = ClassMap(student, teacher)
+    assert not mapped.identical
+    assert mapped.shared == ['cat', 'cow']
+    assert mapped.student_index.tolist() == [0, 2]
+    assert mapped.teacher_index.tolist() == [2, 0]
+    # The background is the last label of each.
+    assert mapped.to_teacher.tolist() == [2, -1, 0, -1, 3]
+    assert mapped.to_student.tolist() == [2, -1, 0]
+    assert str(mapped) == '2 shared by name: cat, cow (student 4, teacher 3)'
+
+
+def test_identical_classes_are_told_from_reordered_ones():
+    same = ClassMap(['a', 'b'], ('a', 'b'))
+    assert same.identical
+    assert str(same) == 'identical (2 classes)'
+    assert same.to_teacher.tolist() == [0, 1, 2]
+    assert not ClassMap(['a', 'b'], ['b', 'a']).identical
+
+
+def test_no_shared_class_lists_both():
+    with pytest.raises(ConfigError) as error:
+        ClassMap(('bus', 'car'), ('cat', 'dog'))
+    assert 'Student: bus, car. Teacher: cat, dog.' in str(error.value)
+
+
+def test_a_class_named_twice_cannot_be_mapped():
+    with pytest.raises(ConfigError, match=r'teacher names a class twice \(a'):
+        ClassMap(['a', 'b'], ['a', 'b', 'a'])
+
+
+# ------------------------------------------------------ re-normalisation
+
+PYTORCH = dict(
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375],
+    bgr_to_rgb=True,
+)
+CAFFE = dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0])
+PREPROCESSORS = {
+    'pytorch': PYTORCH,
+    'caffe': CAFFE,
+    'unit': dict(mean=[0, 0, 0], std=[255, 255, 255], bgr_to_rgb=True),
+    'none, padded with 114': dict(pad_value=114.0),
+    'one mean': dict(mean=[127.5], std=[60.0]),
+    'one mean, flipped': dict(mean=[127.5], std=[60.0], bgr_to_rgb=True),
+    'other padding': dict(PYTORCH, pad_value=1),
+}
+
+
+def preprocessor(name, divisor=32):
+    config = tiny.faster_rcnn()
+    config.data_preprocessor = dict(
+        type='DetDataPreprocessor',
+        pad_size_divisor=divisor,
+        **PREPROCESSORS[name],
+    )
+    return tiny.build(config).data_preprocessor
+
+
+@pytest.mark.parametrize('of_teacher', PREPROCESSORS)
+@pytest.mark.parametrize('of_student', ['pytorch', 'caffe', 'one mean'])
+def test_teacher_sees_its_own_preprocessing(of_student, of_teacher):
+    ours, theirs = preprocessor(of_student), preprocessor(of_teacher)
+    options = dict(sizes=((96, 100), (50, 128), (96, 128)))
+    batch = ours(tiny.raw_batch(**options), training=True)
+    expected = theirs(tiny.raw_batch(**options), training=True)['inputs']
+    inputs, samples = batch['inputs'], batch['data_samples']
+    before = inputs.clone()
+    convert = Renormalize(ours, theirs)
+    result = convert(inputs, samples)
+    assert torch.equal(inputs, before)  # the student's batch is its own
+    # In units of the teacher's standard deviation.
+    unit = expected[2].std()
+    torch.testing.assert_close(
+        result / unit, expected / unit, atol=1e-5, rtol=0
+    )
+    assert convert.needed == (of_student != of_teacher)
+    assert (result is inputs) == (of_student == of_teacher)
+
+
+def test_other_padding_granularity_needs_no_conversion():
+    ours, theirs = preprocessor('pytorch', 32), preprocessor('pytorch', 1)
+    assert not Renormalize(ours, theirs).needed
+
+
+def test_the_examples_run():
+    failed, tried = doctest.testmod(teacher_view)
+    assert (failed, bool(tried)) == (0, True)
