@@ -28,6 +28,8 @@ MODELS = Registry(
     scope='mmkd',
     locations=['mmkd.losses', 'mmkd.detectors.heads', 'mmkd.peers.ensemble'],
 )
+# Teachers are built by mmkd.teachers.build; see the class Teacher there.
+TEACHERS = Registry('teacher', scope='mmkd', locations=['mmkd.teachers.build'])
 # Methods are built by the Distiller, never by a detector's config.
 METHODS = Registry('method', scope='mmkd', locations=['mmkd.methods'])
 # How well a network's costs tell good candidates from bad, for CoLAD.

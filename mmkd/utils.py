@@ -13,6 +13,9 @@ from mmengine.registry import Registry
 
 from mmkd.errors import ConfigError
 
+ATTACHED = 'distillation'
+"""Name of the module on the student, prefix of its keys, checkpoint key."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The sentence that helps with a misspelt ``name``.
@@ -62,9 +65,8 @@ def build_checked(
     options = dict(cfg)
     cls = options.pop('type')
     options.pop('_scope_', None)  # of configs with a base in another package
-    if isinstance(cls, str):
-        cls = _find_class(registry, cls, where)
-    known = _option_names(cls)
+    cls = find_class(registry, cls, where)
+    known = option_names(cls)
     if known is not None:
         check_options(f'{where} ({cls.__name__})', options, known)
     try:
@@ -76,7 +78,7 @@ def build_checked(
         raise ConfigError(f'{where} ({name}): {error}') from error
 
 
-def _option_names(cls: Callable[..., Any]) -> set[str] | None:
+def option_names(cls: Callable[..., Any]) -> set[str] | None:
     """What a class can be built with; None where it takes anything.
 
     A class that ends in ``**options`` hands these on to its base.
@@ -95,9 +97,16 @@ def _known_types(registry: Registry) -> list[str]:
     return [f'{registry.scope}.{name}' for name in registry.module_dict]
 
 
-def _find_class(
-    registry: Registry, name: str, where: str
+def find_class(
+    registry: Registry, name: str | Callable[..., Any], where: str
 ) -> Callable[..., Any]:
+    """The registered class of a config's ``type``.
+
+    Raises:
+        ConfigError: If there is none; says the nearest name.
+    """
+    if not isinstance(name, str):
+        return name
     known = _known_types(registry)
     scoped = name if '.' in name else f'{registry.scope}.{name}'
     if scoped in known:
@@ -137,19 +146,3 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-def distiller_of(runner: Any) -> Any:
-    """The distiller that a hook of mmkd's works on.
-
-    Raises:
-        ConfigError: If the runner does not distil.
-    """
-    distiller = getattr(runner, 'distiller', None)
-    if distiller is None:
-        raise ConfigError(
-            'a hook of mmkd needs a run that distils: set '
-            "runner_type='mmkd.DistillationRunner' and `distillation`, or "
-            'take the hook out of custom_hooks.'
-        )
-    return distiller

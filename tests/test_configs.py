@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from mmkd.detectors.source import find_in_model_index, load_config
 from mmkd.peers.peer import with_trained_teacher
 from mmkd.registry import METHODS
-from mmkd.teachers.several import described as by_name
+from mmkd.teachers.build import descriptions as by_name
 from mmkd.utils import build_checked
 from tests.helpers import toy
 

@@ -11,16 +11,18 @@ import torch
 from mmengine.optim import build_optim_wrapper
 
 from mmkd.core.distiller import build_distiller
+from mmkd.data.batch import Batch
 from mmkd.data.checkpoint_file import load_checkpoint_file
 from mmkd.detectors.shrink import small_model
 from mmkd.engine.checkpoint import join_checkpoint
 from mmkd.engine.data_guard import check_images, diagnose
+from mmkd.engine.distilled import distiller_of
 from mmkd.engine.hooks import LossCheckHook, WeightScheduleHook
 from mmkd.peers.ensemble import EnsembleDetector
 from mmkd.peers.peer import add_to_optimizer, check_trained
 from mmkd.registry import HOOKS, METHODS
 from mmkd.teachers.class_map import ClassMap
-from mmkd.utils import build_checked, distiller_of
+from mmkd.utils import build_checked
 from tests.helpers import tiny_dense, toy
 from tests.helpers import tiny_detectors as tiny
 
@@ -135,11 +137,13 @@ def images_twice():
     distiller = build_distiller(
         dict(teacher=described, methods=dict(m=HINT)), model, tiny.CLASSES
     )
-    outputs = distiller._outputs()
+    outputs = distiller._record()
     batch = tiny.batch_for(model)
     with outputs.recording():
         model.extract_feat(batch[0])
-    distiller.methods['m'](outputs, distiller.teacher(*batch), batch[1])
+    batch = Batch(*batch)
+    teacher = distiller.teacher.view(batch)
+    distiller.methods['m'](outputs, teacher, batch)
 
 
 def shrunk(name):

@@ -16,16 +16,19 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmkd.core.distiller import Distiller, build_distiller
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import replaced
 from mmkd.detectors.source import class_names
 from mmkd.detectors.source import load_config as read_config
 from mmkd.errors import ConfigError
 from mmkd.peers.peer import with_trained_teacher
-from mmkd.teachers.several import is_list, is_mean, single_views
+from mmkd.teachers.build import changed
+from mmkd.teachers.view import Teacher
 
-Batch = tuple[Tensor, list[DetDataSample]]
+Images = tuple[Tensor, list[DetDataSample]]
 
 
-def make_batch(args: argparse.Namespace, classes: int, device: str) -> Batch:
+def make_batch(args: argparse.Namespace, classes: int, device: str) -> Images:
     """Images of noise with random boxes; both are the same every time."""
     generator = torch.Generator().manual_seed(0)
     height, width = args.size
@@ -64,7 +67,7 @@ def make_batch(args: argparse.Namespace, classes: int, device: str) -> Batch:
 
 def build_student(
     args: argparse.Namespace, device: str
-) -> tuple[Config, nn.Module, Batch]:
+) -> tuple[Config, nn.Module, Images]:
     """The config, its student and a batch."""
     cfg = load_config(args)
     return cfg, *student_of(cfg, args, device)
@@ -81,7 +84,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def student_of(
     cfg: Config, args: argparse.Namespace, device: str
-) -> tuple[nn.Module, Batch]:
+) -> tuple[nn.Module, Images]:
     """A config's student and a batch."""
     register_all_modules()
     torch.manual_seed(0)
@@ -94,14 +97,14 @@ def student_of(
     return student, make_batch(args, len(classes), device)
 
 
-def build(args: argparse.Namespace, device: str) -> tuple[Distiller, Batch]:
+def build(args: argparse.Namespace, device: str) -> tuple[Distiller, Images]:
     """The student with its distiller (not attached) and a batch."""
     return build_together(load_config(args), args, device)
 
 
 def build_together(
     cfg: Config, args: argparse.Namespace, device: str
-) -> tuple[Distiller, Batch]:
+) -> tuple[Distiller, Images]:
     """The same of a config that has been read."""
     if not cfg.get('distillation'):
         raise ConfigError(
@@ -122,13 +125,7 @@ def build_together(
 
 def untrained(teacher: Any) -> Any:
     """Descriptions of teachers without their weights."""
-    if is_list(teacher):
-        return [untrained(each) for each in teacher]
-    if is_mean(teacher):
-        return {**teacher, 'mean': untrained(teacher['mean'])}
-    if isinstance(teacher, str):
-        teacher = dict(name=teacher)
-    return {**teacher, 'checkpoint': None}
+    return changed(teacher, lambda options: {**options, 'checkpoint': None})
 
 
 class Trainer:
@@ -137,7 +134,7 @@ class Trainer:
     def __init__(
         self,
         student: nn.Module,
-        batch: Batch,
+        batch: Images,
         distiller: Distiller | None = None,
     ) -> None:
         self.student, self.distiller = student, distiller
@@ -176,11 +173,12 @@ class Trainer:
         teacher = teacher_of(self.distiller)
         self.rois: dict[int, Any] = {}
         views: list[Any] = []
+        view = teacher.view
 
-        def watched(*args: Any) -> Any:
-            seen = teacher(*args)
-            for view in single_views(seen):
-                score = view.score_rois
+        def watched(batch: Batch) -> Any:
+            seen = view(batch)
+            for part in seen.parts():
+                score = part.score_rois
 
                 def score_rois(
                     sample: Any, stage: int, score: Any = score
@@ -188,32 +186,29 @@ class Trainer:
                     self.rois[stage] = sample
                     return score(sample, stage)
 
-                view.score_rois = score_rois
-                views.append(view)
+                part.score_rois = score_rois
+                views.append(part)
             return seen
 
-        self.distiller.teacher = watched
-        try:
+        with replaced(teacher, 'view', watched):
             self.distilled()
-        finally:
-            self.distiller.teacher = teacher
         read = vars(views[0])
-        self.parts = [p for p in ('maps', 'rpn', 'dense') if p in read]
+        self.parts = [p for p in ('maps', 'rpn', 'raw_dense') if p in read]
 
     def teacher(self) -> None:
         """The teacher's part of a distilled step alone."""
         assert self.distiller
-        seen = self.distiller.teacher(self.inputs, self.samples)
-        for view in single_views(seen):
+        seen = self.distiller.teacher.view(Batch(self.inputs, self.samples))
+        for view in seen.parts():
             for part in self.parts:
                 getattr(view, part)
             for stage, sample in self.rois.items():
                 view.score_rois(sample, stage)
 
 
-def teacher_of(distiller: Distiller) -> Any:
+def teacher_of(distiller: Distiller) -> Teacher:
     """A config's frozen network; an error if it has none."""
-    if distiller.teacher is None:
+    if not distiller.teacher.each():
         raise SystemExit(
             'error: the config has no distillation.teacher. Networks that '
             'train together are measured by `scale --networks`.'

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 
 from mmkd.engine.data_guard import explain_data_error
 from mmkd.errors import ConfigError
-from mmkd.teachers.several import is_list, is_mean
+from mmkd.teachers.build import kind_of
 
 from .common import load_config, ratio_table, untrained
 
@@ -99,8 +99,8 @@ def configs_of(args: argparse.Namespace, folder: str) -> dict[str, Config]:
     cfg = load_config(args)
     distillation = cfg.get('distillation') or {}
     teacher = distillation.get('teacher')
-    several = is_list(teacher) or is_mean(teacher)
-    if not teacher or several or distillation.get('peers'):
+    single = teacher and kind_of(teacher) == 'FrozenDetector'
+    if not single or distillation.get('peers'):
         raise ConfigError(
             'epochs takes a config with one frozen teacher and no peers, '
             f'not {args.config}.'

@@ -15,7 +15,7 @@ from mmkd.errors import ConfigError
 from mmkd.peers.peer import TRAINED_TEACHER
 
 from .common import (
-    Batch,
+    Images,
     Trainer,
     build_together,
     interleaved,
@@ -146,14 +146,16 @@ def with_students(cfg: Config, number: int) -> Config:
 # --------------------------------------------------------------------- costs
 
 
-def parts(distiller: Distiller, batch: Batch) -> dict[str, Callable[[], None]]:
+def parts(
+    distiller: Distiller, batch: Images
+) -> dict[str, Callable[[], None]]:
     """One iteration of each network alone, and of all together."""
     together = Trainer(distiller.student, batch, distiller)
     runs = {
         name: Trainer(model, batch).plain
         for name, model in trained(distiller).items()
     }
-    if distiller.teacher is not None:
+    if distiller.teacher.each():
         together.see_teacher()
         runs[FROZEN] = together.teacher
     return {**runs, TOGETHER: together.distilled}
@@ -164,7 +166,7 @@ def trained(distiller: Distiller) -> dict[str, nn.Module]:
     return {'student': distiller.student, **peers}
 
 
-def memory(distiller: Distiller, batch: Batch) -> dict[str, dict[str, float]]:
+def memory(distiller: Distiller, batch: Images) -> dict[str, dict[str, float]]:
     """MiB of each network alone: weights, training state, activations.
 
     The state is a gradient and SGD's momentum for each trained weight.
@@ -196,7 +198,7 @@ def memory(distiller: Distiller, batch: Batch) -> dict[str, dict[str, float]]:
     return {**found, TOGETHER: {'activations': kept}}
 
 
-def kept_for_backward(model: Any, batch: Batch) -> float:
+def kept_for_backward(model: Any, batch: Images) -> float:
     """MiB that a forward pass of the losses keeps."""
     weights = model.state_dict().values()
     known = {tensor.untyped_storage().data_ptr() for tensor in weights}

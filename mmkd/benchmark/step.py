@@ -14,9 +14,9 @@ import torch
 
 from mmkd.core.distiller import Distiller
 from mmkd.core.method import Method
+from mmkd.data.batch import Batch
 from mmkd.doctor.conditions import mapped
 from mmkd.study.training import peak_resident
-from mmkd.teachers.several import single_views
 
 from .common import (
     Trainer,
@@ -136,7 +136,8 @@ def methods_alone(trainer: Trainer) -> Callable[[], torch.Tensor]:
 
     It returns the losses' sum.
     """
-    distiller, samples = trainer.distiller, trainer.samples
+    distiller = trainer.distiller
+    batch = Batch(trainer.inputs, trainer.samples)
     assert distiller
     frozen, active = teacher_of(distiller), distiller.active_methods()
     for name, (method, _) in active.items():
@@ -146,11 +147,10 @@ def methods_alone(trainer: Trainer) -> Callable[[], torch.Tensor]:
                 "it steers the student's own. Measure it with `step` or "
                 '`assign`.'
             )
-    student = distiller._outputs()
-    teacher = frozen(trainer.inputs, samples)
+    student, teacher = distiller._record(), frozen.view(batch)
     with student.recording():
         type(distiller.student).loss(
-            distiller.student, trainer.inputs, samples
+            distiller.student, batch.inputs, batch.data_samples
         )
     leaves: list[torch.Tensor] = []
 
@@ -166,13 +166,13 @@ def methods_alone(trainer: Trainer) -> Callable[[], torch.Tensor]:
         sample.deltas = mapped(cut, sample.deltas)
 
     def run() -> torch.Tensor:
-        for part in (student, *single_views(teacher)):
+        for part in (student, *teacher.parts()):
             part.cache.clear()
         vars(student).pop('anchors', None)
         losses = [
             weight * loss
             for method, weight in active.values()
-            for loss in method(student, teacher, samples).values()
+            for loss in method.forward(student, teacher, batch).values()
         ]
         for tensor in (*leaves, *distiller.parameters()):
             tensor.grad = None

@@ -1,15 +1,16 @@
 """What ``distillation`` of a config may say; all raise `ConfigError`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from mmkd.errors import ConfigError
-from mmkd.teachers.several import is_list
+from mmkd.registry import METHODS, TEACHERS
+from mmkd.teachers.view import Teacher, listed
 from mmkd.utils import check_options
 
-from .method import Method
+from .method import Method, Need
 
 
 def check_keys(cfg: Mapping[str, Any]) -> None:
@@ -19,7 +20,7 @@ def check_keys(cfg: Mapping[str, Any]) -> None:
         'Example: distillation = dict(teacher=dict(config=..., '
         "checkpoint=...), methods=dict(hint=dict(type='mmkd.FeatureHint')))"
     )
-    if is_list(cfg.get('teacher')) and not cfg['teacher']:
+    if cfg.get('teacher') == []:
         raise ConfigError(
             'distillation.teacher is an empty list. Give at least one '
             f'teacher, or leave it out. {example}'
@@ -35,13 +36,15 @@ def check_keys(cfg: Mapping[str, Any]) -> None:
         )
 
 
-def check_needs(methods: Mapping[str, Method], cfg: Mapping[str, Any]) -> None:
-    """Each method has the teacher or the peers that it needs."""
+def check_sources(
+    methods: Mapping[str, Method], cfg: Mapping[str, Any]
+) -> None:
+    """Each method has the teacher or the peers that it learns from."""
     for name, method in methods.items():
-        if not cfg.get(method.needs):
+        if not cfg.get(method.learns_from):
             raise ConfigError(
                 f'distillation.methods.{name} ({type(method).__name__}) '
-                f'needs distillation.{method.needs}, which is missing.'
+                f'needs distillation.{method.learns_from}, which is missing.'
             )
 
 
@@ -78,15 +81,68 @@ def check_reserved(peers: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
             )
 
 
-def check_one_guide(methods: Mapping[str, Method]) -> None:
+def check_one_steers(methods: Mapping[str, Method]) -> None:
     """At most one method steers the student's own loss."""
-    guides = [
-        name
-        for name, method in methods.items()
-        if type(method).guide is not Method.guide
-    ]
-    if len(guides) > 1:
+    steering = [name for name, method in methods.items() if method.steers]
+    if len(steering) > 1:
         raise ConfigError(
-            f'distillation.methods: {", ".join(guides)} each steer the '
+            f'distillation.methods: {", ".join(steering)} each steer the '
             "student's own loss; only one can. Keep one of them."
         )
+
+
+def check_gives(name: str, method: Method, teacher: Teacher) -> None:
+    """Each teacher gives what a method reads of it."""
+    where = f'distillation.methods.{name} ({type(method).__name__})'
+    teachers = teacher.each()
+    if method.steers and len(teachers) > 1:
+        raise ConfigError(
+            f"{where} steers the student's own loss, which only one teacher "
+            f'can; distillation.teacher is a list of {len(teachers)}. Give it '
+            'a single teacher.'
+        )
+    for each in teachers.values():
+        missing = [n for n in method.needs if not _meets(n, each.gives)]
+        if missing:
+            raise ConfigError(
+                f'{where} needs {_in_words(missing)} of its teacher; '
+                f'{type(each).__name__} gives {listed(each.gives)}. '
+                f'{_remedy(method, missing, each)}'
+            )
+
+
+def _meets(need: Need, gives: Iterable[str]) -> bool:
+    alternatives = (need,) if isinstance(need, str) else need
+    return any(each in gives for each in alternatives)
+
+
+def _in_words(needs: Iterable[Need]) -> str:
+    return ', '.join(
+        need if isinstance(need, str) else ' or '.join(need) for need in needs
+    )
+
+
+def _remedy(method: Method, missing: list[Need], teacher: Teacher) -> str:
+    """Which option, teachers and methods help."""
+    options = [
+        f'Set {method.without[need]} to do without. '
+        for need in missing
+        if isinstance(need, str) and need in method.without
+    ]
+    teachers = [
+        name
+        for name, kind in TEACHERS.module_dict.items()
+        if all(_meets(n, getattr(kind, 'gives', ())) for n in method.needs)
+    ]
+    METHODS.import_from_location()
+    methods = {
+        kind.__name__: None
+        for kind in METHODS.module_dict.values()
+        if kind.learns_from == 'teacher'
+        and all(_meets(n, teacher.gives) for n in kind.needs)
+    }
+    return (
+        f'{"".join(options)}{teacher.remedy}Teachers that give it: '
+        f'{listed(teachers)}. Methods that fit {type(teacher).__name__}: '
+        f'{listed(methods)}.'
+    )

@@ -10,31 +10,34 @@ from mmdet.structures import DetDataSample
 from mmengine.dist import is_distributed
 from torch import Tensor, nn
 
+from mmkd.data.batch import Batch
 from mmkd.detectors.blank import blank_pass
-from mmkd.detectors.record import Outputs
-from mmkd.engine.checkpoint import ATTACHED
+from mmkd.detectors.record import StepRecord
 from mmkd.peers.peer import Peer, build_peer, with_trained_teacher
-from mmkd.teachers.frozen import Teacher
-from mmkd.teachers.several import (
-    MeanTeacher,
-    SeveralTeachers,
-    build_teachers,
-    cache_hits,
-    named,
+from mmkd.registry import METHODS
+from mmkd.teachers.build import build_teacher
+from mmkd.teachers.several import log_name
+from mmkd.teachers.view import (
+    NoTeacher,
+    Teacher,
+    TeacherContext,
+    TeacherView,
 )
-from mmkd.utils import isolated_random_state
+from mmkd.utils import ATTACHED, build_checked, isolated_random_state
 
 from .checks import (
+    check_gives,
     check_keys,
     check_names,
-    check_needs,
-    check_one_guide,
+    check_one_steers,
     check_reserved,
+    check_sources,
 )
-from .each_teacher import FromEach, build_method
+from .each_teacher import FromEach
 from .method import Method
 
 Losses = dict[str, Tensor | list[Tensor]]
+Active = Mapping[str, tuple[Method, float]]
 Observer = Callable[[Losses, dict[str, dict[str, Tensor]]], None]
 
 
@@ -49,7 +52,7 @@ class Distiller(nn.Module):
 
     Args:
         student: The stock detector.
-        teacher: The frozen detector, if there is one, or several.
+        teacher: The teacher; None for networks that only train together.
         methods: Name to method.
         peers: Name to the networks that train beside the student.
     """
@@ -59,18 +62,22 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | SeveralTeachers | MeanTeacher | None,
+        teacher: Teacher | None,
         methods: Mapping[str, Method],
         peers: Mapping[str, Peer] | None = None,
     ) -> None:
         super().__init__()
         # Past nn.Module's registration: the student is no child of its child.
         self.__dict__['student'] = student
-        self.teacher: Any = teacher
+        self.teacher: Teacher = teacher or NoTeacher()
         self.methods = nn.ModuleDict(methods)
         self.peers: Any = nn.ModuleDict(peers or {})
         self.scales = dict.fromkeys(methods, 1.0)
         """Factors of the methods' weights, set by schedules."""
+        self.steps = 0
+        """The number of steps taken; a resumed run continues it."""
+        self.epoch_length: int | None = None
+        """The number of steps in an epoch, where the data tell."""
         self.observers: list[Observer] = []
         """Called with each step's task losses and methods' losses."""
 
@@ -87,29 +94,20 @@ class Distiller(nn.Module):
             The stock losses under their stock names, ``<method>.loss_<part>``
             and ``<peer>.<stock name>`` beside them.
         """
-        active = self.active_methods()
-        student = self._outputs()
-        teacher = self.teacher and self.teacher(inputs, data_samples)
-        with self._steered(active, student, teacher, data_samples):
-            task_losses = self._stock_losses(inputs, data_samples)
+        batch, active = self._next(inputs, data_samples), self.active_methods()
+        student, teacher = self._record(), self.teacher.view(batch)
+        with self._steered(active, student, teacher, batch):
+            losses = self._stock_losses(batch)
         distilled: dict[str, dict[str, Tensor]] = {}
         for name, (method, weight) in active.items():
-            task_losses = scaled(task_losses, method.task_factors(), weight)
-            distilled[name] = {
-                f'{name}.loss_{part}': weight * loss
-                for part, loss in method(
-                    student, teacher, data_samples
-                ).items()
-            }
+            losses = scaled(losses, method.task_factors(), weight)
+            found = method(student, teacher, batch, self.scales[name])
+            distilled[name] = {f'{name}.loss_{k}': v for k, v in found.items()}
         for observe in self.observers:
-            observe(task_losses, distilled)
-        losses = task_losses
-        for part_losses in distilled.values():
-            losses = {**losses, **part_losses}
-        if teacher:
-            for name, share in cache_hits(teacher).items():
-                losses = {**losses, name: inputs.new_tensor(share)}
-        losses = {**losses, **self._statistics(active)}
+            observe(losses, distilled)
+        for part in distilled.values():
+            losses = {**losses, **part}
+        losses = {**losses, **self._statistics(active, teacher, batch)}
         return self._with_idle_parameters(losses, active)
 
     def active_methods(self) -> dict[str, tuple[Method, float]]:
@@ -123,9 +121,34 @@ class Distiller(nn.Module):
         return active
 
     @property
-    def networks(self) -> dict[str, Teacher]:
-        """The frozen networks by their names in logs; often one."""
-        return {} if self.teacher is None else self.teacher.networks
+    def networks(self) -> Mapping[str, Any]:
+        """The frozen detectors by their names in logs; often one."""
+        return self.teacher.networks
+
+    def set_teacher(
+        self, teacher: Teacher | Mapping[str, Tensor], name: str = 'teacher'
+    ) -> None:
+        """Replace the teacher, or a frozen detector's weights, between rounds.
+
+        What a teacher's cache has kept for other weights is not used: its
+        entries are named after the weights as well.
+
+        Args:
+            teacher: A stock state dict of the same detector; or another
+                teacher, which gives the same in the same shapes.
+            name: The frozen detector's name in logs, for a state dict.
+
+        Raises:
+            ConfigError: If there is no such detector, or it has no weights
+                that can be replaced.
+            CheckpointError: If the weights do not fit exactly.
+        """
+        if isinstance(teacher, Teacher):
+            self.teacher = teacher
+        elif name in self.networks:
+            self.networks[name].set_weights(teacher)
+        else:
+            self.teacher.set_weights(teacher)
 
     def attach(self) -> None:
         """Become part of the student."""
@@ -137,12 +160,21 @@ class Distiller(nn.Module):
         del self.student.loss
         delattr(self.student, ATTACHED)
 
-    def _outputs(self) -> Outputs:
-        """Of the student and its peers, to be recorded."""
-        student = Outputs(self.student, self._paths('student_paths'))
+    def _next(
+        self, inputs: Tensor, data_samples: Sequence[DetDataSample]
+    ) -> Batch:
+        """The batch of the step that begins now."""
+        step, length = self.steps, self.epoch_length
+        self.steps += 1
+        epoch = step // length if length else 0
+        return Batch(inputs, data_samples, step=step, epoch=epoch)
+
+    def _record(self) -> StepRecord:
+        """Return an empty record for the student, with one for each peer."""
+        student = StepRecord(self.student, self._paths('student_paths'))
         paths = self._paths('peer_paths')
         student.peers = {
-            name: Outputs(peer.model, paths)
+            name: StepRecord(peer.model, paths)
             for name, peer in self.peers.items()
         }
         return student
@@ -150,33 +182,27 @@ class Distiller(nn.Module):
     @contextmanager
     def _steered(
         self,
-        active: Mapping[str, tuple[Method, float]],
-        student: Outputs,
-        teacher: Any,
-        data_samples: Sequence[DetDataSample],
+        active: Active,
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> Iterator[None]:
         """Record the networks; let methods steer their losses."""
         with ExitStack() as stack:
             for method, _ in active.values():
-                stack.enter_context(
-                    method.guide(student, teacher, data_samples)
-                )
-            for outputs in (student, *student.peers.values()):
+                if method.steers:
+                    stack.enter_context(method.steer(student, teacher, batch))
+            for record in (student, *student.peers.values()):
                 if active:
-                    stack.enter_context(outputs.recording())
+                    stack.enter_context(record.recording())
             yield
 
-    def _stock_losses(
-        self, inputs: Tensor, data_samples: Sequence[DetDataSample]
-    ) -> Losses:
+    def _stock_losses(self, batch: Batch) -> Losses:
         """The student's own losses and, as ``<peer>.<name>``, the peers'."""
         losses: Losses = type(self.student).loss(
-            self.student, inputs, data_samples
+            self.student, batch.inputs, batch.data_samples
         )
-        others = {
-            name: peer.loss(inputs, data_samples)
-            for name, peer in self.peers.items()
-        }
+        others = {n: peer.loss(batch) for n, peer in self.peers.items()}
         for peer, each in others.items():
             losses = {
                 **losses,
@@ -185,19 +211,24 @@ class Distiller(nn.Module):
         return losses
 
     @staticmethod
-    def _statistics(active: Mapping[str, tuple[Method, float]]) -> Losses:
-        return {
-            f'{name}.{key}': value
-            for name, (method, _) in active.items()
-            for key, value in method.statistics.items()
+    def _statistics(
+        active: Active, teacher: TeacherView, batch: Batch
+    ) -> Losses:
+        """What teachers and methods want in the log beside losses."""
+        found: Losses = {
+            f'{log_name(label)}.{key}': batch.inputs.new_tensor(value)
+            for label, view in teacher.each().items()
+            for key, value in view.statistics().items()
         }
+        for name, (method, _) in active.items():
+            for key, value in method.statistics.items():
+                found[f'{name}.{key}'] = value
+        return found
 
     def _paths(self, side: str) -> list[str]:
         return [p for m in self.methods.values() for p in getattr(m, side)]
 
-    def _with_idle_parameters(
-        self, losses: Losses, active: Mapping[str, Any]
-    ) -> Losses:
+    def _with_idle_parameters(self, losses: Losses, active: Active) -> Losses:
         """Keep adapters of idle methods in the graph of distributed steps.
 
         Distributed training waits for the gradient of every parameter.
@@ -277,42 +308,41 @@ def build_distiller(
         for number, (name, c) in enumerate(peer_cfgs.items(), 1)
     }
     with isolated_random_state(seed):
-        methods = {
-            name: build_method(name, c, cfg.get('teacher'))
+        methods: dict[str, Method] = {
+            name: build_checked(METHODS, c, f'distillation.methods.{name}')
             for name, c in method_cfgs.items()
         }
-        check_needs(methods, cfg)
-        check_one_guide(methods)
-        teacher = None
-        if cfg.get('teacher'):
-            teacher = build_teachers(
-                cfg['teacher'],
-                student=student,
-                student_classes=classes,
-                paths=[p for m in methods.values() for p in m.teacher_paths],
-            ).to(device)
+        check_sources(methods, cfg)
+        check_one_steers(methods)
+        paths = [p for m in methods.values() for p in m.teacher_paths]
+        context = TeacherContext(student, classes, paths)
+        teacher = build_teacher(cfg.get('teacher'), context).to(device)
+        for name, method in methods.items():
+            methods[name] = _taught(name, method, teacher)
         distiller = Distiller(student, teacher, methods, peers)
         _prepare(distiller, device)
     return distiller.to(device)
 
 
+def _taught(name: str, method: Method, teacher: Teacher) -> Method:
+    """The method, or one copy of it for each teacher of a list."""
+    if method.learns_from != 'teacher':
+        return method
+    check_gives(name, method, teacher)
+    labels = [label for label in teacher.each() if label]
+    return FromEach(method, labels) if labels else method
+
+
 def _prepare(distiller: Distiller, device: torch.device) -> None:
     """Let the methods see what the networks make of a blank image."""
-
-    def blank(model: nn.Module, paths: Sequence[str]) -> Outputs:
-        return blank_pass(model, paths, device)
-
-    student = blank(distiller.student, distiller._paths('student_paths'))
+    student = blank_pass(
+        distiller.student, distiller._paths('student_paths'), device
+    )
     paths = distiller._paths('peer_paths')
     student.peers = {
-        name: blank(peer.model, paths)
+        name: blank_pass(peer.model, paths, device)
         for name, peer in distiller.peers.items()
     }
-    teacher = distiller.teacher
-    theirs = teacher and teacher.blank(blank)
+    teacher = distiller.teacher.blank(device)
     for method in distiller.methods.values():
-        if isinstance(theirs, dict) and not isinstance(method, FromEach):
-            with named('a list of teachers teaches no method on peers'):
-                cast(Any, method).prepare(student, None)
-        else:
-            cast(Method, method).prepare(student, theirs)
+        cast(Method, method).prepare(student, teacher)

@@ -1,16 +1,15 @@
 """A method that is taught by each of several teachers."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
-from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from mmkd.detectors.record import Outputs
-from mmkd.errors import ConfigError
-from mmkd.registry import METHODS
-from mmkd.teachers.several import is_list, is_mean, labelled, named
-from mmkd.utils import build_checked
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
+from mmkd.teachers.several import log_name, named
+from mmkd.teachers.view import TeacherView
 
 from .method import Method
 
@@ -30,13 +29,16 @@ class FromEach(Method):
     features know no classes, and each teacher's are imitated as a whole.
 
     Args:
-        methods: Label of the teacher to method, all of the same config.
+        method: The method; each teacher gets a copy of it.
+        labels: The teachers' labels.
     """
 
-    def __init__(self, methods: Mapping[str, Method]) -> None:
-        first = next(iter(methods.values()))
-        super().__init__(loss_weight=first.loss_weight)
-        self.of_teacher = nn.ModuleDict(methods)
+    def __init__(self, method: Method, labels: Sequence[str]) -> None:
+        super().__init__(loss_weight=method.loss_weight)
+        self.of_teacher = nn.ModuleDict(
+            {label: copy.deepcopy(method) for label in labels}
+        )
+        self.needs, self.without = method.needs, method.without
 
     @property
     def student_paths(self) -> Sequence[str]:
@@ -46,24 +48,23 @@ class FromEach(Method):
     def teacher_paths(self) -> Sequence[str]:
         return self._first.teacher_paths
 
-    def prepare(self, student: Outputs, teacher: Any) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
+        views = teacher.each()
         for label, method in self._each():
-            with named(f'teacher_{label}'):
-                method.prepare(student, teacher[label])
+            with named(log_name(label)):
+                method.prepare(student, views[label])
 
     def task_factors(self) -> Mapping[str, float]:
         return self._first.task_factors()
 
     def forward(
-        self,
-        student: Outputs,
-        teacher: Any,
-        data_samples: Sequence[DetDataSample],
+        self, student: StepRecord, teacher: TeacherView, batch: Batch
     ) -> dict[str, Tensor]:
-        losses = {}
+        losses, views = {}, teacher.each()
         self.statistics = {}
         for label, method in self._each():
-            found = method(student, teacher[label], data_samples)
+            # Not the call: the weight is this method's, and applies once.
+            found = method.forward(student, views[label], batch)
             for part, loss in found.items():
                 losses[f'{part}_{label}'] = loss / len(self.of_teacher)
             for key, value in method.statistics.items():
@@ -77,57 +78,3 @@ class FromEach(Method):
     @property
     def _first(self) -> Method:
         return next(method for _, method in self._each())
-
-
-def build_method(name: str, cfg: Mapping[str, Any], teacher: Any) -> Method:
-    """Build a method; one for each teacher, if these are in a list.
-
-    Args:
-        name: Its name in ``distillation.methods``.
-        cfg: Its config.
-        teacher: ``distillation.teacher``, if there is one.
-
-    Raises:
-        ConfigError: If the config is wrong, or the method cannot learn from
-            teachers like these.
-    """
-    where = f'distillation.methods.{name}'
-    method = build_checked(METHODS, cfg, where)
-    if method.needs != 'teacher':
-        return method
-    steers = type(method).guide is not Method.guide
-    descriptions = {'': teacher}
-    if is_list(teacher):
-        if steers:
-            raise ConfigError(
-                f"{where} ({type(method).__name__}) steers the student's own "
-                'loss, which only one teacher can; distillation.teacher is a '
-                f'list of {len(teacher)}. Give it a single teacher.'
-            )
-        descriptions = labelled(teacher, 'distillation.teacher')
-    if any(map(is_mean, descriptions.values())):
-        check_has_mean(name, method, steers=steers)
-    if not is_list(teacher):
-        return method
-    first, *others = descriptions
-    rest = {label: build_checked(METHODS, cfg, where) for label in others}
-    return FromEach({first: method, **rest})
-
-
-def check_has_mean(name: str, method: Any, *, steers: bool) -> None:
-    """Check that a method reads nothing but predictions.
-
-    Raises:
-        ConfigError: If it reads features, or steers the student's loss.
-    """
-    if steers or method.teacher_paths:
-        what = 'a head that assigns' if steers else 'features of the teacher'
-        hint = ' (its hint: set hint=None)' * bool(
-            getattr(method, 'hint', None)
-        )
-        raise ConfigError(
-            f'distillation.methods.{name} ({type(method).__name__}) reads '
-            f'{what}{hint}: of several networks these do not correspond and '
-            'have no mean. Give the method a single teacher'
-            f'{"." if steers else ", or a list: teacher=[...]."}'
-        )

@@ -4,23 +4,28 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
+from mmkd.teachers.view import TeacherView
 
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
+Need = str | tuple[str, ...]
+"""A name of :mod:`mmkd.teachers.view`, or several of which one is enough."""
 
 
 class Method(nn.Module):
     """A distillation method: losses from a student's and a teacher's outputs.
 
-    A subclass implements :meth:`forward` or :meth:`guide`, and
-    :meth:`prepare` where it has adapters or fits only certain detectors.
+    A subclass implements :meth:`forward` or :meth:`steer`, and
+    :meth:`prepare` where it has adapters or fits only certain detectors. The
+    attributes below say what it asks for.
+
+    Calling a method gives its losses times its weight; :meth:`forward` is
+    the bare formula. So a method within another one cannot lose its weight.
 
     Args:
         loss_weight: Weight of all its losses, at least 0. At 0 the method is
@@ -30,9 +35,17 @@ class Method(nn.Module):
         ConfigError: If the weight is negative or not finite.
     """
 
-    needs: ClassVar[str] = 'teacher'
-    """What it distils from: ``'teacher'``, or ``'peers'`` for a method that
-    ties networks that train together; its ``teacher`` may be None."""
+    learns_from: ClassVar[str] = 'teacher'
+    """``'teacher'``, or ``'peers'`` for a method that ties networks which
+    train together; there may then be no teacher."""
+    needs: Sequence[Need] = ()
+    """What the teacher has to give. Empty: any teacher will do."""
+    without: Mapping[str, str] = {}
+    """How to do without a need, in words: need to option."""
+    needs_labels: ClassVar[bool] = True
+    """Whether it reads the ground truth of images."""
+    steers: ClassVar[bool] = False
+    """Whether it steers the networks' own losses by :meth:`steer`."""
 
     def __init__(self, *, loss_weight: float = 1.0) -> None:
         super().__init__()
@@ -40,6 +53,18 @@ class Method(nn.Module):
         self.loss_weight = loss_weight
         self.statistics: dict[str, Tensor] = {}
         """Of the last step, logged as ``<method>.<name>``."""
+
+    def __call__(
+        self,
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
+        scale: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """The losses of :meth:`forward`, times weight and ``scale``."""
+        weight = self.loss_weight * scale
+        losses = super().__call__(student, teacher, batch)
+        return {part: weight * loss for part, loss in losses.items()}
 
     def check_positive(self, **options: float) -> None:
         """Refuse options that are not finite numbers above 0."""
@@ -97,7 +122,7 @@ class Method(nn.Module):
         """Module paths that the method reads from every peer."""
         return ()
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         """Check that the networks fit and build the adapters.
 
         Called once, before the optimiser is built.
@@ -105,7 +130,7 @@ class Method(nn.Module):
         Args:
             student: The student's outputs for one blank image, with those of
                 its peers.
-            teacher: The teacher's outputs for the same image.
+            teacher: The teacher's view of the same image.
         """
 
     def task_factors(self) -> Mapping[str, float]:
@@ -116,36 +141,31 @@ class Method(nn.Module):
         """
         return {}
 
-    def guide(
-        self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+    def steer(
+        self, student: StepRecord, teacher: TeacherView, batch: Batch
     ) -> AbstractContextManager[None]:
         """A context within which the networks compute their own losses.
 
-        For methods that steer these, such as an assignment of labels.
+        For methods that change what these train on, such as an assignment of
+        labels; they set :attr:`steers`.
 
         Args:
             student: The student and its peers; nothing is recorded yet.
-            teacher: The teacher's outputs for the batch.
-            data_samples: The batch's ground truth and meta data.
+            teacher: What the teacher makes of the batch.
+            batch: The images, their ground truth and meta data.
         """
         return nullcontext()
 
     def forward(
-        self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        self, student: StepRecord, teacher: TeacherView, batch: Batch
     ) -> dict[str, Tensor]:
-        """The method's losses for one batch.
+        """The method's losses for one batch, not yet weighted.
 
         Args:
             student: What the student's own loss has produced.
-            teacher: The teacher's outputs for the same batch, computed when
-                they are read.
-            data_samples: The batch's ground truth and meta data.
+            teacher: What the teacher makes of the batch, computed when it is
+                read.
+            batch: The images, their ground truth and meta data.
 
         Returns:
             Name to scalar; it is logged as ``<method>.loss_<name>``.

@@ -6,7 +6,7 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import nn
 
-from .record import Outputs
+from .record import StepRecord
 
 PROBE_SIZE = 320
 """Side of the test images; SSD needs about 300."""
@@ -30,7 +30,7 @@ def probe_sample() -> DetDataSample:
 @torch.no_grad()
 def blank_pass(
     model: nn.Module, paths: Sequence[str], device: torch.device
-) -> Outputs:
+) -> StepRecord:
     """Record a detector's forward pass on one blank image.
 
     It runs in eval mode and leaves buffers and modes as they were. A
@@ -38,16 +38,16 @@ def blank_pass(
     missing is reported where it is read.
     """
     image = torch.linspace(-1, 1, 3 * PROBE_SIZE**2, device=device)
-    outputs = Outputs(model, paths)
+    record = StepRecord(model, paths)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with outputs.recording():
+        with record.recording():
             image = image.view(1, 3, PROBE_SIZE, PROBE_SIZE)
             model(image, [probe_sample()], mode='tensor')
     except Exception as error:  # any detector, any reason: see docstring
-        outputs.note = f' (its test pass ended with {error!r})'
+        record.note = f' (its test pass ended with {error!r})'
     finally:
         for module, mode in modes:
             module.training = mode
-    return outputs
+    return record

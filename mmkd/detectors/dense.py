@@ -8,20 +8,18 @@ predict; here they are told apart by what they return.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from mmdet.models.detectors import RPN
+from mmdet.models.dense_heads import FCOSHead
 from mmdet.structures import DetDataSample
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
 from mmkd.errors import ConfigError
 
-from .record import Outputs, flatten_levels
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
+from .facts import DenseFacts, priors_of
+from .record import StepRecord, flatten_levels
 
 PROBABILITY_FLOOR = 1e-6
 """Of heads that return probabilities: where their logit is cut off."""
@@ -34,16 +32,21 @@ class DenseOutputs:
     Priors are in MMDetection's order: level, row, column, prior of a point.
     """
 
-    head: Any
+    facts: DenseFacts
+    """What the numbers mean."""
     logits: Tensor
     """(B, N, K) of a sigmoid head; (B, N, K + 1) of a softmax head, whose
     last column is the background."""
-    sigmoid: bool
-    """Whether the classes are independent binary problems."""
     sizes: list[tuple[int, int]]
     """(H, W) of each level."""
-    raw: Any
-    """What the head returned."""
+    raw: Any = None
+    """What a head of MMDetection returned. Predictions of anything else have
+    none: whoever makes them sets ``regression`` and ``quality``."""
+
+    @property
+    def sigmoid(self) -> bool:
+        """Whether the classes are independent binary problems."""
+        return self.facts.sigmoid
 
     @functools.cached_property
     def regression(self) -> Tensor | None:
@@ -52,23 +55,29 @@ class DenseOutputs:
         Or the logits of 4 (n + 1) bins; None where the boxes are not a vector
         a prior, or not what the head's coder decodes.
         """
-        if _is_yolo(self.head):
-            return _yolo_parts(self.head, self.raw)[..., :4]
-        if _decodes_itself(self.head):
+        head = self.facts.head
+        if self.raw is None:
             return None
-        return _vectors(self.head, self.raw, 1)
+        if _is_yolo(head):
+            return _yolo_parts(head, self.raw)[..., :4]
+        if _decodes_itself(head):
+            return None
+        return _vectors(head, self.raw, 1)
 
     @functools.cached_property
     def quality(self) -> Tensor | None:
         """(B, N) logits of centerness, IoU or objectness, if there is such."""
-        if _is_yolo(self.head):
-            return _yolo_parts(self.head, self.raw)[..., 4]
-        return _numbers(self.head, self.raw)
+        head = self.facts.head
+        if self.raw is None:
+            return None
+        if _is_yolo(head):
+            return _yolo_parts(head, self.raw)[..., 4]
+        return _numbers(head, self.raw)
 
     @property
     def bins(self) -> Tensor | None:
         """(B, N, 4, n + 1) logits of the distances' distributions (DFL)."""
-        count = getattr(self.head, 'reg_max', None)
+        count = self.facts.reg_max
         if self.regression is None or count is None:
             return None
         if self.regression.shape[-1] != 4 * (count + 1):
@@ -78,7 +87,7 @@ class DenseOutputs:
     @functools.cached_property
     def priors(self) -> Tensor:
         """(N, 4) anchors as xyxy, or (N, 2) points as xy, in pixels."""
-        levels = priors_of(self.head).grid_priors(
+        levels = self.facts.generator.grid_priors(
             self.sizes, device=self.logits.device
         )
         return torch.cat(list(levels))
@@ -86,7 +95,7 @@ class DenseOutputs:
     @functools.cached_property
     def centres(self) -> Tensor:
         """(N, 2) the priors' centres, xy in pixels."""
-        if hasattr(priors_of(self.head), 'base_anchors'):
+        if self.facts.has_anchors:
             return (self.priors[:, :2] + self.priors[:, 2:]) / 2
         return self.priors[:, :2]
 
@@ -97,6 +106,36 @@ class DenseOutputs:
             dtype=self.centres.dtype,
         ).to(self.centres.device, non_blocking=True)
         return (self.centres < shapes[:, None]).all(-1)
+
+    def decoded(self) -> Tensor:
+        """All boxes, (B * N, 4) as xyxy in pixels."""
+        assert self.regression is not None
+        priors = self.priors.expand(len(self.regression), -1, -1)
+        return self.facts.coder.decode(
+            priors.flatten(0, 1), self.regression.float().flatten(0, 1)
+        )
+
+    def boxes_at(self, index: tuple[Tensor, Tensor]) -> Tensor:
+        """The boxes of P chosen priors, (P, 4) as xyxy.
+
+        Deltas are decoded to pixels. Distances stay in the head's unit,
+        around the prior: the GIoU of two of them does not depend on either.
+        Only for heads of which ``facts.has_boxes`` is true.
+
+        Args:
+            index: The image and the prior of each, (P,) each.
+        """
+        assert self.regression is not None
+        if self.bins is not None:
+            bins = self.bins[index].float().softmax(-1)  # (P, 4, n + 1)
+            values = torch.arange(bins.shape[-1]).to(bins)
+            distances = (bins * values).sum(-1)  # `@` would be rounded
+        elif isinstance(self.facts.head, FCOSHead):
+            distances = self.regression[index].float()
+        else:
+            deltas = self.regression[index].float()
+            return self.facts.coder.decode(self.priors[index[1]], deltas)
+        return torch.cat([-distances[:, :2], distances[:, 2:]], dim=1)
 
 
 @dataclass
@@ -128,24 +167,17 @@ class DenseTargets:
         return reduce_mean(count).clamp(min=1)
 
 
-def student_dense(student: Outputs) -> DenseOutputs:
-    """The student's dense predictions in this step."""
+def student_dense(student: StepRecord) -> DenseOutputs:
+    """The dense predictions of a network in training, read once a step."""
     if 'dense' not in student.cache:
-        raw = student.raw('bbox_head')
-        student.cache['dense'] = read_dense(student.model.bbox_head, raw)
+        facts = student.facts.dense
+        assert facts is not None
+        student.cache['dense'] = read_dense(facts, student.raw('bbox_head'))
     return student.cache['dense']
 
 
-def teacher_dense(teacher: 'TeacherOutputs') -> DenseOutputs:
-    """The teacher's dense predictions for the same batch."""
-    if 'dense' not in teacher.cache:
-        head = teacher.model.bbox_head
-        teacher.cache['dense'] = read_dense(head, teacher.dense)
-    return teacher.cache['dense']
-
-
 def student_targets(
-    student: Outputs, data_samples: Sequence[DetDataSample]
+    student: StepRecord, data_samples: Sequence[DetDataSample]
 ) -> DenseTargets:
     """What the student's own loss has assigned in this step.
 
@@ -159,28 +191,31 @@ def student_targets(
         dense = student_dense(student)
         labels, weights = assigned(dense, student.dense_targets)
         weights = weights.float() * dense.inside(data_samples)
-        classes = dense.head.num_classes
-        targets = DenseTargets(labels, weights, classes)
+        targets = DenseTargets(labels, weights, dense.facts.classes)
         student.cache['targets'] = targets
     return student.cache['targets']
 
 
-def priors_of(head: Any) -> Any:
-    """The generator of a dense head's priors, SABL's squares, or None."""
-    squares = getattr(head, 'square_anchor_generator', None)
-    return getattr(head, 'prior_generator', squares)
+def anchors_on_images(
+    dense: DenseOutputs, data_samples: Sequence[DetDataSample]
+) -> tuple[Tensor, Tensor]:
+    """The anchors (B, N, 4) and whether they lie on each image (B, N)."""
+    anchors, flags = dense.facts.head.get_anchors(
+        dense.sizes,
+        [sample.metainfo for sample in data_samples],
+        device=dense.logits.device,
+    )
+    return (
+        torch.cat(anchors[0]).expand(len(anchors), -1, -1),
+        torch.stack([torch.cat(levels) for levels in flags]),
+    )
 
 
-def is_class_agnostic(model: Any) -> bool:
-    """Whether a detector tells objects from background, but no classes."""
-    return isinstance(model, RPN)
-
-
-def read_dense(head: Any, raw: Any) -> DenseOutputs:
-    """Sort out what a dense head returned.
+def read_dense(facts: DenseFacts, raw: Any) -> DenseOutputs:
+    """Sort out what a dense head of MMDetection returned.
 
     Args:
-        head: The head.
+        facts: About the head.
         raw: Its output: a tuple of lists of maps (B, A * c, H, W), a map a
             level; the first is the classes', and a third of one channel a
             prior is a quality or objectness. In YOLOv3 all are one map.
@@ -188,16 +223,16 @@ def read_dense(head: Any, raw: Any) -> DenseOutputs:
     Raises:
         ConfigError: If the head returned anything else.
     """
+    head = facts.head
     _check_structure(head, raw)
     sizes = [tuple(level.shape[-2:]) for level in raw[0]]
     if _is_yolo(head):
         logits = _yolo_parts(head, raw)[..., 5:]
-        return DenseOutputs(head, logits, True, sizes, raw)
+        return DenseOutputs(facts, logits, sizes, raw)
     logits = flatten_levels(raw[0], head.cls_out_channels)
-    if getattr(getattr(head, 'loss_cls', None), 'activated', False):
+    if facts.probabilities:
         logits = torch.logit(logits.float(), eps=PROBABILITY_FLOOR)
-    sigmoid = bool(getattr(head, 'use_sigmoid_cls', True))
-    return DenseOutputs(head, logits, sigmoid, sizes, raw)
+    return DenseOutputs(facts, logits, sizes, raw)
 
 
 def _is_yolo(head: Any) -> bool:
@@ -259,9 +294,9 @@ def _check_structure(head: Any, raw: Any) -> None:
 
 def assigned(dense: DenseOutputs, calls: list[Any]) -> tuple[Tensor, Tensor]:
     """Labels and weights, (B, N) each, of an assignment's results."""
-    shape, classes = dense.logits.shape[:2], dense.head.num_classes
+    shape, classes = dense.logits.shape[:2], dense.facts.classes
     first = calls[0]
-    if _is_yolo(dense.head):  # box, object, classes
+    if _is_yolo(dense.facts.head):  # box, object, classes
         targets = torch.cat(first[0], dim=1)
         positive = targets[..., 4] > 0
         labels = targets[..., 5:].argmax(-1).where(positive, classes)
@@ -300,7 +335,7 @@ def _first_integers(
         return joined, torch.ones_like(joined)
     images, priors = dense.logits.shape[:2]
     raise ConfigError(
-        f'the assignment of the {type(dense.head).__name__} cannot be read: '
+        f'the assignment of the {dense.facts.kind} cannot be read: '
         f'none of the {len(parts)} parts that it returned holds an integer '
         f'label for each of {priors} priors in {images} images. Use a '
         'method on features, such as mmkd.FeatureHint.'
@@ -327,7 +362,7 @@ def _joined(parts: Any, dense: DenseOutputs) -> Tensor | None:
         return torch.stack([part.flatten() for part in parts])
     if len(parts) == 1 and parts[0].dim() == 1:
         # FoveaBox: flat as the logits of its loss, level by level, then image
-        count = priors_of(dense.head).num_base_priors
+        count = dense.facts.priors_per_point
         numbers = zip(dense.sizes, count, strict=True)
         parts = parts[0].split([images * h * w * n for (h, w), n in numbers])
     if parts[0].dim() == 1 and len(parts) != len(dense.sizes):

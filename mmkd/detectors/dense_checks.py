@@ -9,23 +9,19 @@ from torch import nn
 
 from mmkd.errors import ConfigError, TapError
 
-from .dense import (
-    DenseOutputs,
-    assigned,
-    is_class_agnostic,
-    priors_of,
-    read_dense,
-)
-from .record import ASSIGNING, Outputs
+from .dense import DenseOutputs, assigned, student_dense
+from .facts import DenseFacts, DetectorFacts, is_class_agnostic, priors_of
+from .record import ASSIGNING, StepRecord
 
 
-def check_dense(outputs: Outputs, role: str, method: str) -> DenseOutputs:
-    """Check that a detector has a dense head, and read its blank outputs.
+def check_dense(record: StepRecord, role: str, method: str) -> DenseOutputs:
+    """Check that a network has a dense head, and read its blank outputs.
+
+    Its assignment is tried.
 
     Args:
-        outputs: The detector's outputs for a blank image.
-        role: ``'student'``, ``'teacher'`` or a peer's name. Nobody reads what
-            a teacher assigns; any other network's assignment is tried.
+        record: The network's outputs for a blank image.
+        role: ``'student'`` or a peer's name.
         method: The method that asks, for the message.
 
     Raises:
@@ -33,64 +29,67 @@ def check_dense(outputs: Outputs, role: str, method: str) -> DenseOutputs:
             transformer's queries are none, since those of two detectors do
             not correspond.
     """
-    model = outputs.model
-    reason = _why_not_dense(model)
-    if reason is not None:
-        raise ConfigError(
-            f'{method} fits detectors with a dense head, such as RetinaNet, '
-            f'FCOS, ATSS and GFL; the {role} is {type(model).__name__}: '
-            f'{reason}. Use a method on features, such as mmkd.FeatureHint.'
-        )
-    dense = read_dense(model.bbox_head, outputs.raw('bbox_head'))
-    if role != 'teacher':
-        _check_assignment(dense, outputs, role, method)
+    check_is_dense(record.facts, role, method)
+    dense = student_dense(record)
+    _check_assignment(dense, role, method)
     return dense
 
 
-def _why_not_dense(model: Any) -> str | None:
-    head = getattr(model, 'bbox_head', None)
-    if priors_of(head) is None and hasattr(model, 'decoder'):
+def check_is_dense(facts: DetectorFacts, role: str, method: str) -> None:
+    """Check that a detector has a dense head that can be read.
+
+    Raises:
+        ConfigError: If it has none; says why.
+    """
+    reason = _why_not_dense(facts)
+    if reason is not None:
+        raise ConfigError(
+            f'{method} fits detectors with a dense head, such as RetinaNet, '
+            f'FCOS, ATSS and GFL; the {role} is {facts.name}: {reason}. Use a '
+            'method on features, such as mmkd.FeatureHint.'
+        )
+
+
+def _why_not_dense(facts: DetectorFacts) -> str | None:
+    if facts.dense is None and hasattr(facts.model, 'decoder'):
         return (
             'its queries stand for no place in the image, so that those of '
             'two detectors do not correspond'
         )
-    if priors_of(head) is None:
+    if facts.dense is None:
         return 'it has no dense head'
-    if is_class_agnostic(model):
+    if is_class_agnostic(facts.model):
         return 'it tells objects from background, but no classes'
-    if hasattr(head, 'loc_filter_thr'):
+    if hasattr(facts.dense.head, 'loc_filter_thr'):
         return (
-            f'its {type(head).__name__} predicts its anchors, and as a '
-            'teacher (in eval mode) scores only some of one image'
+            f'its {facts.dense.kind} predicts its anchors, and as a teacher '
+            '(in eval mode) scores only some of one image'
         )
     return None
 
 
-def _check_assignment(
-    dense: DenseOutputs, outputs: Outputs, role: str, method: str
-) -> None:
+def _check_assignment(dense: DenseOutputs, role: str, method: str) -> None:
     """Let the head's own loss assign one object of the blank image.
 
     A loss that asks for more than boxes and labels (masks) cannot be tried
     so; its assignment is read for the first time in the first step.
     """
     stand_in = nn.Module()  # with a copy: some heads count in their loss
-    recorder = Outputs(stand_in)
+    recorder = StepRecord(stand_in)
     try:
-        stand_in.bbox_head = copy.deepcopy(dense.head)
+        stand_in.bbox_head = copy.deepcopy(dense.facts.head)
         with torch.no_grad(), recorder.recording():
-            _blank_loss(stand_in.bbox_head, outputs.raw('bbox_head'))
+            _blank_loss(stand_in.bbox_head, dense.raw)
     except Exception:  # any head, any reason: see docstring
         return
     try:
         calls = recorder.dense_targets
     except TapError as error:
-        name = type(dense.head).__name__
         raise ConfigError(
             f'{method} asks which priors the {role} trains on which object; '
-            f'the loss of its {name} makes no assignment that can be read '
-            f'(it calls none of {", ".join(ASSIGNING)}). Use a method on '
-            'features, such as mmkd.FeatureHint.'
+            f'the loss of its {dense.facts.kind} makes no assignment that can '
+            f'be read (it calls none of {", ".join(ASSIGNING)}). Use a method '
+            'on features, such as mmkd.FeatureHint.'
         ) from error
     assigned(dense, calls)
 
@@ -113,8 +112,8 @@ def _blank_loss(head: Any, raw: Any) -> None:
 
 
 def check_same_priors(
-    student: Any,
-    teacher: Any,
+    student: DenseFacts,
+    teacher: DenseFacts,
     method: str,
     *,
     centres: bool = False,
@@ -126,8 +125,8 @@ def check_same_priors(
     shapes too, which are otherwise free (points may meet anchors).
 
     Args:
-        student: The student's head.
-        teacher: The teacher's head.
+        student: About the student's head.
+        teacher: About the teacher's head.
         method: The method that asks, for the message.
         centres: They must also stand at the same places, as boxes ask for.
         shapes: They must be equal altogether, as assignments ask for.
@@ -135,19 +134,15 @@ def check_same_priors(
     Raises:
         ConfigError: If they do not.
     """
-    ours, theirs = priors_of(student), priors_of(teacher)
-    facts = [
-        (
-            'strides',
-            [tuple(stride) for stride in ours.strides],
-            [tuple(stride) for stride in theirs.strides],
-        ),
-        ('priors a point', ours.num_base_priors, theirs.num_base_priors),
+    facts: list[tuple[str, Any, Any]] = [
+        ('strides', student.strides, teacher.strides),
+        ('priors a point', student.priors_per_point, teacher.priors_per_point),
     ]
     if shapes:
-        facts.append(('first priors', _first(ours), _first(theirs)))
+        first = student.first_priors(), teacher.first_priors()
+        facts.append(('first priors', *first))
     elif centres:
-        facts.append(('first centres', _centres(ours), _centres(theirs)))
+        facts.append(('first centres', _centres(student), _centres(teacher)))
     for what, mine, other in facts:
         if list(mine) != list(other):
             raise ConfigError(
@@ -155,9 +150,13 @@ def check_same_priors(
                 f'correspond, the student has the {what} {mine}, the teacher '
                 f'{other}. Give both the same anchor_generator (or strides).'
             )
-    if max(ours.num_base_priors) > 1 and not all(
+    if max(student.priors_per_point) > 1 and not all(
         torch.allclose(a.cpu(), b.cpu())
-        for a, b in zip(ours.base_anchors, theirs.base_anchors, strict=True)
+        for a, b in zip(
+            student.generator.base_anchors,
+            teacher.generator.base_anchors,
+            strict=True,
+        )
     ):
         raise ConfigError(
             f'{method}: the several anchors a point of the two dense heads '
@@ -165,15 +164,9 @@ def check_same_priors(
         )
 
 
-def _first(generator: Any) -> list[list[list[float]]]:
-    """The priors at each level's first position, in pixels."""
-    ones = [(1, 1)] * generator.num_levels
-    return [p.tolist() for p in generator.grid_priors(ones, device='cpu')]
-
-
-def _centres(generator: Any) -> list[tuple[float, float]]:
+def _centres(facts: DenseFacts) -> list[tuple[float, float]]:
     """The centre of each level's first prior, in pixels."""
-    first = [priors[0] for priors in _first(generator)]
-    if hasattr(generator, 'base_anchors'):
+    first = [priors[0] for priors in facts.first_priors()]
+    if facts.has_anchors:
         return [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in first]
     return [(x, y) for x, y, *_ in first]

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from mmkd.errors import TapError
 
+from .facts import DetectorFacts, RoIFacts, RPNFacts, box_heads, read_facts
+
 # Taps that are set on every detector that has such a module; what they hold,
 # its loss holds, too.
 STANDARD_TAPS = ('rpn_head', 'bbox_head')
@@ -33,14 +35,14 @@ ASSIGNING = (
 
 
 @dataclass
-class BoxSample:
+class RoIOutputs:
     """One head's predictions for the boxes on which it was trained.
 
     N is the number of boxes sampled in the batch, K the head's classes.
     """
 
-    head: Any
-    """The RPN head, or the RoI head's box head of one stage."""
+    facts: RPNFacts | RoIFacts
+    """About the RPN, or about the stage of the RoI head."""
     boxes: Tensor
     """Anchors (N, 4) as xyxy, or RoIs (N, 5) as image index + xyxy; pixels."""
     logits: Tensor | None
@@ -54,7 +56,7 @@ class BoxSample:
     """(N,)."""
     targets: Tensor
     """(N, 4) regression targets of the objects, as the head's loss sees
-    them: deltas, or xyxy pixels where ``head.reg_decoded_bbox`` is set."""
+    them: deltas, or xyxy pixels where ``facts.decoded_targets`` is set."""
     target_weights: Tensor
     """(N, 4); 0 for background."""
     avg_factor: float | Tensor
@@ -99,32 +101,6 @@ def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
-def box_heads(model: nn.Module) -> list[Any]:
-    """The RoI head's box heads, one a stage; empty for one-stage models."""
-    heads = getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
-    if heads is None:
-        return []
-    return list(heads) if isinstance(heads, nn.ModuleList) else [heads]
-
-
-def class_count(model: Any) -> int | None:
-    """The number of classes of a detector's first box head, if any."""
-    heads = box_heads(model) or [getattr(model, 'bbox_head', None)]
-    return getattr(heads[0], 'num_classes', None)
-
-
-def stage_of(model: nn.Module, path: str) -> int | None:
-    """The cascade's stage that the module at ``path`` belongs to, if any.
-
-    ``'roi_head.bbox_head.2.fc_cls'`` is of stage 2 (counted from 0).
-    """
-    parts = path.split('.')
-    if parts[0] != 'roi_head' or len(parts) < 3:
-        return None
-    parent = getattr(getattr(model, 'roi_head', None), parts[1], None)
-    return int(parts[2]) if isinstance(parent, nn.ModuleList) else None
-
-
 def flatten_levels(maps: Iterable[Tensor], channels: int) -> Tensor:
     """Per-level maps (B, A*c, H, W) to (B, sum of H*W*A, c).
 
@@ -150,7 +126,7 @@ def tensors_in(output: Any) -> tuple[Tensor, ...]:
     return tuple(tensor for item in output for tensor in tensors_in(item))
 
 
-class Outputs:
+class StepRecord:
     """The tensors that a detector's own forward or loss has produced.
 
     Args:
@@ -164,7 +140,7 @@ class Outputs:
         self.paths = tuple(paths)
         self.note = ''
         """What to add to the message of a tap that never fired."""
-        self.peers: dict[str, Outputs] = {}
+        self.peers: dict[str, StepRecord] = {}
         """What the networks have produced that train beside this one."""
         self.cache: dict[str, Any] = {}
         """What methods have derived in this step, for each other."""
@@ -173,8 +149,13 @@ class Outputs:
         self._roi_calls: dict[int, tuple[dict, dict]] = {}
         self._dense_targets: list[Any] = []
 
+    @functools.cached_property
+    def facts(self) -> DetectorFacts:
+        """What the detector's heads predict."""
+        return read_facts(self.model)
+
     @contextmanager
-    def recording(self) -> Iterator['Outputs']:
+    def recording(self) -> Iterator['StepRecord']:
         """Record what passes the taps within the context."""
         with ExitStack() as stack:
             for path, module in self._tapped_modules():
@@ -227,7 +208,7 @@ class Outputs:
         return self._fired[self._resolved(path)][-1]
 
     @functools.cached_property
-    def anchors(self) -> BoxSample:
+    def anchors(self) -> RoIOutputs:
         """The RPN's predictions on its sampled anchors.
 
         Raises:
@@ -239,16 +220,17 @@ class Outputs:
             )
         anchor_list, targets = self._anchor_targets
         scores, deltas = self.raw('rpn_head')[:2]
-        head = self.model.rpn_head
+        facts = self.facts.rpn
+        assert facts is not None
         labels, weights, box_targets, box_weights = (
             torch.cat(levels, dim=1) for levels in targets[:4]
         )
         image, anchor = weights.nonzero(as_tuple=True)
         index = (image, anchor)
-        return BoxSample(
-            head=head,
+        return RoIOutputs(
+            facts=facts,
             boxes=torch.cat([as_tensor(a) for a in anchor_list[0]])[anchor],
-            logits=flatten_levels(scores, head.cls_out_channels)[index],
+            logits=flatten_levels(scores, facts.columns)[index],
             deltas=flatten_levels(deltas, 4)[index],
             labels=labels[index],
             label_weights=weights[index],
@@ -259,7 +241,7 @@ class Outputs:
         )
 
     @functools.cached_property
-    def rois(self) -> list[BoxSample]:
+    def rois(self) -> list[RoIOutputs]:
         """Each RoI stage's predictions on its sampled RoIs.
 
         Raises:
@@ -270,13 +252,12 @@ class Outputs:
                 f'{type(self.model).__name__} has trained no RoI box head in '
                 'this step'
             )
-        heads = box_heads(self.model)
         samples = []
         for stage, (call, result) in sorted(self._roi_calls.items()):
             labels, weights, targets, target_weights = result['bbox_targets']
             samples.append(
-                BoxSample(
-                    head=heads[stage],
+                RoIOutputs(
+                    facts=self.facts.rois[stage],
                     boxes=call['rois'],
                     logits=call['cls_score'],
                     deltas=call['bbox_pred'],

@@ -25,7 +25,7 @@ from mmkd.data.checkpoint_file import load_checkpoint_file
 from mmkd.data.errors import some
 from mmkd.errors import CheckpointError, ConfigError
 
-from .dense import is_class_agnostic
+from .facts import is_class_agnostic
 
 
 def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
@@ -126,10 +126,7 @@ def build_trained(
     Raises:
         CheckpointError: If the checkpoint does not fit the config exactly.
     """
-    register_all_modules(init_default_scope=False)
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        # ImageNet weights would be overwritten at once: never fetch them.
-        model = MODELS.build(_without_pretrained(cfg))
+    model = build_untrained(cfg)
     if checkpoint is None:
         model.init_weights()
         message = (
@@ -141,9 +138,17 @@ def build_trained(
         print_log(message, 'current', logging.WARNING)
         return model, {}
     content = load_checkpoint_file(checkpoint, trust=trust)
-    _load_strictly(model, content['state_dict'], checkpoint)
+    load_strictly(model, content['state_dict'], checkpoint)
     meta = content.get('meta')
     return model, meta if isinstance(meta, dict) else {}
+
+
+def build_untrained(cfg: Mapping[str, Any]) -> nn.Module:
+    """Build a detector whose weights are about to be loaded."""
+    register_all_modules(init_default_scope=False)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        # ImageNet weights would be overwritten at once: never fetch them.
+        return MODELS.build(_without_pretrained(cfg))
 
 
 def _without_pretrained(cfg: Any) -> Any:
@@ -165,9 +170,19 @@ def _without_pretrained(cfg: Any) -> Any:
     return result
 
 
-def _load_strictly(
+def load_strictly(
     model: nn.Module, state: Mapping[str, Tensor], source: str
 ) -> None:
+    """Load a stock state dict exactly.
+
+    Args:
+        model: The network.
+        state: Its weights, also of a model wrapped for distributed training.
+        source: Where they come from, for the message.
+
+    Raises:
+        CheckpointError: If a key is missing or unexpected, or a shape differs.
+    """
     # Wrapped for distributed training, a model's keys begin with "module.".
     renamed = OrderedDict(
         (key.removeprefix('module.'), value) for key, value in state.items()

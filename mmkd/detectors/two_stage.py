@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmkd.errors import ConfigError
 
-from .record import box_heads
+from .facts import DetectorFacts, RPNFacts
 
 FITTING = 'Faster, Mask, Cascade and Double-Head R-CNN'
 
@@ -26,18 +26,8 @@ def deltas_of_label(deltas: Tensor, labels: Tensor) -> Tensor:
     return per_class.gather(1, index[:, None, None].expand(-1, 1, 4))[:, 0]
 
 
-def uses_sigmoid(head: Any) -> bool:
-    """Whether a head's classes are independent binary problems."""
-    return bool(getattr(head.loss_cls, 'use_sigmoid', False))
-
-
-def same_coder(ours: Any, theirs: Any) -> bool:
-    """Whether two box coders give the same deltas."""
-    return type(ours) is type(theirs) and vars(ours) == vars(theirs)
-
-
 def check_two_stage(
-    model: Any,
+    facts: DetectorFacts,
     role: str,
     method: str,
     *,
@@ -48,7 +38,7 @@ def check_two_stage(
     """Check that those parts of a two-stage detector that are read can be.
 
     Args:
-        model: The detector.
+        facts: About the detector.
         role: ``'student'`` or ``'teacher'``, for the message.
         method: The method that asks, for the message.
         rpn: The RPN is read.
@@ -58,28 +48,29 @@ def check_two_stage(
     Raises:
         ConfigError: If they cannot; names what fits.
     """
-    reason = _why_unfit_rpn(model) if rpn else None
+    reason = _why_unfit_rpn(facts) if rpn else None
     if rcn:  # what a one-stage detector lacks first
-        reason = _why_unfit_rcn(model, deltas) or reason
+        reason = _why_unfit_rcn(facts, deltas) or reason
     if reason is None:
         return
     needed = ['an anchor-based RPNHead'] * rpn
     needed += ['a RoI head with BBoxHeads'] * rcn
     parts = [
-        f'{name}={type(getattr(model, name)).__name__}'
+        f'{name}={type(getattr(facts.model, name)).__name__}'
         for name in ('rpn_head', 'roi_head', 'bbox_head')
-        if getattr(model, name, None) is not None
+        if getattr(facts.model, name, None) is not None
     ]
     raise ConfigError(
         f'{method} fits {FITTING} ({" and ".join(needed)}); the {role} is '
-        f'{type(model).__name__} ({", ".join(parts) or "no heads"}): '
+        f'{facts.name} ({", ".join(parts) or "no heads"}): '
         f'{reason}. For any other detector use mmkd.FeatureHint, which '
         'distils features.'
     )
 
 
-def _why_unfit_rpn(model: Any) -> str | None:
-    if isinstance(getattr(model, 'rpn_head', None), RPNHead):
+def _why_unfit_rpn(facts: DetectorFacts) -> str | None:
+    rpn = facts.rpn
+    if rpn is not None and (rpn.head is None or isinstance(rpn.head, RPNHead)):
         return None
     return (
         'its proposals do not come from an RPNHead; rpn=False leaves the RPN '
@@ -87,12 +78,13 @@ def _why_unfit_rpn(model: Any) -> str | None:
     )
 
 
-def _why_unfit_rcn(model: Any, deltas: bool) -> str | None:
-    heads = box_heads(model)
-    if not heads:
+def _why_unfit_rcn(facts: DetectorFacts, deltas: bool) -> str | None:
+    if not facts.rois:
         return 'it has no RoI box head'
-    for head in heads:
-        name, kind = type(head).__name__, type(head)
+    if facts.model is None:
+        return None
+    for stage in facts.rois:
+        head, name, kind = stage.head, stage.kind, type(stage.head)
         if not isinstance(head, BBoxHead):
             return f'its {name} is no BBoxHead'
         if hasattr(head, 'num_instance'):
@@ -104,7 +96,7 @@ def _why_unfit_rcn(model: Any, deltas: bool) -> str | None:
                 f'its {name} has targets other than labels and deltas; '
                 'bounded=None leaves the boxes out'
             )
-    return _why_unfit_roi_head(model.roi_head)
+    return _why_unfit_roi_head(facts.model.roi_head)
 
 
 def _why_unfit_roi_head(roi_head: Any) -> str | None:
@@ -132,14 +124,13 @@ def _asks_loss_and_target(roi_head: Any) -> bool:
     return 'loss_and_target' in names or 'get_targets' not in names
 
 
-def check_same_anchors(student: Any, teacher: Any) -> None:
+def check_same_anchors(student: RPNFacts, teacher: RPNFacts) -> None:
     """Check that both RPNs have the same anchors at every position.
 
     Raises:
         ConfigError: If they differ.
     """
-    ours = student.rpn_head.prior_generator
-    theirs = teacher.rpn_head.prior_generator
+    ours, theirs = student.generator, teacher.generator
     same = list(ours.strides) == list(theirs.strides) and all(
         a.shape == b.shape and torch.allclose(a.cpu(), b.cpu())
         for a, b in zip(ours.base_anchors, theirs.base_anchors, strict=True)
@@ -155,33 +146,38 @@ def check_same_anchors(student: Any, teacher: Any) -> None:
 
 
 def check_same_classifiers(
-    student: Any, teacher: Any, *, remedy: str = 'set soft=None or rcn=False'
+    student: DetectorFacts,
+    teacher: DetectorFacts,
+    *,
+    remedy: str = 'set soft=None or rcn=False',
 ) -> None:
     """Check that the RoI heads' logits mean the same, stage by stage.
 
     Args:
-        student: The student's detector.
-        teacher: The teacher's detector.
+        student: About the student.
+        teacher: About the teacher.
         remedy: What to do otherwise, for the message.
 
     Raises:
         ConfigError: If they do not.
     """
-    heads = box_heads(teacher)
-    for stage, head in enumerate(box_heads(student)):
-        other = heads[min(stage, len(heads) - 1)]
-        for role, each in (('student', head), ('teacher', other)):
-            if each.custom_activation or each.custom_cls_channels:
+    for stage, own in enumerate(student.rois):
+        other = teacher.rois[min(stage, len(teacher.rois) - 1)]
+        for role, facts in (('student', own), ('teacher', other)):
+            head = facts.head
+            if head is None:
+                continue
+            if head.custom_activation or head.custom_cls_channels:
                 raise ConfigError(
                     f'the RoI head of stage {stage} of the {role} classifies '
-                    f'through {type(each.loss_cls).__name__}, whose logits '
+                    f'through {type(head.loss_cls).__name__}, whose logits '
                     'are not those of a softmax over classes and background. '
                     f'Use CrossEntropyLoss in both networks, or {remedy}.'
                 )
-        if uses_sigmoid(head) != uses_sigmoid(other):
+        if own.sigmoid != other.sigmoid:
             raise ConfigError(
                 f'the RoI heads of stage {stage} cannot be distilled: '
-                f'use_sigmoid is {uses_sigmoid(head)} in the student and '
-                f'{uses_sigmoid(other)} in the teacher. Train both with the '
+                f'use_sigmoid is {own.sigmoid} in the student and '
+                f'{other.sigmoid} in the teacher. Train both with the '
                 f'same kind of classifier, or {remedy}.'
             )

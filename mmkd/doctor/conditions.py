@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.detectors.record import Outputs, box_heads, intercepted, replaced
+from mmkd.data.batch import Batch
+from mmkd.detectors.facts import class_layers
+from mmkd.detectors.record import StepRecord, intercepted, replaced
 from mmkd.engine.hooks.telemetry import gradient, norm, student_parameters
 from mmkd.teachers.class_map import ClassMap
-from mmkd.teachers.frozen import Teacher
-from mmkd.teachers.several import single_views, views_of
+from mmkd.teachers.frozen import FrozenDetector
 from mmkd.utils import isolated_random_state
 
 from .losses import trained_parts
-from .patient import SEED, Patient, cloned, steers
+from .patient import SEED, Patient, cloned
 from .report import some
 
 SECTION = 'Conditions'
@@ -36,21 +37,21 @@ class Recording:
     def __init__(self, patient: Patient, inputs: Tensor, samples: Any) -> None:
         distiller = patient.distiller
         patient.restore(patient.student)
-        self.samples = samples
+        self.batch = Batch(inputs, samples)
         self.methods: dict[str, Any] = {
             name: (method, weight)
             for name, (method, weight) in distiller.active_methods().items()
-            if method.needs == 'teacher' and not steers(method)
+            if method.learns_from == 'teacher' and not method.steers
         }
         self.states = {n: cloned(m) for n, (m, _) in self.methods.items()}
-        self.student = Outputs(
+        self.student = StepRecord(
             patient.student, distiller._paths('student_paths')
         )
         with isolated_random_state(SEED), self.student.recording():
             type(patient.student).loss(
                 patient.student, inputs, copy.deepcopy(samples)
             )
-        self.teacher = distiller.teacher(inputs, samples)
+        self.teacher = distiller.teacher.view(self.batch)
 
     def losses(self, only: str | None = None) -> dict[str, float]:
         """Every method's losses, each with the same random numbers."""
@@ -63,7 +64,8 @@ class Recording:
         return {k: gradient([v], parameters) for k, v in losses.items()}
 
     def _losses(self, only: str | None = None) -> dict[str, Tensor]:
-        for view in (self.student, *views_of(self.teacher).values()):
+        views = *self.teacher.each().values(), *self.teacher.parts()
+        for view in (self.student, *views):
             view.cache.clear()
         losses = {}
         for name, (method, weight) in self.methods.items():
@@ -72,7 +74,7 @@ class Recording:
             # Some count their steps, to draw others in each.
             method.load_state_dict(self.states[name])
             with isolated_random_state(SEED):
-                found = method(self.student, self.teacher, self.samples)
+                found = method.forward(self.student, self.teacher, self.batch)
             for part, loss in found.items():
                 losses[f'{name}.loss_{part}'] = weight * loss
         return losses
@@ -86,9 +88,9 @@ class Recording:
             for sample in student.rois:
                 sample.logits = mapped(change, sample.logits)
                 sample.deltas = mapped(change, sample.deltas)
-        for teacher in single_views(self.teacher):
+        for teacher in self.teacher.parts():
             parts = vars(teacher)
-            for name in ('maps', 'rpn', 'dense'):
+            for name in ('maps', 'rpn', 'raw_dense'):
                 if name in parts:
                     parts[name] = mapped(change, parts[name])
             for name in ('features', 'score_rois'):
@@ -111,6 +113,8 @@ def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return {k: mapped(change, v) for k, v in value.items()}
+    if hasattr(value, '_fields'):  # a named tuple
+        return type(value)(*(mapped(change, v) for v in value))
     if isinstance(value, list | tuple):
         return type(value)(mapped(change, v) for v in value)
     return value
@@ -146,7 +150,7 @@ def check_padding(patient: Patient) -> None:
     One image is padded to twice its width, and what both networks gave for
     the padding, beyond the reach of a few convolutions, is overwritten.
     """
-    if patient.distiller.teacher is None:
+    if not patient.distiller.teacher.each():
         return
     value = float(getattr(patient.student.data_preprocessor, 'pad_value', 0))
     width = patient.inputs.shape[-1]
@@ -239,7 +243,7 @@ def check_class_order(patient: Patient) -> None:
 
 
 def _check_class_order(
-    patient: Patient, teacher_name: str, teacher: Teacher
+    patient: Patient, teacher_name: str, teacher: FrozenDetector
 ) -> None:
     recording = Recording(patient, patient.inputs, patient.samples)
     if not recording.methods:
@@ -247,7 +251,7 @@ def _check_class_order(
     plain = recording.gradients()
     count = len(teacher.classes)
     order = torch.arange(count).roll(1)
-    layers = classifiers(teacher.model, count)
+    layers = class_layers(teacher.model, count)
     if not layers:
         return
     classes = ClassMap(
@@ -260,9 +264,7 @@ def _check_class_order(
                 if value is not None:
                     stack.enter_context(_permuted(value, order))
         stack.enter_context(replaced(teacher, 'class_map', classes))
-        recording.teacher = patient.distiller.teacher(
-            patient.inputs, patient.samples
-        )
+        recording.teacher = patient.distiller.teacher.view(recording.batch)
         renamed = recording.gradients()
     # Not the losses: a student that has learnt nothing yet is as far from
     # one class as from another.
@@ -281,24 +283,6 @@ def _check_class_order(
         patient.report.say(
             SECTION, f"the {teacher_name}'s order of classes is free"
         )
-
-
-def classifiers(model: nn.Module, classes: int) -> list[Any]:
-    """The last layers of class scores, of A anchors times K (or K + 1)."""
-    heads = box_heads(model) or [getattr(model, 'bbox_head', None)]
-    return [
-        module
-        for head in heads
-        if head is not None
-        for name, module in head.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-        and 'cls' in name
-        and 'convs' not in name.partition('.')[0]
-        and (
-            module.weight.shape[0] % classes == 0
-            or module.weight.shape[0] == classes + 1
-        )
-    ]
 
 
 @contextmanager
@@ -366,7 +350,7 @@ def _broken_recording(
     patient: Patient, dtype: torch.dtype
 ) -> list[str] | None:
     """As of a step, on halved outputs; None where no method can be judged."""
-    if patient.distiller.teacher is None:
+    if not patient.distiller.teacher.each():
         return None
     recording = Recording(patient, patient.inputs, patient.samples)
     if not recording.methods:

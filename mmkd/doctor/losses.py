@@ -1,11 +1,10 @@
 """What each loss is worth, what it trains, and which way it pulls."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
-from mmkd.core.method import Method
 from mmkd.engine.hooks.telemetry import (
     cosine,
     gradient,
@@ -13,7 +12,7 @@ from mmkd.engine.hooks.telemetry import (
     student_parameters,
 )
 
-from .patient import Patient, Step, steers
+from .patient import Patient, Step
 from .report import some, table
 
 EXPLODED = 1000.0
@@ -56,7 +55,7 @@ def check_losses(patient: Patient) -> None:
     report.say('Losses', f'of {images} images, {height}x{width}', *table(rows))
     report.values['losses'] = shown
     for name, method in patient.distiller.methods.items():
-        if steers(cast(Method, method)):
+        if method.steers:
             report.say('Losses', f"{name} steers the student's own losses")
     _check_reached(patient, step)
     _judge(patient, shown, reached)
@@ -123,11 +122,15 @@ def _teaches(patient: Patient, name: str, reached: Sequence[str]) -> bool:
     student, or layers of the method.
     """
     method: Any = patient.distiller.methods[name.partition('.')[0]]
-    return bool(reached) if method.needs == 'peers' else 'student' in reached
+    return (
+        bool(reached)
+        if method.learns_from == 'peers'
+        else 'student' in reached
+    )
 
 
 def _doubt(patient: Patient, what: str) -> str:
-    if what != 'value' or patient.distiller.teacher is None:
+    if what != 'value' or not patient.distiller.teacher.each():
         return ''
     return (
         ' If the teacher is trained (--eval 100 shows its metrics), its '

@@ -14,9 +14,9 @@ from mmkd.detectors.record import intercepted
 from mmkd.detectors.source import check_class_count, class_names, load_config
 from mmkd.engine.hooks.teacher_check import evaluate_teacher
 from mmkd.errors import ConfigError
-from mmkd.teachers.class_map import flips, mean_std, pad_value
-from mmkd.teachers.frozen import Teacher
-from mmkd.teachers.several import described as teacher_descriptions
+from mmkd.teachers.build import descriptions
+from mmkd.teachers.frozen import FrozenDetector
+from mmkd.teachers.renormalize import flips, mean_std, pad_value
 from mmkd.utils import isolated_random_state
 
 from .patient import Patient
@@ -62,7 +62,7 @@ def check_classes(runner: Any, report: Report) -> None:
     dataset = runner.train_loop.dataloader.dataset
     names = tuple(dataset.metainfo['classes'])
     _note(report, check_class_count, distiller.student, names, 'the student')
-    described = teacher_descriptions(runner.cfg.distillation.get('teacher'))
+    described = descriptions(runner.cfg.distillation.get('teacher'))
     for name, teacher in distiller.networks.items():
         of_one = f'{name}: ' if len(distiller.networks) > 1 else ''
         report.say('Classes', f'{of_one}{teacher.class_map}')
@@ -71,7 +71,7 @@ def check_classes(runner: Any, report: Report) -> None:
 
 
 def _check_teacher_classes(
-    name: str, teacher: Teacher, names: tuple[str, ...], report: Report
+    name: str, teacher: FrozenDetector, names: tuple[str, ...], report: Report
 ) -> None:
     classes = teacher.class_map
     _note(
@@ -111,7 +111,7 @@ def _note(report: Report, check: Any, *arguments: Any) -> None:
 
 
 def _check_sources(
-    name: str, cfg: Any, teacher: Teacher, report: Report
+    name: str, cfg: Any, teacher: FrozenDetector, report: Report
 ) -> None:
     """Compare the names in the teacher's checkpoint and in its config."""
     options = resolved(cfg)
@@ -297,7 +297,7 @@ def check_modes(patient: Patient) -> None:
         view = []
         for seed in range(2):
             with isolated_random_state(seed):
-                view.append(teacher(patient.inputs, patient.samples).maps)
+                view.append(teacher.view(patient.batch).maps)
         if any(not torch.equal(a, b) for a, b in zip(*view, strict=True)):
             report.find(
                 f'the {name} answers differently to the same batch: '

@@ -11,7 +11,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from mmkd.core.distiller import Distiller, Losses
-from mmkd.core.method import Method
+from mmkd.data.batch import Batch
 from mmkd.detectors.record import replaced
 from mmkd.engine.checkpoint import ATTACHED
 from mmkd.utils import isolated_random_state
@@ -83,6 +83,10 @@ class Patient:
         return self.inputs.device
 
     @property
+    def batch(self) -> Batch:
+        return Batch(self.inputs, self.samples)
+
+    @property
     def networks(self) -> dict[str, Any]:
         """The teachers and the peers, by name."""
         return {
@@ -95,7 +99,7 @@ class Patient:
     def steers(self) -> bool:
         """Whether a method changes the student's own losses."""
         methods: Any = self.distiller.methods.values()
-        return any(steers(m) or m.task_factors() for m in methods)
+        return any(m.steers or m.task_factors() for m in methods)
 
     def plain_step(self) -> Step | None:
         """The stock student's; None if that cannot run, which is said."""
@@ -132,7 +136,11 @@ class Patient:
         observe = functools.partial(_keep, seen)
         self.distiller.observers.append(observe)
         try:
-            with isolated_random_state(SEED):
+            # Peers draw their random numbers by the step.
+            with (
+                isolated_random_state(SEED),
+                replaced(self.distiller, 'steps', 0),
+            ):
                 losses = model(
                     self.inputs, copy.deepcopy(self.samples), mode='loss'
                 )
@@ -153,11 +161,6 @@ def _keep(
     distilled: dict[str, dict[str, Tensor]],
 ) -> None:
     seen.update(task=task, distilled=distilled)
-
-
-def steers(method: Method) -> bool:
-    """Whether a method has a guide of the student's own loss."""
-    return type(method).guide is not Method.guide
 
 
 def summed(losses: Losses) -> dict[str, Tensor]:

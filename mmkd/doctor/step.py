@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.core.each_teacher import FromEach
-from mmkd.detectors.record import Outputs, intercepted
-from mmkd.engine.checkpoint import ATTACHED
+from mmkd.detectors.record import StepRecord, intercepted
 from mmkd.engine.hooks.telemetry import gradient
 from mmkd.errors import TapError
 from mmkd.methods import CrossKD
 from mmkd.methods.feature_base import FeatureMethod
+from mmkd.utils import ATTACHED
 
 from .patient import Patient, Step, cloned, own_state
 from .report import some, table
@@ -77,7 +77,7 @@ def _keep(
     calls: dict[str, tuple],
     name: str,
     _: Any,
-    student: Outputs,
+    student: StepRecord,
     teacher: Any,
     *__: Any,
 ) -> None:
@@ -90,7 +90,7 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _rows(
-    method: Any, student: Outputs, teacher: Any, patient: Patient
+    method: Any, student: StepRecord, teacher: Any, patient: Patient
 ) -> Iterator[list[str]]:
     """The rows of one method, without its name."""
     width = patient.inputs.shape[-1]
@@ -99,13 +99,15 @@ def _rows(
         for path in student._fired:
             shape = _shape(student.features(path), width)
             yield ['student', path, 'all', *shape, '-']
-    between = adapters(method, student, teacher) if teacher else {}
+    between = adapters(method, student, teacher) if teacher.each() else {}
     for path in paths:
         read = functools.partial(student.features, path)
         for level, shape in _levels(read, width):
             text = between.get((path, level), '-')
             yield ['student', path, level, *shape, text]
-    for number, path in enumerate(method.teacher_paths if teacher else ()):
+    for number, path in enumerate(
+        method.teacher_paths if teacher.each() else ()
+    ):
         beside = paths[number] if number < len(paths) else None
         read = functools.partial(teacher.features, path, student, beside)
         for level, shape in _levels(read, width):
@@ -143,7 +145,7 @@ def _shape(features: Sequence[Tensor], width: int) -> list[str]:
 
 
 def adapters(
-    method: Any, student: Outputs, teacher: Any
+    method: Any, student: StepRecord, teacher: Any
 ) -> dict[tuple[str, str], str]:
     """What a method has between a student's level and the teacher's.
 
@@ -152,10 +154,10 @@ def adapters(
     """
     method = getattr(method, 'hint', None) or method
     if isinstance(method, CrossKD):
-        heads = (student.model.bbox_head, teacher.model.bbox_head)
         found = {}
-        for branch, layer in method.adapters.items():
-            ours, theirs = (method._path(head, branch) for head in heads)
+        taps = method.tapped_pairs(student, teacher)
+        for tower, layer in method.adapters.items():
+            ours, theirs = taps[tower]
             pairs = zip(
                 student.features(ours),
                 teacher.features(theirs, student),
@@ -172,7 +174,7 @@ def adapters(
 
 
 def _level_adapters(
-    method: Any, student: Outputs, teacher: Any
+    method: Any, student: StepRecord, teacher: Any
 ) -> dict[tuple[str, str], str]:
     path = method.source
     ours = student.features(path)

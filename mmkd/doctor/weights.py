@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mmkd.data.checkpoint_file import load_checkpoint_file
 from mmkd.detectors.source import find_in_model_index
-from mmkd.engine.checkpoint import ATTACHED
-from mmkd.teachers.several import described
+from mmkd.teachers.build import descriptions
+from mmkd.utils import ATTACHED
 
 from .patient import own_state
 from .report import Report, some
@@ -99,9 +99,9 @@ def check_loaded(runner: Any, stock: nn.Module, report: Report) -> None:
     student = own_state(distiller.student)
     _describe('student', distiller.student, student, scratch, runner, report)
     cfg = runner.cfg.distillation
-    descriptions = described(cfg.get('teacher'))
+    described = descriptions(cfg.get('teacher'))
     for name, teacher in distiller.networks.items():
-        options = resolved(descriptions[name])
+        options = resolved(described[name])
         _check_file(name, teacher.model, options, report)
     for name, peer in distiller.peers.items():
         options = resolved(cfg.peers[name])

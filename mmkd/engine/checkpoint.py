@@ -15,9 +15,7 @@ from mmengine.logging import print_log
 
 from mmkd.data.checkpoint_file import damage
 from mmkd.errors import CheckpointError
-
-ATTACHED = 'distillation'
-"""Name of the module on the student, prefix of its keys, checkpoint key."""
+from mmkd.utils import ATTACHED
 
 
 def latest_checkpoint(folder: str) -> str | None:

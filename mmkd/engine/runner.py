@@ -31,14 +31,10 @@ from mmkd.peers.peer import (
     with_trained_teacher,
 )
 from mmkd.registry import HOOKS, RUNNERS
-from mmkd.utils import build_checked
+from mmkd.teachers.several import log_name
+from mmkd.utils import ATTACHED, build_checked
 
-from .checkpoint import (
-    ATTACHED,
-    join_checkpoint,
-    latest_checkpoint,
-    split_checkpoint,
-)
+from .checkpoint import join_checkpoint, latest_checkpoint, split_checkpoint
 from .data_guard import check_images, explain_data_error
 from .hooks import LossCheckHook, PeerValidationHook, ProgressHook
 from .resume import ExactResumeHook
@@ -74,6 +70,7 @@ class DistillationRunner(Runner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._exact = ExactResumeHook()
         self._random_states: list[dict[str, Any]] = []
+        self._steps: int | None = None
         self._saved: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
         self.register_hook(self._exact)
@@ -123,8 +120,7 @@ class DistillationRunner(Runner):
             cfg, self.model, classes, self.seed or 0
         )
         self.logger.info(_described(self.distiller))
-        length = len(self.train_loop.dataloader)
-        self.message_hub.update_info('epoch_length', length)
+        self.distiller.epoch_length = len(self.train_loop.dataloader)
         self.distiller.attach()
         self._register_once(LossCheckHook)
         if self._peers:
@@ -287,6 +283,8 @@ class DistillationRunner(Runner):
             checkpoint = kwargs['checkpoint']
             split_checkpoint(checkpoint)
             checkpoint[ATTACHED]['random_states'] = self._random_states
+            if self.distiller is not None:
+                checkpoint[ATTACHED]['steps'] = self.distiller.steps
             self._saved = checkpoint
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
@@ -299,6 +297,7 @@ class DistillationRunner(Runner):
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         attached = checkpoint.get(ATTACHED, {})
         self._random_states = attached.get('random_states', [])
+        self._steps = attached.get('steps')
         return checkpoint
 
     def save_checkpoint(
@@ -406,6 +405,9 @@ class DistillationRunner(Runner):
                 'without resume.'
             ) from error
         self._exact.resume(self, self._random_states)
+        if self.distiller is not None:
+            steps = self.iter if self._steps is None else self._steps
+            self.distiller.steps = steps
 
 
 def _described(distiller: Distiller) -> str:
@@ -423,10 +425,6 @@ def _described(distiller: Distiller) -> str:
             for name, peer in distiller.peers.items()
         )
         text += f'; peers: {", ".join(peers)}'
-    for name, teacher in distiller.networks.items():
-        differs = 'differs' if teacher.renormalize.needed else 'is equal'
-        text += (
-            f'; the {name} is {type(teacher.model).__name__}, its classes '
-            f'are {teacher.class_map}, its normalisation {differs}'
-        )
+    for label, teacher in distiller.teacher.each().items():
+        text += f'; the {log_name(label)} is {teacher.describe()}'
     return text

@@ -2,7 +2,7 @@
 
 from mmkd.core.method import Method
 
-from .colad import CoLearningAssignment
+from .colad import CoLAD
 from .crosskd import CrossKD
 from .cwd import CWD
 from .dcm import DCM
@@ -14,27 +14,35 @@ from .feature_hint import FeatureHint
 from .ffsd import FFSD
 from .fgd import FGD
 from .kd import KD
-from .lad import LabelAssignmentDistillation
+from .lad import LAD
 from .ld import LD
 from .mgd import MGD
-from .mutual import MutualLearning
+from .mutual import DML
 from .one_teacher import OneTeacherSeveralStudents
 from .pkd import PKD
 from .solad import SoftLabelDistillation, SoLAD
 from .tat import TaT
 
+# The names before the papers' acronyms, for code that imports them.
+CoLearningAssignment = CoLAD
+LabelAssignmentDistillation = LAD
+MutualLearning = DML
+
 __all__ = [
     'CWD',
     'DCM',
     'DIST',
+    'DML',
     'DKD',
     'FBKD',
     'FFSD',
     'FGD',
     'KD',
+    'LAD',
     'LD',
     'MGD',
     'PKD',
+    'CoLAD',
     'CoLearningAssignment',
     'CrossKD',
     'FasterRCNNDistillation',

@@ -3,25 +3,28 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.detectors.dense import student_dense, student_targets, teacher_dense
-from mmkd.detectors.dense_checks import check_dense, check_same_priors
-from mmkd.detectors.record import Outputs, box_heads
+from mmkd.detectors.dense import student_dense, student_targets
+from mmkd.detectors.dense_checks import (
+    check_dense,
+    check_is_dense,
+    check_same_priors,
+)
+from mmkd.detectors.record import StepRecord
 from mmkd.detectors.two_stage import (
     check_same_classifiers,
     check_two_stage,
-    uses_sigmoid,
 )
 from mmkd.errors import ConfigError
+from mmkd.teachers.class_map import ClassMap
+from mmkd.teachers.view import DENSE, ROIS, TeacherView
 
-if TYPE_CHECKING:
-    from mmkd.teachers.class_map import ClassMap
-    from mmkd.teachers.frozen_view import TeacherOutputs
+CLASS_LOGITS = (DENSE, ROIS)
+"""What a teacher of class logits has to give: one of the two."""
 
 
 @dataclass
@@ -77,8 +80,8 @@ class ClassLogits:
 
 
 def class_logits(
-    student: Outputs,
-    teacher: 'TeacherOutputs',
+    student: StepRecord,
+    teacher: TeacherView,
     data_samples: Sequence[DetDataSample],
 ) -> list[ClassLogits]:
     """Pair the class logits of a step.
@@ -87,20 +90,20 @@ def class_logits(
     by stage, those of the RoIs that the student was trained on, which the
     teacher scores on its own features.
     """
-    if not box_heads(student.model):
+    if not student.facts.is_two_stage:
         return [_of_priors(student, teacher, data_samples)]
     stages = range(len(student.rois))
     return [_of_rois(student, teacher, stage) for stage in stages]
 
 
 def check_class_logits(
-    student: Outputs, teacher: Outputs, method: str
+    student: StepRecord, teacher: TeacherView, method: str
 ) -> bool:
-    """Check that two detectors' class logits can be compared.
+    """Check that two networks' class logits can be compared.
 
     Args:
         student: The student's outputs for a blank image.
-        teacher: The teacher's.
+        teacher: The teacher's view of it.
         method: The method that asks, for the message.
 
     Returns:
@@ -109,44 +112,44 @@ def check_class_logits(
     Raises:
         ConfigError: If they cannot.
     """
-    if box_heads(student.model) and box_heads(teacher.model):
-        for role, outputs in (('student', student), ('teacher', teacher)):
-            check_two_stage(
-                outputs.model, role, method, rpn=False, deltas=False
-            )
+    facts, others = student.facts, teacher.facts
+    if facts.is_two_stage and others.is_two_stage:
+        for role, each in (('student', facts), ('teacher', others)):
+            check_two_stage(each, role, method, rpn=False, deltas=False)
         check_same_classifiers(
-            student.model, teacher.model, remedy='use a method on features'
+            facts, others, remedy='use a method on features'
         )
-        return uses_sigmoid(box_heads(student.model)[0])
-    ours = check_dense(student, 'student', method)
-    theirs = check_dense(teacher, 'teacher', method)
-    check_same_priors(ours.head, theirs.head, method)
-    if ours.sigmoid != theirs.sigmoid:
+        return facts.rois[0].sigmoid
+    own = check_dense(student, 'student', method)
+    check_is_dense(others, 'teacher', method)
+    other = teacher.dense
+    check_same_priors(own.facts, other.facts, method)
+    if own.sigmoid != other.sigmoid:
         kinds = {True: 'sigmoid', False: 'softmax with background'}
         raise ConfigError(
             f'{method}: the class logits cannot be compared, those of the '
-            f"student are a {kinds[ours.sigmoid]}'s, those of the teacher a "
-            f"{kinds[theirs.sigmoid]}'s. Train both with the same kind of "
+            f"student are a {kinds[own.sigmoid]}'s, those of the teacher a "
+            f"{kinds[other.sigmoid]}'s. Train both with the same kind of "
             'loss_cls.'
         )
-    return ours.sigmoid
+    return own.sigmoid
 
 
 def _of_priors(
-    student: Outputs,
-    teacher: 'TeacherOutputs',
+    student: StepRecord,
+    teacher: TeacherView,
     data_samples: Sequence[DetDataSample],
 ) -> ClassLogits:
-    ours, theirs = student_dense(student), teacher_dense(teacher)
+    own, other = student_dense(student), teacher.dense
     targets = student_targets(student, data_samples)
     classes = teacher.class_map
     images, priors = targets.labels.shape
     numbers = torch.arange(images, device=targets.labels.device)
     return ClassLogits(
         prefix='',
-        student=_of_student(ours.logits, classes),
-        teacher=_of_teacher(theirs.logits, classes),
-        sigmoid=ours.sigmoid,
+        student=_of_student(own.logits, classes),
+        teacher=_of_teacher(other.logits, classes),
+        sigmoid=own.sigmoid,
         labels=shared_labels(targets.labels, classes).flatten(),
         weights=targets.weights.flatten(),
         images=numbers.repeat_interleave(priors),
@@ -156,35 +159,33 @@ def _of_priors(
 
 
 def _of_rois(
-    student: Outputs, teacher: 'TeacherOutputs', stage: int
+    student: StepRecord, teacher: TeacherView, stage: int
 ) -> ClassLogits:
-    sample = student.rois[stage]
+    sample, facts = student.rois[stage], student.facts.rois[stage]
     classes = teacher.class_map
-    logits, _ = teacher.score_rois(sample, stage)
     assert sample.logits is not None
-    cascade = len(box_heads(student.model)) > 1
-    weights = student.model.roi_head.stage_loss_weights if cascade else [1.0]
+    cascade = len(student.facts.rois) > 1
     return ClassLogits(
         prefix=f's{stage}_' if cascade else '',
         # The last column is the background's, also of a sigmoid.
         student=_of_student(sample.logits, classes),
-        teacher=_of_teacher(logits, classes),
-        sigmoid=uses_sigmoid(sample.head),
+        teacher=_of_teacher(teacher.score_rois(sample, stage).logits, classes),
+        sigmoid=facts.sigmoid,
         labels=shared_labels(sample.labels, classes),
         weights=sample.label_weights,
         images=sample.boxes[:, 0].long(),
         avg_factor=sample.avg_factor,
         classes=len(classes.shared),
-        scale=weights[stage],
+        scale=facts.weight,
     )
 
 
-def _of_student(logits: Tensor, classes: 'ClassMap') -> Tensor:
+def _of_student(logits: Tensor, classes: ClassMap) -> Tensor:
     known = len(classes.student)
     return _shared(logits, classes.student_index, known, classes.identical)
 
 
-def _of_teacher(logits: Tensor, classes: 'ClassMap') -> Tensor:
+def _of_teacher(logits: Tensor, classes: ClassMap) -> Tensor:
     known = len(classes.teacher)
     return _shared(logits, classes.teacher_index, known, classes.identical)
 
@@ -199,7 +200,7 @@ def _shared(
     return torch.cat([logits[:, index], logits[:, known:]], dim=1)
 
 
-def shared_labels(labels: Tensor, classes: 'ClassMap') -> Tensor:
+def shared_labels(labels: Tensor, classes: ClassMap) -> Tensor:
     """Labels counted through the S shared classes.
 
     Args:

@@ -1,36 +1,27 @@
 """Co-learning label-assignment distillation (CoLAD)."""
 
-import functools
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
-
-from mmdet.structures import DetDataSample
-from torch import Tensor
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
 
 from mmkd.core.method import Method
-from mmkd.detectors.assignment.colearning import (
-    Switched,
-    find_indicator,
-    switch,
-)
-from mmkd.detectors.assignment.fit import dense_head, is_paa
-from mmkd.detectors.assignment.paa import (
-    Candidates,
-    assigned_by,
-    check_stock_paa,
-    flat_predictions,
-)
+from mmkd.data.batch import Batch
+from mmkd.detectors.assignment.colearning import find_indicator
+from mmkd.detectors.assignment.fit import dense_facts, is_paa
+from mmkd.detectors.assignment.paa import check_stock_paa
+from mmkd.detectors.assignment.shared import SharedAssignment
 from mmkd.detectors.dense_checks import check_same_priors
-from mmkd.detectors.record import Outputs, replaced
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
+from mmkd.peers.view import networks_of
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
-from .lad import BOX_WEIGHTINGS, unweighted_boxes
+from .lad import BOX_WEIGHTINGS
 
 
-@METHODS.register_module()
-class CoLearningAssignment(Method):
+@METHODS.register_module(name=['CoLAD', 'CoLearningAssignment'])
+class CoLAD(Method):
     r"""CoLAD: networks that train together on one shared assignment.
 
     The student and its peers each train by their own stock PAA loss, on the
@@ -56,7 +47,7 @@ class CoLearningAssignment(Method):
         indicator: ``'std_mean'``, ``'fisher'``, or the name of a function in
             :data:`mmkd.registry.INDICATORS`.
         box_weighting: See
-            :class:`~mmkd.methods.lad.LabelAssignmentDistillation`.
+            :class:`~mmkd.methods.lad.LAD`.
         keep_single: An object's only candidate is positive.
         loss_weight: 0 switches the sharing off: each network trains alone.
 
@@ -64,7 +55,8 @@ class CoLearningAssignment(Method):
         ConfigError: If an option is unknown or the networks do not fit.
     """
 
-    needs: ClassVar[str] = 'peers'
+    learns_from: ClassVar[str] = 'peers'
+    steers: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -81,84 +73,35 @@ class CoLearningAssignment(Method):
         )
         self.box_weighting, self.keep_single = box_weighting, keep_single
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         name = type(self).__name__
-        for role, outputs in {'student': student, **student.peers}.items():
-            head = dense_head(outputs, name)
-            if not is_paa(head):
+        for role, record in networks_of(student).items():
+            facts = dense_facts(record.facts, name)
+            if not is_paa(facts.head):
                 raise ConfigError(
-                    f'{name} fits PAA heads; the {role} has '
-                    f'{type(head).__name__}.'
+                    f'{name} fits PAA heads; the {role} has {facts.kind}.'
                 )
-            check_stock_paa(head, f'{name} ({role})')
-            check_same_priors(student.model.bbox_head, head, name, shapes=True)
+            check_stock_paa(facts.head, f'{name} ({role})')
+            first = dense_facts(student.facts, name)
+            check_same_priors(first, facts, name, shapes=True)
 
     @contextmanager
-    def guide(
-        self,
-        student: Outputs,
-        teacher: Any,
-        data_samples: Sequence[DetDataSample],
+    def steer(
+        self, student: StepRecord, teacher: TeacherView, batch: Batch
     ) -> Iterator[None]:
-        networks = {'student': student, **student.peers}
-        heads = {name: o.model.bbox_head for name, o in networks.items()}
-        step = _SharedStep(self, heads)
-        with ExitStack() as stack:
-            for name, head in heads.items():
-                arrive = functools.partial(step.arrive, name)
-                stack.enter_context(replaced(head, 'loss_by_feat', arrive))
+        heads = {
+            name: dense_facts(record.facts, type(self).__name__)
+            for name, record in networks_of(student).items()
+        }
+        shared = SharedAssignment(
+            heads,
+            self.indicator,
+            weighted_boxes=self.box_weighting == 'iou',
+            keep_single=self.keep_single,
+        )
+        with shared.steering():
             yield
         self.statistics = {
             f'share_{name}': share
-            for name, share in zip(heads, step.switched.share, strict=True)
+            for name, share in zip(heads, shared.switched.share, strict=True)
         }
-
-
-class _SharedStep:
-    """One step: the losses wait until every network has predicted."""
-
-    switched: Switched
-
-    def __init__(
-        self, method: CoLearningAssignment, heads: dict[str, Any]
-    ) -> None:
-        self.method, self.heads = method, heads
-        self.calls: dict[str, tuple[tuple, dict, dict]] = {}
-
-    def arrive(self, name: str, *args: Any, **kwargs: Any) -> dict:
-        """Instead of a head's ``loss_by_feat``.
-
-        Returns:
-            A dict for the losses; the last network to arrive fills them all.
-        """
-        losses: dict[str, Any] = {}
-        self.calls[name] = (args, kwargs, losses)
-        if len(self.calls) == len(self.heads):
-            for each in self.heads:
-                self._finish(each)
-        return losses
-
-    def _finish(self, name: str) -> None:
-        head = self.heads[name]
-        args, kwargs, losses = self.calls[name]
-        with ExitStack() as stack:
-            stack.enter_context(
-                assigned_by(
-                    head, self.costs, keep_single=self.method.keep_single
-                )
-            )
-            if self.method.box_weighting == 'none':
-                stack.enter_context(unweighted_boxes(head))
-            losses.update(type(head).loss_by_feat(head, *args, **kwargs))
-
-    def costs(self, candidates: Candidates, *_: Tensor) -> Tensor:
-        """The shared costs; the candidates are every network's."""
-        if not hasattr(self, 'switched'):
-            each = [
-                candidates.costs(
-                    head, *flat_predictions(head, self.calls[name][0])
-                )
-                for name, head in self.heads.items()
-            ]
-            self.switched = switch(candidates, each, self.method.indicator)
-        return self.switched.costs

@@ -1,39 +1,38 @@
 """Cross-head knowledge distillation (Wang et al., CVPR 2024)."""
 
-import copy
-import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import torch.nn.functional as F
-from mmcv.cnn import ConvModule
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_overlaps
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
 from mmkd.core.method import Method
+from mmkd.data.batch import Batch
 from mmkd.detectors.adapters import build_adapter
-from mmkd.detectors.dense import (
-    DenseOutputs,
-    DenseTargets,
-    read_dense,
-    student_targets,
-    teacher_dense,
+from mmkd.detectors.dense import DenseOutputs, DenseTargets, student_targets
+from mmkd.detectors.dense_checks import (
+    check_dense,
+    check_is_dense,
+    check_same_priors,
 )
-from mmkd.detectors.dense_checks import check_dense, check_same_priors
-from mmkd.detectors.record import Outputs
+from mmkd.detectors.facts import DenseFacts
+from mmkd.detectors.record import StepRecord
+from mmkd.detectors.towers import (
+    activation,
+    check_towers,
+    cross,
+    quality_tower,
+    tower_path,
+)
 from mmkd.errors import ConfigError
 from mmkd.losses.kl import softmax_kl
 from mmkd.registry import METHODS
+from mmkd.teachers.view import DENSE, FEATURES, NETWORK, TeacherView
 
 from .feature_base import image_weights
 
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
-
-BRANCHES = ('cls_convs', 'reg_convs')
-"""The towers of a dense head, of classes and of boxes."""
 ALIGNMENTS = ('image', 'batch', None)
 EPSILON = 1e-6
 
@@ -96,6 +95,8 @@ class CrossKD(Method):
             priors.
     """
 
+    needs = (DENSE, FEATURES, NETWORK)
+
     def __init__(
         self,
         *,
@@ -133,52 +134,51 @@ class CrossKD(Method):
             return ('neck',)
         # A layer is tapped behind its norm, or else behind its convolution.
         return [
-            f'bbox_head.{branch}.{self.layer - 1}.{part}'
-            for branch, weight in self.weights.items()
+            f'bbox_head.{tower}.{self.layer - 1}.{part}'
+            for tower, weight in self.weights.items()
             if weight != 0 or self.quality_weight
             for part in ('norm', 'conv')
         ]
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
-        ours = check_dense(student, 'student', 'CrossKD')
-        theirs = check_dense(teacher, 'teacher', 'CrossKD')
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
+        own = check_dense(student, 'student', 'CrossKD')
+        check_is_dense(teacher.facts, 'teacher', 'CrossKD')
+        other = teacher.dense
         # Not the centres: the box loss has the teacher's priors on both sides.
-        check_same_priors(ours.head, theirs.head, 'CrossKD')
-        for role, dense in (('student', ours), ('teacher', theirs)):
-            _check_head(dense, role, self.layer)
-        if self.quality_weight and theirs.quality is None:
+        check_same_priors(own.facts, other.facts, 'CrossKD')
+        for role, dense in (('student', own), ('teacher', other)):
+            check_towers(dense, role, self.layer, 'CrossKD')
+        if self.quality_weight and other.quality is None:
             raise ConfigError(
                 'CrossKD.quality_weight is for heads with a centerness or '
-                f"IoU, the teacher's {type(theirs.head).__name__} has none. "
+                f"IoU, the teacher's {other.facts.kind} has none. "
                 'Set it to 0.'
             )
-        branches = self._read_towers(theirs.head)
-        self._tapped = [self._path(ours.head, branch) for branch in branches]
-        for branch in branches:
-            mine = student.features(self._path(ours.head, branch))[0]
-            other = teacher.features(self._path(theirs.head, branch))[0]
-            self.adapters[branch] = build_adapter(
+        towers = self._read_towers(other.facts)
+        self._tapped = [
+            tower_path(own.facts, tower, self.layer) for tower in towers
+        ]
+        for tower, path in zip(towers, self._tapped, strict=True):
+            mine = student.features(path)[0]
+            path = tower_path(other.facts, tower, self.layer)
+            theirs = teacher.features(path, student)[0]
+            self.adapters[tower] = build_adapter(
                 mine,
-                other,
-                adapt=mine.shape[1] != other.shape[1],
-                where=f'CrossKD on {branch}',
+                theirs,
+                adapt=mine.shape[1] != theirs.shape[1],
+                where=f'CrossKD on {tower}',
             )
 
     def forward(
-        self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        self, student: StepRecord, teacher: TeacherView, batch: Batch
     ) -> dict[str, Tensor]:
-        theirs = teacher_dense(teacher)
-        head = theirs.head
+        theirs = teacher.dense
         features = {
-            branch: self._aligned(branch, student, teacher, data_samples)
-            for branch in self.adapters
+            tower: self._aligned(tower, student, teacher, batch)
+            for tower in self.adapters
         }
-        crossed_head = from_layer(head, self.layer, features)
-        crossed = read_dense(head, crossed_head(teacher.maps))
-        targets = student_targets(student, data_samples)
+        crossed = cross(theirs.facts, self.layer, features, teacher.maps)
+        targets = student_targets(student, batch.data_samples)
         # (B, N, S) logits of the shared classes
         logits, logits_t = crossed.logits.float(), theirs.logits.float()
         if not teacher.class_map.identical:
@@ -200,41 +200,51 @@ class CrossKD(Method):
             losses['quality'] = self.quality_weight * total
         return losses
 
-    def _read_towers(self, head: Any) -> list[str]:
-        """The towers that losses of this head read."""
-        of_quality = BRANCHES[getattr(head, 'centerness_on_reg', True)]
-        return [
-            branch
-            for branch, weight in self.weights.items()
-            if weight != 0 or (self.quality_weight and branch == of_quality)
-        ]
+    def tapped_pairs(
+        self, student: StepRecord, teacher: TeacherView
+    ) -> dict[str, tuple[str, str]]:
+        """Each tower's tap in the student and in the teacher."""
+        own, other = student.facts.dense, teacher.facts.dense
+        assert own is not None
+        assert other is not None
+        return {
+            tower: (
+                tower_path(own, tower, self.layer),
+                tower_path(other, tower, self.layer),
+            )
+            for tower in self.adapters
+        }
 
-    def _path(self, head: Any, branch: str) -> str:
-        """Where the feature behind layer i is tapped."""
-        if self.layer == 0:
-            return 'neck'
-        layer = getattr(head, branch)[self.layer - 1]
-        part = 'norm' if layer.with_norm else 'conv'
-        return f'bbox_head.{branch}.{self.layer - 1}.{part}'
+    def _read_towers(self, facts: DenseFacts) -> list[str]:
+        """The towers that losses of this head read."""
+        return [
+            tower
+            for tower, weight in self.weights.items()
+            if weight != 0
+            or (self.quality_weight and tower == quality_tower(facts))
+        ]
 
     def _aligned(
         self,
-        branch: str,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        tower: str,
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> list[Tensor]:
         """What enters the teacher's layer i + 1: (B, C, H, W) a level."""
-        head, head_t = student.model.bbox_head, teacher.model.bbox_head
-        ours = student.features(self._path(head, branch))
-        theirs = teacher.features(self._path(head_t, branch), student)
-        adapt = self.adapters[branch]
+        path, other = self.tapped_pairs(student, teacher)[tower]
+        pairs = zip(
+            student.features(path),
+            teacher.features(other, student),
+            strict=True,
+        )
+        adapt = self.adapters[tower]
         result = [
-            align_moments(adapt(s), t, self.align, data_samples)
-            for s, t in zip(ours, theirs, strict=True)
+            align_moments(adapt(s), t, self.align, batch.data_samples)
+            for s, t in pairs
         ]
         if self.layer > 0:
-            activate = getattr(head_t, branch)[self.layer - 1].activate
+            activate = activation(teacher.dense.facts, tower, self.layer)
             result = [activate(feature) for feature in result]
         return result
 
@@ -252,55 +262,10 @@ class CrossKD(Method):
             weight = 4.0 if weight is None else weight
             return weight * (confidence * divergence).sum() / (4 * total)
         overlap = bbox_overlaps(
-            _decoded(crossed), _decoded(theirs), mode='giou', is_aligned=True
+            crossed.decoded(), theirs.decoded(), mode='giou', is_aligned=True
         )
         weight = 1.0 if weight is None else weight
         return weight * (confidence.flatten() * (1 - overlap)).sum() / number
-
-
-class Feed(nn.Module):
-    """Gives the levels' features one by one, whatever comes in."""
-
-    def __init__(self, features: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.features = iter(features)
-
-    def forward(self, _: Tensor) -> Tensor:
-        return next(self.features)
-
-
-class Idle(nn.Module):
-    """A tower that no loss reads: NaN, of one image, which costs little."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, level: Tensor) -> Tensor:
-        return level.new_full((1, self.width, *level.shape[2:]), math.nan)
-
-
-def from_layer(
-    head: Any, layer: int, features: Mapping[str, Sequence[Tensor]]
-) -> Any:
-    """A dense head whose towers start behind a layer, with given features.
-
-    Args:
-        head: The head; it shares its modules with the result, and is left as
-            it is.
-        layer: The number of layers that are left out.
-        features: For each tower, what enters its first remaining layer, a
-            tensor a level. They are consumed in one call. A tower that is
-            left out is :class:`Idle`.
-    """
-    result = copy.copy(head)
-    towers = {b: nn.ModuleList([Idle(head.feat_channels)]) for b in BRANCHES}
-    for branch, levels in features.items():
-        remaining = getattr(head, branch)[layer:]
-        towers[branch] = nn.ModuleList([Feed(levels), *remaining])
-    # Past nn.Module's registration, which would change the head's own dict.
-    result.__dict__['_modules'] = {**head._modules, **towers}
-    return result
 
 
 def align_moments(
@@ -351,15 +316,6 @@ def soft_focal(logits: Tensor, scores: Tensor, beta: float) -> Tensor:
     return (logits.sigmoid() - scores).abs().pow(beta) * entropy
 
 
-def _decoded(dense: DenseOutputs) -> Tensor:
-    """All boxes, (B * N, 4) as xyxy in pixels."""
-    assert dense.regression is not None
-    priors = dense.priors.expand(len(dense.regression), -1, -1)
-    return dense.head.bbox_coder.decode(
-        priors.flatten(0, 1), dense.regression.float().flatten(0, 1)
-    )
-
-
 def _quality_loss(
     crossed: DenseOutputs, theirs: DenseOutputs, targets: DenseTargets
 ) -> Tensor:
@@ -371,37 +327,3 @@ def _quality_loss(
         reduction='none',
     )
     return (entropy * targets.positive).sum() / targets.number
-
-
-def _check_head(dense: DenseOutputs, role: str, layer: int) -> None:
-    """Check that a head has towers that can be cut, and boxes."""
-    head = dense.head
-    reason = None
-    for branch in BRANCHES:
-        layers = getattr(head, branch, None)
-        if not isinstance(layers, nn.ModuleList) or not all(
-            isinstance(conv, ConvModule)
-            and conv.with_activation
-            and conv.order == ('conv', 'norm', 'act')
-            for conv in layers
-        ):
-            reason = f'has no {branch} of ConvModules that the levels share'
-        elif len(layers) < layer:
-            reason = (
-                f'has {len(layers)} layers in its {branch}: set layer to '
-                f'{len(layers)} or less'
-            )
-    if not dense.sigmoid:
-        reason = 'has a softmax'
-    if dense.bins is None and (
-        not hasattr(head, 'bbox_coder')
-        or dense.regression is None
-        or dense.regression.shape[-1] != 4
-    ):
-        reason = 'regresses neither bins nor four numbers a prior'
-    if reason is not None:
-        raise ConfigError(
-            'CrossKD fits dense heads like RetinaNet, FCOS, ATSS and GFL, '
-            f"with layer={layer}; the {role}'s {type(head).__name__} "
-            f'{reason}.'
-        )

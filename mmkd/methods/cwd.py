@@ -1,20 +1,17 @@
 """Channel-wise distillation (Shu et al., ICCV 2021)."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.losses.kl import softmax_kl
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
 from .feature_base import OUTSIDE, FeatureMethod, position_weights
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
 
 @METHODS.register_module()
@@ -62,13 +59,13 @@ class CWD(FeatureMethod):
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         losses = [
             channel_divergence(
-                s, t, position_weights(data_samples, t), self.temperature
+                s, t, position_weights(batch.data_samples, t), self.temperature
             )
             for s, t in self.pairs(student, teacher)
         ]

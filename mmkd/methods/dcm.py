@@ -1,24 +1,23 @@
 """Dense cross-layer mutual distillation (DCM)."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from mmkd.core.method import Method
+from mmkd.data.batch import Batch
+from mmkd.detectors.auxiliary import AuxiliaryHead
 from mmkd.detectors.dense_checks import check_dense
-from mmkd.detectors.record import Outputs
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
-from mmkd.peers.auxiliary import AuxiliaryHead
 from mmkd.peers.view import networks_of
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
 from .mutual import mutual_kl, sum_of
 from .mutual_logits import check_mutual
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
 STAGES = ('backbone.layer2', 'backbone.layer3')
 
@@ -75,7 +74,7 @@ class DCM(Method):
         TapError: If a stage does not exist.
     """
 
-    needs: ClassVar[str] = 'peers'
+    learns_from: ClassVar[str] = 'peers'
 
     def __init__(
         self,
@@ -108,7 +107,7 @@ class DCM(Method):
     def peer_paths(self) -> Sequence[str]:
         return ('neck', *self.peer_stages)
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         networks = networks_of(student)
         if len(networks) != 2:
             raise ConfigError(
@@ -120,19 +119,21 @@ class DCM(Method):
         check_mutual(networks, 'DCM')
         for name, outputs in networks.items():
             levels = outputs.features('neck')
+            facts = outputs.facts.dense
+            assert facts is not None
             self.auxiliary[name] = nn.ModuleList(
-                AuxiliaryHead(stage, levels, outputs.model.bbox_head)
+                AuxiliaryHead(stage, levels, facts)
                 for stage in self._stage_maps(name, outputs)
             )
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
-        heads: dict[str, list[Outputs]] = {}
+        heads: dict[str, list[StepRecord]] = {}
         for name, outputs in networks_of(student).items():
             heads[name] = []
             sizes = [level.shape[-2:] for level in outputs.features('neck')]
@@ -140,17 +141,19 @@ class DCM(Method):
             for n, (head, stage) in enumerate(
                 zip(self.auxiliary[name], stages, strict=True), 1
             ):
-                task_loss, produced = head.loss(stage, sizes, data_samples)
+                task_loss, produced = head.loss(
+                    stage, sizes, batch.data_samples
+                )
                 losses[f'aux{n}_{name}'] = task_loss
                 heads[name].append(produced)
             heads[name].append(outputs)
         if self.kl_weight:
-            losses |= self._divergences(heads, data_samples)
+            losses |= self._divergences(heads, batch.data_samples)
         return losses
 
     def _divergences(
         self,
-        heads: Mapping[str, Sequence[Outputs]],
+        heads: Mapping[str, Sequence[StepRecord]],
         data_samples: Sequence[DetDataSample],
     ) -> dict[str, Tensor]:
         """All pairs of two networks' heads, summed for each that learns."""
@@ -170,6 +173,6 @@ class DCM(Method):
             )
         }
 
-    def _stage_maps(self, name: str, outputs: Outputs) -> list[Tensor]:
+    def _stage_maps(self, name: str, outputs: StepRecord) -> list[Tensor]:
         paths = self.stages if name == 'student' else self.peer_stages
         return [outputs.features(path)[-1] for path in paths]

@@ -1,22 +1,17 @@
 """DIST: distillation of relations (Huang et al., NeurIPS 2022)."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
-from mmdet.structures import DetDataSample
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
 from mmkd.core.method import Method
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
-from .class_logits import check_class_logits, class_logits
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
+from .class_logits import CLASS_LOGITS, check_class_logits, class_logits
 
 EPSILON = 1e-8
 """The official code's, added to the product of two norms."""
@@ -64,6 +59,8 @@ class DIST(Method):
             differ in kind or in priors, or fewer than two columns remain.
     """
 
+    needs = (CLASS_LOGITS,)
+
     def __init__(
         self,
         *,
@@ -80,17 +77,17 @@ class DIST(Method):
         self.temperature = temperature
         self.per_image = per_image
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         check_class_logits(student, teacher, 'DIST')
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         losses = {}
-        for pair in class_logits(student, teacher, data_samples):
+        for pair in class_logits(student, teacher, batch.data_samples):
             if pair.student.shape[1] < 2:
                 raise ConfigError(
                     'DIST relates classes, the networks share '
@@ -101,7 +98,7 @@ class DIST(Method):
             ours = self._probabilities(pair.student, pair.sigmoid)
             theirs = self._probabilities(pair.teacher, pair.sigmoid).detach()
             inter = inter_class(ours, theirs, pair.weights)
-            groups, number = pair.images, len(data_samples)
+            groups, number = pair.images, len(batch.data_samples)
             if not self.per_image:
                 groups, number = torch.zeros_like(groups), 1
             intra = intra_class(ours, theirs, pair.weights, groups, number)

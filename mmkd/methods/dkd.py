@@ -1,21 +1,21 @@
 """Decoupled knowledge distillation (Zhao et al., CVPR 2022)."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from mmdet.structures import DetDataSample
 from torch import Tensor
 
 from mmkd.core.method import Method
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.losses.kl import sigmoid_kl, softmax_kl
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
-from .class_logits import ClassLogits, check_class_logits, class_logits
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
+from .class_logits import (
+    CLASS_LOGITS,
+    ClassLogits,
+    check_class_logits,
+    class_logits,
+)
 
 
 @METHODS.register_module()
@@ -60,6 +60,8 @@ class DKD(Method):
             classes beside the target.
     """
 
+    needs = (CLASS_LOGITS,)
+
     def __init__(
         self,
         *,
@@ -74,17 +76,17 @@ class DKD(Method):
         self.alpha, self.beta = alpha, beta
         self.temperature = temperature
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         check_class_logits(student, teacher, 'DKD')
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         losses = {}
-        for pair in class_logits(student, teacher, data_samples):
+        for pair in class_logits(student, teacher, batch.data_samples):
             self._check_others(pair)
             pair = pair.objects() if pair.sigmoid else pair.labelled()
             target, others = self._parts(pair)

@@ -1,32 +1,29 @@
 """Faster R-CNN distillation (Chen et al., NeurIPS 2017)."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
-from mmdet.structures import DetDataSample
 from mmengine.registry import Registry
 from torch import Tensor
 
 from mmkd.core.method import Method
-from mmkd.detectors.record import BoxSample, Outputs, box_heads
+from mmkd.data.batch import Batch
+from mmkd.detectors.facts import RoIFacts, same_coder
+from mmkd.detectors.record import RoIOutputs, StepRecord
 from mmkd.detectors.two_stage import (
     check_same_anchors,
     check_same_classifiers,
     check_two_stage,
     deltas_of_label,
-    same_coder,
-    uses_sigmoid,
 )
 from mmkd.errors import ConfigError
 from mmkd.registry import METHODS, MODELS
+from mmkd.teachers.class_map import ClassMap
+from mmkd.teachers.view import FEATURES, ROIS, RPN, TeacherView
 from mmkd.utils import build_checked
 
 from .feature_hint import FeatureHint
-
-if TYPE_CHECKING:
-    from mmkd.teachers.class_map import ClassMap
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
 SOFT = {'type': 'mmkd.WeightedSoftCrossEntropyLoss', 'background_weight': 1.5}
 BOUNDED = {
@@ -93,6 +90,13 @@ class FasterRCNNDistillation(Method):
             detectors does not fit.
     """
 
+    needs = (RPN, ROIS, FEATURES)
+    without: ClassVar[dict[str, str]] = {
+        RPN: 'rpn=False',
+        ROIS: 'rcn=False',
+        FEATURES: 'hint=None',
+    }
+
     def __init__(
         self,
         *,
@@ -130,6 +134,8 @@ class FasterRCNNDistillation(Method):
             )
         self.rpn = rpn and bool(soft or bounded)
         self.rcn = rcn and bool(soft or bounded)
+        used = {RPN: self.rpn, ROIS: self.rcn, FEATURES: bool(hint)}
+        self.needs = tuple(need for need, is_read in used.items() if is_read)
 
     @property
     def student_paths(self) -> Sequence[str]:
@@ -139,10 +145,11 @@ class FasterRCNNDistillation(Method):
     def teacher_paths(self) -> Sequence[str]:
         return self.hint.teacher_paths if self.hint else ()
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
-        for role, outputs in (('student', student), ('teacher', teacher)):
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
+        facts, others = student.facts, teacher.facts
+        for role, each in (('student', facts), ('teacher', others)):
             check_two_stage(
-                outputs.model,
+                each,
                 role,
                 type(self).__name__,
                 rpn=self.rpn,
@@ -150,9 +157,11 @@ class FasterRCNNDistillation(Method):
                 deltas=bool(self.bounded) or self.lambda_reg != 1,
             )
         if self.rpn:
-            check_same_anchors(student.model, teacher.model)
+            assert facts.rpn is not None
+            assert others.rpn is not None
+            check_same_anchors(facts.rpn, others.rpn)
         if self.rcn and self.soft:
-            check_same_classifiers(student.model, teacher.model)
+            check_same_classifiers(facts, others)
         if self.hint:
             self.hint.prepare(student, teacher)
 
@@ -169,10 +178,7 @@ class FasterRCNNDistillation(Method):
         return factors
 
     def forward(
-        self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        self, student: StepRecord, teacher: TeacherView, batch: Batch
     ) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         if self.rpn:
@@ -181,59 +187,58 @@ class FasterRCNNDistillation(Method):
             for stage in range(len(student.rois)):
                 losses |= self._rcn_losses(student, teacher, stage)
         if self.hint:
-            hints = self.hint(student, teacher, data_samples)
-            for name, loss in hints.items():
-                losses[name] = self.hint.loss_weight * loss
+            losses |= self.hint(student, teacher, batch)
         return losses
 
     def _rpn_losses(
-        self, sample: BoxSample, teacher: 'TeacherOutputs'
+        self, sample: RoIOutputs, teacher: TeacherView
     ) -> dict[str, Tensor]:
         assert sample.logits is not None
         assert sample.deltas is not None
-        logits, deltas = teacher.score_anchors(sample)
+        scores = teacher.score_anchors(sample)
         losses = {}
         if self.soft:
             losses['rpn_soft'] = (1 - self.mu) * self.soft(
                 _object_or_not(sample.logits),
-                _object_or_not(logits),
+                _object_or_not(scores.logits),
                 sample.label_weights,
                 sample.avg_factor,
             )
         if self.bounded:
+            assert scores.deltas is not None
             losses['rpn_bounded'] = self.lambda_reg * self._bounded_loss(
                 sample,
                 sample.deltas,
-                deltas,
-                teacher.model.rpn_head.bbox_coder,
+                scores.deltas,
+                scores.coder,
                 sample.target_weights,
             )
         return losses
 
     def _rcn_losses(
-        self, student: Outputs, teacher: 'TeacherOutputs', stage: int
+        self, student: StepRecord, teacher: TeacherView, stage: int
     ) -> dict[str, Tensor]:
-        sample = student.rois[stage]
-        logits, deltas = teacher.score_rois(sample, stage)
-        heads = box_heads(teacher.model)
-        teacher_head = heads[min(stage, len(heads) - 1)]
-        classes = teacher.class_map
-        name, scale = 'rcn', 1.0
-        if len(box_heads(student.model)) > 1:
+        sample, classes = student.rois[stage], teacher.class_map
+        scores = teacher.score_rois(sample, stage)
+        name, scale = 'rcn', student.facts.rois[stage].weight
+        if len(student.facts.rois) > 1:
             name = f's{stage}_rcn'
-            scale = student.model.roi_head.stage_loss_weights[stage]
         losses = {}
         if self.soft and sample.logits is not None:
             losses[f'{name}_soft'] = (scale * (1 - self.mu)) * self._rcn_soft(
-                sample, sample.logits, logits, classes
+                sample, sample.logits, scores.logits, classes
             )
-        if self.bounded and sample.deltas is not None and deltas is not None:
+        if (
+            self.bounded
+            and sample.deltas is not None
+            and scores.deltas is not None
+        ):
             labels, known = _teacher_labels(sample.labels, classes)
             bounded = self._bounded_loss(
                 sample,
                 deltas_of_label(sample.deltas, sample.labels),
-                deltas_of_label(deltas, labels),
-                teacher_head.bbox_coder,
+                deltas_of_label(scores.deltas, labels),
+                scores.coder,
                 sample.target_weights * known[:, None],
             )
             losses[f'{name}_bounded'] = (scale * self.lambda_reg) * bounded
@@ -241,15 +246,16 @@ class FasterRCNNDistillation(Method):
 
     def _rcn_soft(
         self,
-        sample: BoxSample,
+        sample: RoIOutputs,
         ours: Tensor,
         theirs: Tensor,
-        classes: 'ClassMap',
+        classes: ClassMap,
     ) -> Tensor:
         if not classes.identical:
             ours = _with_background(ours, classes.student_index)
             theirs = _with_background(theirs, classes.teacher_index)
-        if not uses_sigmoid(sample.head):
+        assert isinstance(sample.facts, RoIFacts)
+        if not sample.facts.sigmoid:
             return self.soft(
                 ours, theirs, sample.label_weights, sample.avg_factor
             )
@@ -271,7 +277,7 @@ class FasterRCNNDistillation(Method):
 
     def _bounded_loss(
         self,
-        sample: BoxSample,
+        sample: RoIOutputs,
         deltas: Tensor,
         teacher_deltas: Tensor,
         teacher_coder: Any,
@@ -279,12 +285,12 @@ class FasterRCNNDistillation(Method):
     ) -> Tensor:
         boxes = sample.boxes[:, -4:]
         deltas, teacher_deltas = deltas.float(), teacher_deltas.float()
-        coder = sample.head.bbox_coder
+        coder = sample.facts.coder
         if not same_coder(coder, teacher_coder):
             decoded = teacher_coder.decode(boxes, teacher_deltas)
             teacher_deltas = coder.encode(boxes, decoded)
         targets = sample.targets
-        if sample.head.reg_decoded_bbox:
+        if sample.facts.decoded_targets:
             targets = coder.encode(boxes, targets)
         # Background has no target box, and its own may be empty: encoded,
         # both give infinity, which not even a weight of 0 makes 0.
@@ -319,7 +325,7 @@ def _with_background(logits: Tensor, index: Tensor) -> Tensor:
 
 
 def _teacher_labels(
-    labels: Tensor, classes: 'ClassMap'
+    labels: Tensor, classes: ClassMap
 ) -> tuple[Tensor, Tensor]:
     """The teacher's labels (N,) and whether it knows them (N,)."""
     if classes.identical:

@@ -1,16 +1,17 @@
 """FBKD: attention-guided and non-local distillation (ICLR 2021)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
 from .feature_base import (
     FeatureMethod,
@@ -19,9 +20,6 @@ from .feature_base import (
     spatial_attention,
     standardize,
 )
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
 EPS = 1e-5
 """Of batch normalisation."""
@@ -157,15 +155,15 @@ class FBKD(FeatureMethod):
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         levels = []
         for layers, (s, t) in zip(
             self.layers, self.pairs(student, teacher), strict=True
         ):
-            weights = position_weights(data_samples, t)
+            weights = position_weights(batch.data_samples, t)
             # Sums over a map overflow in half precision.
             with torch.autocast(t.device.type, enabled=False):
                 differences = layers(s.float(), t.float(), weights)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from mmdet.structures import DetDataSample
@@ -15,12 +14,11 @@ from mmkd.detectors.adapters import (
     check_sizes,
     resize_to,
 )
-from mmkd.detectors.record import Outputs
+from mmkd.detectors.facts import DetectorFacts
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
-
-if TYPE_CHECKING:
-    from mmkd.teachers.class_map import ClassMap
-    from mmkd.teachers.frozen_view import TeacherOutputs
+from mmkd.teachers.class_map import ClassMap
+from mmkd.teachers.view import FEATURES, TeacherView
 
 OUTSIDE = -1e30
 """A logit of padding: its softmax is 0, and differences of it are finite."""
@@ -56,6 +54,9 @@ class FeatureMethod(Method):
         ConfigError: If the features cannot meet.
         TapError: If a source never produced anything.
     """
+
+    needs = (FEATURES,)
+    needs_labels = False
 
     images_only = True
     """The features must be maps of whole images, whose padding is known."""
@@ -102,17 +103,17 @@ class FeatureMethod(Method):
     def teacher_paths(self) -> Sequence[str]:
         return (self.teacher_source,)
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         ours = student.features(self.source)
-        theirs = teacher.features(self.teacher_source)
+        theirs = teacher.features(self.teacher_source, student, self.source)
         ours, theirs = self._chosen(ours, theirs)
         if self.images_only:
             self._check_maps(ours, theirs)
         self._class_scores = (
             self.adaptable
             and not self.adapt
-            and _are_class_scores(student, self.source, ours)
-            and _are_class_scores(teacher, self.teacher_source, theirs)
+            and _are_class_scores(student.facts, self.source, ours)
+            and _are_class_scores(teacher.facts, self.teacher_source, theirs)
         )
         self.adapters = nn.ModuleList(
             self.build_adapter(s, t, f'{self.where}, level {i}')
@@ -141,7 +142,7 @@ class FeatureMethod(Method):
         """
 
     def pairs(
-        self, student: Outputs, teacher: 'TeacherOutputs'
+        self, student: StepRecord, teacher: TeacherView
     ) -> list[tuple[Tensor, Tensor]]:
         """Each level's adapted and resized feature and the teacher's."""
         ours = student.features(self.source)
@@ -180,7 +181,7 @@ class FeatureMethod(Method):
                         'mmkd.FeatureHint.'
                     )
 
-    def _check_classes(self, classes: 'ClassMap') -> None:
+    def _check_classes(self, classes: ClassMap) -> None:
         if not classes.identical:
             raise ConfigError(
                 f'{self.where}: class scores meet channel by channel, so '
@@ -224,16 +225,12 @@ class FeatureMethod(Method):
 
 
 def _are_class_scores(
-    outputs: Outputs, path: str, features: Sequence[Tensor]
+    facts: DetectorFacts, path: str, features: Sequence[Tensor]
 ) -> bool:
     """Whether a tap in a dense head has a channel a class (and prior)."""
-    head: Any = getattr(outputs.model, 'bbox_head', None)
-    if not path.startswith('bbox_head') or not hasattr(
-        head, 'prior_generator'
-    ):
+    if facts.dense is None or not path.startswith('bbox_head'):
         return False
-    width = getattr(head, 'num_attrib', getattr(head, 'cls_out_channels', 0))
-    widths = [width * n for n in head.prior_generator.num_base_priors]
+    widths = [facts.dense.columns * n for n in facts.dense.priors_per_point]
     return any(feature.shape[1] in widths for feature in features)
 
 

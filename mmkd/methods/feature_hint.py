@@ -1,20 +1,19 @@
 """Hint learning: the student's features approach the teacher's."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.registry import METHODS, MODELS
+from mmkd.teachers.view import TeacherView
 from mmkd.utils import build_checked
 
 from .feature_base import FeatureMethod, image_weights
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
 
 @METHODS.register_module()
@@ -67,12 +66,12 @@ class FeatureHint(FeatureMethod):
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         losses = [
-            self._level_loss(adapted, target, data_samples)
+            self._level_loss(adapted, target, batch.data_samples)
             for adapted, target in self.pairs(student, teacher)
         ]
         return {'hint': torch.stack(losses).mean()}

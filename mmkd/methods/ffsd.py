@@ -4,30 +4,29 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from mmdet.structures import DetDataSample
-from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
 from mmkd.core.method import Method
+from mmkd.data.batch import Batch
 from mmkd.detectors.adapters import resize_to
+from mmkd.detectors.auxiliary import fresh_copy, head_loss
 from mmkd.detectors.dense_checks import check_dense
-from mmkd.detectors.record import Outputs
+from mmkd.detectors.facts import DenseFacts
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
-from mmkd.peers.auxiliary import fresh_copy, head_loss
 from mmkd.peers.view import networks_of
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
 from .feature_base import position_weights
 from .kd import class_kl
 from .mutual import mutual_kl, mutual_losses
 from .mutual_logits import check_mutual, mutual_logits
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
 STAGES = tuple(f'backbone.layer{number}' for number in range(1, 5))
 EPSILON = 1e-12
@@ -95,7 +94,7 @@ class FFSD(Method):
         TapError: If a stage does not exist.
     """
 
-    needs: ClassVar[str] = 'peers'
+    learns_from: ClassVar[str] = 'peers'
 
     def __init__(
         self,
@@ -135,7 +134,7 @@ class FFSD(Method):
     def peer_paths(self) -> Sequence[str]:
         return ('neck', *self.stages)
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         networks = networks_of(student)
         if len(networks) < 3:
             raise ConfigError(
@@ -148,8 +147,9 @@ class FFSD(Method):
         widths = {n: _width(n, o) for n, o in networks.items()}
         own = widths.pop('student')
         joined = sum(widths.values())
-        head = student.model.bbox_head
-        self.fusion = Fusion(joined, own, head)
+        facts = student.facts.dense
+        assert facts is not None
+        self.fusion = Fusion(joined, own, facts)
         self.transform = nn.Conv2d(own, joined, 1)
         self.decoders: Any = nn.ModuleDict(
             {
@@ -160,23 +160,23 @@ class FFSD(Method):
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
-        common, ramp = student.peers, self._ramp()
-        mutual = mutual_losses(common, data_samples, self.temperature)
+        common, ramp = student.peers, self._ramp(batch.epoch)
+        mutual = mutual_losses(common, batch.data_samples, self.temperature)
         losses = {f'mutual_{name}': loss for name, loss in mutual.items()}
-        losses |= self._diversity(common, data_samples, ramp)
+        losses |= self._diversity(common, batch.data_samples, ramp)
         losses |= self._self_distillation(
-            networks_of(student), data_samples, ramp
+            networks_of(student), batch.data_samples, ramp
         )
-        losses |= self._fused(student, data_samples, ramp)
+        losses |= self._fused(student, batch.data_samples, ramp)
         return losses
 
     def _fused(
         self,
-        student: Outputs,
+        student: StepRecord,
         data_samples: Sequence[DetDataSample],
         ramp: float,
     ) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ class FFSD(Method):
 
     def _self_distillation(
         self,
-        networks: Mapping[str, Outputs],
+        networks: Mapping[str, StepRecord],
         data_samples: Sequence[DetDataSample],
         ramp: float,
     ) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ class FFSD(Method):
 
     def _diversity(
         self,
-        common: Mapping[str, Outputs],
+        common: Mapping[str, StepRecord],
         data_samples: Sequence[DetDataSample],
         ramp: float,
     ) -> dict[str, Tensor]:
@@ -247,21 +247,15 @@ class FFSD(Method):
             losses[f'div_{name}'] = ramp * self.diversity_weight * total
         return losses
 
-    def _self_distilled(self, networks: Mapping[str, Outputs]) -> list[str]:
+    def _self_distilled(self, networks: Mapping[str, StepRecord]) -> list[str]:
         """All but the first common student."""
         leader, _, *others = networks
         return [leader, *others]
 
-    def _stage_maps(self, outputs: Outputs) -> list[Tensor]:
+    def _stage_maps(self, outputs: StepRecord) -> list[Tensor]:
         return [outputs.features(path)[-1] for path in self.stages]
 
-    def _ramp(self) -> float:
-        hub = MessageHub.get_current_instance()
-        # A loop by iterations counts no epochs.
-        length = hub.get_info('epoch_length', 0)
-        epoch = hub.get_info('epoch', 0)
-        if length:
-            epoch = hub.get_info('iter', 0) // length
+    def _ramp(self, epoch: int) -> float:
         if epoch >= self.ramp_epochs:
             return 1.0
         return math.exp(-5 * (1 - epoch / self.ramp_epochs) ** 2)
@@ -273,10 +267,10 @@ class Fusion(nn.Module):
     Args:
         joined: The sum of their widths.
         width: The leader's.
-        head: The leader's head, of which a copy is trained.
+        facts: About the leader's head, of which a copy is trained.
     """
 
-    def __init__(self, joined: int, width: int, head: Any) -> None:
+    def __init__(self, joined: int, width: int, facts: DenseFacts) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(joined, joined, 3, padding=1, groups=joined, bias=False),
@@ -286,7 +280,7 @@ class Fusion(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU(),
         )
-        self.bbox_head: Any = fresh_copy(head)
+        self.bbox_head: Any = fresh_copy(facts)
 
     def forward(self, joined: Tensor) -> Tensor:
         return self.layers(joined)
@@ -374,7 +368,7 @@ def mean_square(
     return (weights * square).sum((1, 2, 3)).mean()
 
 
-def _width(name: str, outputs: Outputs) -> int:
+def _width(name: str, outputs: StepRecord) -> int:
     """The width of all levels of a network's neck."""
     widths = {level.shape[1] for level in outputs.features('neck')}
     if len(widths) > 1:

@@ -1,7 +1,7 @@
 """FGD: focal and global distillation (Yang et al., CVPR 2022)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,10 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mmkd.detectors.record import Outputs, as_tensor
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord, as_tensor
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
 from .feature_base import (
     OUTSIDE,
@@ -19,9 +21,6 @@ from .feature_base import (
     position_weights,
     spatial_attention,
 )
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
 AT_ONCE = 32
 """Boxes of an image that are painted at once: a mask each."""
@@ -84,6 +83,8 @@ class FGD(FeatureMethod):
             cannot meet.
     """
 
+    needs_labels = True
+
     def __init__(
         self,
         *,
@@ -119,14 +120,14 @@ class FGD(FeatureMethod):
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
-        boxes = relative_boxes(data_samples)
+        boxes = relative_boxes(batch.data_samples)
         levels = []
         for level, (s, t) in enumerate(self.pairs(student, teacher)):
-            weights = position_weights(data_samples, t)
+            weights = position_weights(batch.data_samples, t)
             # Sums over a map overflow in half precision.
             with torch.autocast(t.device.type, enabled=False):
                 s, t = s.float(), t.float()

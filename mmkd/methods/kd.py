@@ -1,20 +1,20 @@
 """Knowledge distillation of class logits (Hinton et al., 2015)."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from mmdet.structures import DetDataSample
 from torch import Tensor
 
 from mmkd.core.method import Method
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.losses.kl import sigmoid_kl, softmax_kl
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
-from .class_logits import ClassLogits, check_class_logits, class_logits
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
+from .class_logits import (
+    CLASS_LOGITS,
+    ClassLogits,
+    check_class_logits,
+    class_logits,
+)
 
 
 @METHODS.register_module()
@@ -56,6 +56,8 @@ class KD(Method):
             differ in kind or in priors.
     """
 
+    needs = (CLASS_LOGITS,)
+
     def __init__(
         self, *, temperature: float = 1.0, loss_weight: float = 1.0
     ) -> None:
@@ -63,18 +65,18 @@ class KD(Method):
         self.check_positive(temperature=temperature)
         self.temperature = temperature
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         check_class_logits(student, teacher, 'KD')
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         return {
             f'{pair.prefix}cls': class_kl(pair, self.temperature)
-            for pair in class_logits(student, teacher, data_samples)
+            for pair in class_logits(student, teacher, batch.data_samples)
         }
 
 

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
 
 from mmdet.models.utils import unpack_gt_instances
 from mmdet.structures import DetDataSample
@@ -11,33 +10,32 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmkd.core.method import Method
+from mmkd.data.batch import Batch
 from mmkd.detectors.assignment.fit import (
-    check_all_classes_known,
     check_dynamic,
-    dense_head,
+    dense_facts,
     is_paa,
 )
 from mmkd.detectors.assignment.paa import (
     Candidates,
     assigned_by,
     check_stock_paa,
-    flat_predictions,
+    unweighted_boxes,
 )
 from mmkd.detectors.assignment.replay import record_assignments, replayed
-from mmkd.detectors.record import Outputs, replaced
+from mmkd.detectors.dense import DenseOutputs, student_dense
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
-
-if TYPE_CHECKING:
-    from mmkd.teachers.class_map import ClassMap
-    from mmkd.teachers.frozen_view import TeacherOutputs
+from mmkd.teachers.class_map import ClassMap
+from mmkd.teachers.view import DENSE, NETWORK, TeacherView
 
 BOX_WEIGHTINGS = ('iou', 'none')
 QUALITIES = ('student', 'teacher')
 
 
-@METHODS.register_module()
-class LabelAssignmentDistillation(Method):
+@METHODS.register_module(name=['LAD', 'LabelAssignmentDistillation'])
+class LAD(Method):
     r"""LAD: the teacher decides which priors are trained on which object.
 
     The teacher's head assigns the ground truth by *its own* predictions; the
@@ -75,6 +73,9 @@ class LabelAssignmentDistillation(Method):
         ConfigError: If an option is unknown, or the pair does not fit.
     """
 
+    needs = (DENSE, NETWORK)
+    steers = True
+
     def __init__(
         self,
         *,
@@ -89,39 +90,34 @@ class LabelAssignmentDistillation(Method):
         self.box_weighting, self.quality = box_weighting, quality
         self.keep_single = keep_single
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         name = type(self).__name__
-        heads = [dense_head(o, name) for o in (student, teacher)]
-        if is_paa(heads[0]) != is_paa(heads[1]):
+        own, other = (dense_facts(x.facts, name) for x in (student, teacher))
+        if is_paa(own.head) != is_paa(other.head):
             raise ConfigError(
-                f'{name}: the student assigns by {type(heads[0]).__name__}, '
-                f'the teacher by {type(heads[1]).__name__}. Give both the '
-                'same kind of head.'
+                f'{name}: the student assigns by {own.kind}, the teacher by '
+                f'{other.kind}. Give both the same kind of head.'
             )
-        if is_paa(heads[0]):
-            check_stock_paa(heads[0], name)
+        if is_paa(own.head):
+            check_stock_paa(own.head, name)
         elif self.box_weighting != 'iou':
             raise ConfigError(
                 f'{name}.box_weighting is for PAA; leave it out for '
-                f'{type(heads[0]).__name__}.'
+                f'{own.kind}.'
             )
-        check_dynamic(student, teacher, name)
+        check_dynamic(student_dense(student), teacher.dense, name)
 
     @contextmanager
-    def guide(
-        self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+    def steer(
+        self, student: StepRecord, teacher: TeacherView, batch: Batch
     ) -> Iterator[None]:
         classes = teacher.class_map
         check_all_classes_known(classes, type(self).__name__)
-        head = student.model.bbox_head
-        teacher_head = teacher.model.bbox_head
+        head = dense_facts(student.facts, type(self).__name__).head
         with ExitStack() as stack:
             if is_paa(head):
                 costs = functools.partial(
-                    _teacher_costs, teacher_head, teacher.dense, classes
+                    _teacher_costs, teacher.dense, classes
                 )
                 stack.enter_context(
                     assigned_by(head, costs, keep_single=self.keep_single)
@@ -130,9 +126,9 @@ class LabelAssignmentDistillation(Method):
                     stack.enter_context(unweighted_boxes(head))
             else:
                 recorded = record_assignments(
-                    teacher_head,
-                    teacher.dense,
-                    *ground_truth(data_samples, classes),
+                    teacher.dense.facts.head,
+                    teacher.dense.raw,
+                    *ground_truth(batch.data_samples, classes),
                 )
                 stack.enter_context(
                     replayed(head, recorded, quality=self.quality)
@@ -141,7 +137,7 @@ class LabelAssignmentDistillation(Method):
 
 
 def ground_truth(
-    data_samples: Sequence[DetDataSample], classes: 'ClassMap'
+    data_samples: Sequence[DetDataSample], classes: ClassMap
 ) -> tuple[list[InstanceData], list[dict], list[InstanceData | None]]:
     """Objects with the teacher's labels, meta data, regions to ignore."""
     objects, ignored, metas = unpack_gt_instances(data_samples)
@@ -153,32 +149,24 @@ def ground_truth(
 
 
 def _teacher_costs(
-    head: Any,
-    outputs: Any,
-    classes: 'ClassMap',
-    candidates: Candidates,
-    *_: Tensor,
+    dense: DenseOutputs, classes: ClassMap, candidates: Candidates, *_: Tensor
 ) -> Tensor:
     """The costs of a PAA student's candidates in the eyes of a teacher."""
     labels = candidates.labels
     if not classes.identical:
         labels = classes.to_teacher[labels]
-    return candidates.costs(head, *flat_predictions(head, outputs), labels)
+    return candidates.costs_of(dense, labels)
 
 
-@contextmanager
-def unweighted_boxes(head: Any) -> Iterator[None]:
-    """Let a PAA head divide its plain box loss by the number of positives."""
-    forward = head.loss_bbox.forward
+def check_all_classes_known(classes: ClassMap, method: str) -> None:
+    """Check that the teacher can judge each of the student's objects.
 
-    def unweighted(
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        return forward(pred, target, None, len(pred), **options)
-
-    with replaced(head.loss_bbox, 'forward', unweighted):
-        yield
+    Raises:
+        ConfigError: If it does not know a class.
+    """
+    if len(classes.shared) < len(classes.student):
+        unknown = [n for n in classes.student if n not in classes.teacher]
+        raise ConfigError(
+            f'{method}: the teacher has to assign every object, but does not '
+            f'know {", ".join(unknown)}. Use a teacher of these classes.'
+        )

@@ -1,7 +1,6 @@
 """Localization distillation (Zheng et al., CVPR 2022)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from mmdet.structures import DetDataSample
@@ -10,21 +9,23 @@ from mmdet.utils import reduce_mean
 from torch import Tensor
 
 from mmkd.core.method import Method
+from mmkd.data.batch import Batch
 from mmkd.detectors.dense import (
     DenseOutputs,
     DenseTargets,
     student_dense,
     student_targets,
-    teacher_dense,
 )
-from mmkd.detectors.dense_checks import check_dense, check_same_priors
-from mmkd.detectors.record import Outputs
+from mmkd.detectors.dense_checks import (
+    check_dense,
+    check_is_dense,
+    check_same_priors,
+)
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.losses.kl import softmax_kl
 from mmkd.registry import METHODS
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
+from mmkd.teachers.view import DENSE, TeacherView
 
 VLR_FACTOR = 0.25
 """The official code divides the valuable region's sum by 16, not by the 4
@@ -81,6 +82,8 @@ class LD(Method):
             or the two heads' bins or priors differ.
     """
 
+    needs = (DENSE,)
+
     def __init__(
         self,
         *,
@@ -102,26 +105,25 @@ class LD(Method):
         self.gamma, self.topk = gamma, topk
         self.normalize = normalize
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         ours = check_dense(student, 'student', 'LD')
-        theirs = check_dense(teacher, 'teacher', 'LD')
+        check_is_dense(teacher.facts, 'teacher', 'LD')
+        theirs = teacher.dense
         for role, dense in (('student', ours), ('teacher', theirs)):
             if dense.bins is None:
                 raise ConfigError(
                     f'LD distils distributions of box sides (DFL), the '
-                    f"{role}'s {type(dense.head).__name__} predicts none. "
+                    f"{role}'s {dense.facts.kind} predicts none. "
                     'Use GFLHead in both networks.'
                 )
-        check_same_priors(ours.head, theirs.head, 'LD', centres=True)
-        if ours.head.reg_max != theirs.head.reg_max:
+        check_same_priors(ours.facts, theirs.facts, 'LD', centres=True)
+        if ours.facts.reg_max != theirs.facts.reg_max:
             raise ConfigError(
                 'LD: the distributions of box sides have other bins, reg_max '
-                f'is {ours.head.reg_max} in the student and '
-                f'{theirs.head.reg_max} in the teacher. Set the same.'
+                f'is {ours.facts.reg_max} in the student and '
+                f'{theirs.facts.reg_max} in the teacher. Set the same.'
             )
-        if self.vlr_weight and not hasattr(
-            ours.head.prior_generator, 'base_anchors'
-        ):
+        if self.vlr_weight and not ours.facts.has_anchors:
             raise ConfigError(
                 'LD: the valuable region asks for anchors, the student has '
                 'points. Set vlr_weight=0.'
@@ -129,12 +131,12 @@ class LD(Method):
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
-        ours, theirs = student_dense(student), teacher_dense(teacher)
-        targets = student_targets(student, data_samples)
+        ours, theirs = student_dense(student), teacher.dense
+        targets = student_targets(student, batch.data_samples)
         losses = {}
         if self.main_weight:
             scores = ours.logits[targets.index].detach().float().sigmoid()
@@ -142,7 +144,7 @@ class LD(Method):
                 ours, theirs, targets.index, scores.amax(-1)
             )
         if self.vlr_weight:
-            weights = self._valuable(ours, targets, data_samples)
+            weights = self._valuable(ours, targets, batch.data_samples)
             image, prior = weights.nonzero(as_tuple=True)
             losses['vlr'] = self.vlr_weight * self._loss(
                 ours, theirs, (image, prior), weights[image, prior]

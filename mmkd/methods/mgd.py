@@ -1,21 +1,19 @@
 """MGD: masked generative distillation (Yang et al., ECCV 2022)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from mmdet.structures import DetDataSample
 from mmengine.dist import get_rank
 from torch import Tensor, nn
 
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
 from .feature_base import FeatureMethod, position_weights
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
 
 @METHODS.register_module()
@@ -82,16 +80,16 @@ class MGD(FeatureMethod):
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         stream = self.next_stream()
         losses = []
         for generate, (s, t) in zip(
             self.generators, self.pairs(student, teacher), strict=True
         ):
-            inside = position_weights(data_samples, t) > 0
+            inside = position_weights(batch.data_samples, t) > 0
             seen = inside & draw_mask(inside, self.mask_ratio, stream)
             generated = generate(s.where(seen, 0.0), inside)
             losses.append(squared_error(generated, t, inside))

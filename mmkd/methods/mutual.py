@@ -2,46 +2,34 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
-import torch
-from mmdet.models.dense_heads import (
-    ATSSHead,
-    FCOSHead,
-    GFLHead,
-    PAAHead,
-    RetinaHead,
-)
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_overlaps
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
 from mmkd.core.method import Method
-from mmkd.detectors.dense import DenseOutputs, student_dense, student_targets
+from mmkd.data.batch import Batch
+from mmkd.detectors.dense import student_dense, student_targets
 from mmkd.detectors.dense_checks import check_dense, check_same_priors
-from mmkd.detectors.record import Outputs, box_heads
+from mmkd.detectors.facts import WITH_BOXES
+from mmkd.detectors.record import StepRecord
 from mmkd.detectors.two_stage import deltas_of_label
 from mmkd.errors import ConfigError
 from mmkd.losses.kl import BinaryProblems
 from mmkd.peers.view import as_teacher, networks_of
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 from mmkd.utils import build_checked
 
 from .feature_base import FeatureMethod
 from .kd import class_kl
 from .mutual_logits import check_mutual, mutual_logits
 
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
-WITH_BOXES = (ATSSHead, FCOSHead, GFLHead, PAAHead, RetinaHead)
-"""Heads whose boxes can be read from their own output; subclasses refine
-theirs in ways of their own."""
-
-
-@METHODS.register_module()
-class MutualLearning(Method):
+@METHODS.register_module(name=['DML', 'MutualLearning'])
+class DML(Method):
     r"""DML: K networks that train together learn from each other.
 
     .. math::
@@ -94,7 +82,7 @@ class MutualLearning(Method):
             differ in kind, classes or priors.
     """
 
-    needs: ClassVar[str] = 'peers'
+    learns_from: ClassVar[str] = 'peers'
 
     def __init__(
         self,
@@ -126,31 +114,31 @@ class MutualLearning(Method):
     def peer_paths(self) -> Sequence[str]:
         return self.paths
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         networks = networks_of(student)
-        check_mutual(networks, 'MutualLearning')
+        check_mutual(networks, 'DML')
         if self.box_weight:
             _check_boxes(networks)
         if self.feature_cfg is not None:
             for learner, target in itertools.permutations(networks, 2):
                 method = _feature_method(self.feature_cfg)
-                method.prepare(networks[learner], networks[target])
+                method.prepare(networks[learner], as_teacher(networks[target]))
                 self.features[f'{learner}_from_{target}'] = method
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         networks = networks_of(student)
-        losses = mutual_losses(networks, data_samples, self.temperature)
+        losses = mutual_losses(networks, batch.data_samples, self.temperature)
         for name, learner in networks.items():
             others = {n: o for n, o in networks.items() if n != name}
             if self.box_weight:
                 boxes = _mean(
                     [
-                        box_distance(learner, target, data_samples)
+                        box_distance(learner, target, batch.data_samples)
                         for target in others.values()
                     ]
                 )
@@ -158,7 +146,7 @@ class MutualLearning(Method):
             if self.features:
                 losses[f'features_{name}'] = _mean(
                     [
-                        self._from_maps(name, learner, other, data_samples)
+                        self._from_maps(name, learner, other, batch)
                         for other in others.items()
                     ]
                 )
@@ -167,19 +155,19 @@ class MutualLearning(Method):
     def _from_maps(
         self,
         name: str,
-        learner: Outputs,
-        other: tuple[str, Outputs],
-        data_samples: Sequence[DetDataSample],
+        learner: StepRecord,
+        other: tuple[str, StepRecord],
+        batch: Batch,
     ) -> Tensor:
         """What one network's maps have to learn from another one's."""
-        target, outputs = other
+        target, record = other
         method = cast(Method, self.features[f'{name}_from_{target}'])
-        losses = method(learner, as_teacher(outputs), data_samples)
-        return method.loss_weight * sum_of(list(losses.values()))
+        losses = method(learner, as_teacher(record), batch)
+        return sum_of(list(losses.values()))
 
 
 def mutual_losses(
-    networks: Mapping[str, Outputs],
+    networks: Mapping[str, StepRecord],
     data_samples: Sequence[DetDataSample],
     temperature: float,
 ) -> dict[str, Tensor]:
@@ -192,13 +180,13 @@ def mutual_losses(
 
 
 def mutual_kl(
-    learner: Outputs,
-    targets: Sequence[Outputs],
+    learner: StepRecord,
+    targets: Sequence[StepRecord],
     data_samples: Sequence[DetDataSample],
     temperature: float,
 ) -> Tensor:
     """A network's average divergence from others, which get no gradient."""
-    if not box_heads(learner.model) and student_dense(learner).sigmoid:
+    if not learner.facts.is_two_stage and student_dense(learner).sigmoid:
         return _of_priors(learner, targets, data_samples, temperature)
     divergences = []
     for target in targets:
@@ -208,8 +196,8 @@ def mutual_kl(
 
 
 def _of_priors(
-    learner: Outputs,
-    targets: Sequence[Outputs],
+    learner: StepRecord,
+    targets: Sequence[StepRecord],
     data_samples: Sequence[DetDataSample],
     temperature: float,
 ) -> Tensor:
@@ -223,7 +211,9 @@ def _of_priors(
     return (divergence * assigned.weights).sum() / assigned.number
 
 
-def _binary_problems(outputs: Outputs, temperature: float) -> BinaryProblems:
+def _binary_problems(
+    outputs: StepRecord, temperature: float
+) -> BinaryProblems:
     key = f'binary problems at temperature {temperature}'
     if key not in outputs.cache:
         logits = student_dense(outputs).logits
@@ -232,63 +222,41 @@ def _binary_problems(outputs: Outputs, temperature: float) -> BinaryProblems:
 
 
 def box_distance(
-    learner: Outputs,
-    target: Outputs,
+    learner: StepRecord,
+    target: StepRecord,
     data_samples: Sequence[DetDataSample],
 ) -> Tensor:
     """1 - GIoU on the learner's positives; the target gets no gradient."""
-    if box_heads(learner.model):
+    if learner.facts.is_two_stage:
         stages = range(len(learner.rois))
         return sum_of([_roi_box_distance(learner, target, s) for s in stages])
     targets = student_targets(learner, data_samples)
-    ours = boxes_at(student_dense(learner), targets.index)
-    theirs = boxes_at(student_dense(target), targets.index).detach()
+    ours = student_dense(learner).boxes_at(targets.index)
+    theirs = student_dense(target).boxes_at(targets.index).detach()
     overlap = bbox_overlaps(ours, theirs, mode='giou', is_aligned=True)
     return (1 - overlap).sum() / targets.number
 
 
-def _roi_box_distance(learner: Outputs, target: Outputs, stage: int) -> Tensor:
+def _roi_box_distance(
+    learner: StepRecord, target: StepRecord, stage: int
+) -> Tensor:
     """The same on the RoIs that one stage of the learner was trained on."""
-    sample = learner.rois[stage]
-    _, theirs = as_teacher(target).score_rois(sample, stage)
+    sample, facts = learner.rois[stage], learner.facts.rois[stage]
+    scores = as_teacher(target).score_rois(sample, stage)
     assert sample.deltas is not None
-    assert theirs is not None
+    assert scores.deltas is not None
     rois = sample.boxes[:, 1:]
-    coders = [
-        box_heads(outputs.model)[stage].bbox_coder
-        for outputs in (learner, target)
-    ]
     ours, theirs = (
         coder.decode(rois, deltas_of_label(deltas, sample.labels).float())
-        for coder, deltas in zip(
-            coders, (sample.deltas, theirs.detach()), strict=True
+        for coder, deltas in (
+            (facts.coder, sample.deltas),
+            (scores.coder, scores.deltas.detach()),
         )
     )
     overlap = bbox_overlaps(ours, theirs, mode='giou', is_aligned=True)
-    positive = (sample.labels < sample.head.num_classes).float()
+    positive = (sample.labels < facts.classes).float()
     number = reduce_mean(positive.sum()).clamp(min=1)
-    heads = len(box_heads(learner.model))
-    weights = learner.model.roi_head.stage_loss_weights if heads > 1 else [1]
-    return weights[stage] * ((1 - overlap) * positive).sum() / number
-
-
-def boxes_at(dense: DenseOutputs, index: tuple[Tensor, Tensor]) -> Tensor:
-    """The boxes of chosen priors, (P, 4) as xyxy.
-
-    Deltas are decoded to pixels. Distances stay in the head's unit, around
-    the prior: the GIoU of two of them does not depend on either.
-    """
-    assert dense.regression is not None
-    if dense.bins is not None:
-        bins = dense.bins[index].float().softmax(-1)  # (P, 4, n + 1)
-        values = torch.arange(bins.shape[-1]).to(bins)
-        distances = (bins * values).sum(-1)  # a product `@` would be rounded
-    elif isinstance(dense.head, FCOSHead):
-        distances = dense.regression[index].float()
-    else:
-        deltas = dense.regression[index].float()
-        return dense.head.bbox_coder.decode(dense.priors[index[1]], deltas)
-    return torch.cat([-distances[:, :2], distances[:, 2:]], dim=1)
+    return facts.weight * ((1 - overlap) * positive).sum() / number
 
 
 def sum_of(losses: Sequence[Tensor]) -> Tensor:
@@ -301,7 +269,7 @@ def _mean(losses: Sequence[Tensor]) -> Tensor:
 
 
 def _feature_method(cfg: Mapping[str, Any]) -> FeatureMethod:
-    where = 'MutualLearning.features'
+    where = 'DML.features'
     method = build_checked(METHODS, cfg, where)
     if not isinstance(method, FeatureMethod) or not method.images_only:
         raise ConfigError(
@@ -311,42 +279,37 @@ def _feature_method(cfg: Mapping[str, Any]) -> FeatureMethod:
     return method
 
 
-def _check_boxes(networks: Mapping[str, Outputs]) -> None:
-    if box_heads(networks['student'].model):
-        _check_roi_boxes(networks)
+def _check_boxes(networks: Mapping[str, StepRecord]) -> None:
+    where = 'DML.box_weight'
+    if networks['student'].facts.is_two_stage:
+        _check_roi_boxes(networks, where)
         return
-    heads: dict[str, Any] = {}
-    for name, outputs in networks.items():
-        head = check_dense(outputs, name, 'MutualLearning.box_weight').head
-        heads[name] = head
-        first = heads['student']
-        known = type(head) in WITH_BOXES and type(head) is type(first)
-        if not known:
+    first = check_dense(networks['student'], 'student', where).facts
+    for name, record in networks.items():
+        facts = check_dense(record, name, where).facts
+        if not facts.has_boxes or facts.kind != first.kind:
             raise ConfigError(
-                'MutualLearning.box_weight compares the boxes of networks '
-                'with the same head, one of '
-                f'{", ".join(kind.__name__ for kind in WITH_BOXES)}; '
-                f'"student" has {type(first).__name__}, "{name}" '
-                f'{type(head).__name__}. Set it to 0.'
+                f'{where} compares the boxes of networks with the same head, '
+                f'one of {", ".join(kind.__name__ for kind in WITH_BOXES)}; '
+                f'"student" has {first.kind}, "{name}" {facts.kind}. Set it '
+                'to 0.'
             )
-        check_same_priors(
-            first, head, 'MutualLearning.box_weight', centres=True
-        )
-        units = [getattr(h, 'norm_on_bbox', False) for h in (first, head)]
-        if units[0] != units[1]:
+        check_same_priors(first, facts, where, centres=True)
+        if facts.norm_on_bbox != first.norm_on_bbox:
             raise ConfigError(
-                'MutualLearning.box_weight compares distances in one unit; '
-                f'norm_on_bbox is {units[0]} in the head of "student", '
-                f'{units[1]} in that of "{name}". Give both the same.'
+                f'{where} compares distances in one unit; norm_on_bbox is '
+                f'{first.norm_on_bbox} in the head of "student", '
+                f'{facts.norm_on_bbox} in that of "{name}". Give both the '
+                'same.'
             )
 
 
-def _check_roi_boxes(networks: Mapping[str, Outputs]) -> None:
-    for name, outputs in networks.items():
-        for head in box_heads(outputs.model):
-            if not head.with_reg or not hasattr(head.bbox_coder, 'means'):
+def _check_roi_boxes(networks: Mapping[str, StepRecord], where: str) -> None:
+    for name, record in networks.items():
+        for facts in record.facts.rois:
+            if not hasattr(facts.coder, 'means') or not facts.with_boxes:
                 raise ConfigError(
-                    'MutualLearning.box_weight compares boxes that RoI heads '
-                    f'predict as deltas; the {type(head).__name__} of '
-                    f'"{name}" has none. Set it to 0.'
+                    f'{where} compares boxes that RoI heads predict as '
+                    f'deltas; the {facts.kind} of "{name}" has none. Set it '
+                    'to 0.'
                 )

@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mmdet.structures import DetDataSample
 
-from mmkd.detectors.record import Outputs, box_heads, class_count
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.peers.view import as_teacher
 
@@ -14,8 +13,8 @@ from .class_logits import ClassLogits, check_class_logits, class_logits
 
 
 def mutual_logits(
-    learner: Outputs,
-    target: Outputs,
+    learner: StepRecord,
+    target: StepRecord,
     data_samples: Sequence[DetDataSample],
 ) -> list[ClassLogits]:
     """Pair two networks' class logits of the same priors or RoIs.
@@ -29,7 +28,7 @@ def mutual_logits(
         first. ``student`` of each is the learner.
     """
     pairs = class_logits(learner, as_teacher(target), data_samples)
-    if not box_heads(learner.model):
+    if not learner.facts.is_two_stage:
         return pairs
     swapped = class_logits(target, as_teacher(learner), data_samples)
     joined = []
@@ -43,7 +42,7 @@ def mutual_logits(
     return joined
 
 
-def check_mutual(networks: Mapping[str, Outputs], method: str) -> None:
+def check_mutual(networks: Mapping[str, StepRecord], method: str) -> None:
     """Check that all networks' class logits can be compared.
 
     Args:
@@ -54,26 +53,26 @@ def check_mutual(networks: Mapping[str, Outputs], method: str) -> None:
         ConfigError: If the classes' number, kind or places differ; names the
             networks.
     """
-    (first, ours), *others = networks.items()
-    for name, theirs in others:
+    (leader, first), *others = networks.items()
+    for name, other in others:
         try:
-            check_class_logits(ours, theirs, method)
-            _check_counts(ours.model, theirs.model)
+            check_class_logits(first, as_teacher(other), method)
+            _check_counts(first, other)
         except ConfigError as error:
             raise ConfigError(
-                f'{method}: the networks "{first}" and "{name}" cannot learn '
+                f'{method}: the networks "{leader}" and "{name}" cannot learn '
                 f'from each other. "{name}" in the place of a teacher: '
                 f'{error}'
             ) from error
 
 
-def _check_counts(ours: Any, theirs: Any) -> None:
-    for what, count in (
-        ('classes', class_count),
-        ('stages of RoI heads', lambda model: len(box_heads(model))),
+def _check_counts(first: StepRecord, other: StepRecord) -> None:
+    for what, counts in (
+        ('classes', [r.facts.classes for r in (first, other)]),
+        ('stages of RoI heads', [len(r.facts.rois) for r in (first, other)]),
     ):
-        if count(ours) != count(theirs):
+        if counts[0] != counts[1]:
             raise ConfigError(
-                f'The student has {count(ours)} {what}, the teacher '
-                f'{count(theirs)}; give both as many.'
+                f'The student has {counts[0]} {what}, the teacher '
+                f'{counts[1]}; give both as many.'
             )

@@ -1,25 +1,23 @@
 """One teacher, several students that also learn from each other."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from mmdet.structures import DetDataSample
 from torch import Tensor
 
 from mmkd.core.method import Method
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.peers.peer import TRAINED_TEACHER
 from mmkd.peers.view import as_teacher, networks_of
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
 from .class_logits import check_class_logits, class_logits
 from .kd import class_kl
 from .mutual import mutual_losses, sum_of
 from .mutual_logits import check_mutual
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
 
 @METHODS.register_module()
@@ -62,7 +60,7 @@ class OneTeacherSeveralStudents(Method):
             there are no other students, or the networks do not fit.
     """
 
-    needs: ClassVar[str] = 'peers'
+    learns_from: ClassVar[str] = 'peers'
 
     def __init__(
         self,
@@ -86,7 +84,7 @@ class OneTeacherSeveralStudents(Method):
     def peer_paths(self) -> Sequence[str]:
         return ('neck',)
 
-    def prepare(self, student: Outputs, teacher: Outputs | None) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         name = type(self).__name__
         students = self._students(student)
         if self.beta:
@@ -97,8 +95,8 @@ class OneTeacherSeveralStudents(Method):
                 )
             check_mutual(students, name)
         if self.alpha:
-            source = student.peers.get(TRAINED_TEACHER, teacher)
-            if source is None:
+            source = self._source(student, teacher)
+            if not source.each():
                 raise ConfigError(
                     f'{name}.alpha is the weight of a teacher, and there is '
                     'none: add distillation.teacher, or set alpha to 0.'
@@ -108,27 +106,33 @@ class OneTeacherSeveralStudents(Method):
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         students = self._students(student)
         losses = {}
         if self.alpha:
-            if TRAINED_TEACHER in student.peers:
-                teacher = as_teacher(
-                    student.peers[TRAINED_TEACHER], learns=False
-                )
+            source = self._source(student, teacher)
             for name, each in students.items():
-                pairs = class_logits(each, teacher, data_samples)
+                pairs = class_logits(each, source, batch.data_samples)
                 kd = sum_of([class_kl(p, self.temperature) for p in pairs])
                 losses[f'kd_{name}'] = self.alpha * kd
         if self.beta:
-            mutual = mutual_losses(students, data_samples, self.temperature)
+            mutual = mutual_losses(
+                students, batch.data_samples, self.temperature
+            )
             for name, loss in mutual.items():
                 losses[f'mutual_{name}'] = self.beta * loss
         return losses
 
-    def _students(self, student: Outputs) -> Mapping[str, Outputs]:
+    @staticmethod
+    def _source(student: StepRecord, teacher: TeacherView) -> TeacherView:
+        """The teacher that trains in the same step, or else the frozen one."""
+        if TRAINED_TEACHER in student.peers:
+            return as_teacher(student.peers[TRAINED_TEACHER], learns=False)
+        return teacher
+
+    def _students(self, student: StepRecord) -> Mapping[str, StepRecord]:
         networks = networks_of(student)
         return {n: o for n, o in networks.items() if n != TRAINED_TEACHER}

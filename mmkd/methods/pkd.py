@@ -1,20 +1,17 @@
 """PKD: distillation by Pearson correlation (Cao et al., NeurIPS 2022)."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
 from .feature_base import FeatureMethod, position_weights, standardize
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
 EPS = 1e-12
 """Added to variances; channels that are constant learn nothing anyway."""
@@ -69,15 +66,15 @@ class PKD(FeatureMethod):
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         losses = [
             anticorrelation(
                 s,
                 t,
-                position_weights(data_samples, t),
+                position_weights(batch.data_samples, t),
                 per_image=self.per_image,
             )
             for s, t in self.pairs(student, teacher)

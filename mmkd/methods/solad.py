@@ -1,7 +1,7 @@
 """Soft labels of a dense head, alone and with LAD (SoLAD)."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmdet.models.losses import GIoULoss
@@ -11,18 +11,17 @@ from mmdet.utils import reduce_mean
 from torch import Tensor
 
 from mmkd.core.method import Method
-from mmkd.detectors.assignment.fit import dense_head
-from mmkd.detectors.assignment.paa import flat_predictions
+from mmkd.data.batch import Batch
+from mmkd.detectors.assignment.fit import dense_facts
+from mmkd.detectors.dense import anchors_on_images, student_dense
 from mmkd.detectors.dense_checks import check_same_priors
-from mmkd.detectors.record import Outputs, flatten_levels
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.losses import FocalKLLoss
 from mmkd.registry import METHODS
+from mmkd.teachers.view import DENSE, TeacherView
 
-from .lad import LabelAssignmentDistillation
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
+from .lad import LAD
 
 
 @METHODS.register_module()
@@ -62,6 +61,8 @@ class SoftLabelDistillation(Method):
             detectors does not fit.
     """
 
+    needs = (DENSE,)
+
     def __init__(
         self,
         *,
@@ -86,40 +87,36 @@ class SoftLabelDistillation(Method):
         self.divergence = FocalKLLoss(gamma=gamma, reduction='none')
         self.giou = GIoULoss(reduction='none')
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         name = type(self).__name__
-        heads = [dense_head(o, name) for o in (student, teacher)]
-        for head in heads:
-            coder = getattr(head, 'bbox_coder', None)
+        heads = [dense_facts(x.facts, name) for x in (student, teacher)]
+        for facts in heads:
             if not (
-                getattr(head, 'use_sigmoid_cls', False)
-                and hasattr(coder, 'means')
+                getattr(facts.head, 'use_sigmoid_cls', facts.sigmoid)
+                and hasattr(facts.coder, 'means')
             ):
                 raise ConfigError(
                     f'{name} fits sigmoid heads with anchors and box deltas '
-                    f'(PAA, ATSS, DDOD, RetinaNet), got {type(head).__name__}'
+                    f'(PAA, ATSS, DDOD, RetinaNet), got {facts.kind}'
                 )
         check_same_priors(heads[0], heads[1], name, shapes=True)
 
     def forward(
-        self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        self, student: StepRecord, teacher: TeacherView, batch: Batch
     ) -> dict[str, Tensor]:
-        ours, theirs = student.raw('bbox_head'), teacher.dense
-        head, teacher_head = student.model.bbox_head, teacher.model.bbox_head
-        logits, deltas = flat_predictions(head, ours)
-        teacher_logits, teacher_deltas = flat_predictions(teacher_head, theirs)
-        anchors, valid = _anchors(head, ours[0], data_samples)
-        boxes = head.bbox_coder.decode(anchors, deltas.float())
+        own, other = student_dense(student), teacher.dense
+        assert own.regression is not None
+        assert other.regression is not None
+        anchors, valid = anchors_on_images(own, batch.data_samples)
+        boxes = own.facts.coder.decode(anchors, own.regression.float())
         with torch.no_grad():
-            teacher_boxes = teacher_head.bbox_coder.decode(
-                anchors, teacher_deltas.float()
+            teacher_boxes = other.facts.coder.decode(
+                anchors, other.regression.float()
             )
-            overlap = best_overlap(teacher_boxes, data_samples) * valid
+            overlap = best_overlap(teacher_boxes, batch.data_samples) * valid
             overlap = overlap * (overlap > self.min_iou)
             average = reduce_mean(overlap.sum()).clamp(min=1)
+        logits, teacher_logits = own.logits, other.logits
         shared = teacher.class_map
         if not shared.identical:
             logits = logits[..., shared.student_index]
@@ -130,19 +127,18 @@ class SoftLabelDistillation(Method):
             'soft_cls': self.cls_weight * (divergence * valid[..., None]),
             'soft_bbox': self.box_weight * (apart * overlap.flatten()),
         }
-        if len(ours) > 2 and len(theirs) > 2:
-            ious = [flatten_levels(o[2], 1)[..., 0] for o in (ours, theirs)]
+        if own.quality is not None and other.quality is not None:
             losses['soft_iou'] = self.iou_weight * (
-                self.divergence(*ious) * (overlap > 0)
+                self.divergence(own.quality, other.quality) * (overlap > 0)
             )
         return {name: loss.sum() / average for name, loss in losses.items()}
 
 
 @METHODS.register_module()
-class SoLAD(LabelAssignmentDistillation):
+class SoLAD(LAD):
     """SoLAD: LAD and soft labels together.
 
-    :class:`LabelAssignmentDistillation` for the assignment, beside
+    :class:`LAD` for the assignment, beside
     :class:`SoftLabelDistillation` with the weights below.
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
@@ -152,8 +148,8 @@ class SoLAD(LabelAssignmentDistillation):
     Args:
         soft: Options of :class:`SoftLabelDistillation` other than these
             defaults: ``cls_weight=2, min_iou=0.5``.
-        box_weighting: See :class:`LabelAssignmentDistillation`.
-        keep_single: See :class:`LabelAssignmentDistillation`.
+        box_weighting: See :class:`LAD`.
+        keep_single: See :class:`LAD`.
         loss_weight: Weight of the soft labels; 0 switches all off.
     """
 
@@ -176,33 +172,17 @@ class SoLAD(LabelAssignmentDistillation):
         except TypeError as error:
             raise ConfigError(f'SoLAD.soft: {error}') from error
 
-    def prepare(self, student: Outputs, teacher: Outputs) -> None:
+    def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         super().prepare(student, teacher)
         self.soft.prepare(student, teacher)
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
-        losses = self.soft(student, teacher, data_samples)
-        return {k: self.soft.loss_weight * v for k, v in losses.items()}
-
-
-def _anchors(
-    head: Any, maps: Sequence[Tensor], data_samples: Sequence[DetDataSample]
-) -> tuple[Tensor, Tensor]:
-    """The anchors (B, N, 4) and whether they lie on each image (B, N)."""
-    anchors, flags = head.get_anchors(
-        [level.shape[-2:] for level in maps],
-        [sample.metainfo for sample in data_samples],
-        device=maps[0].device,
-    )
-    return (
-        torch.cat(anchors[0]).expand(len(anchors), -1, -1),
-        torch.stack([torch.cat(levels) for levels in flags]),
-    )
+        return self.soft(student, teacher, batch)
 
 
 def best_overlap(

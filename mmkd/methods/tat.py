@@ -1,21 +1,19 @@
 """TaT: the target-aware transformer (Lin et al., CVPR 2022)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
+from mmkd.teachers.view import TeacherView
 
 from .feature_base import OUTSIDE, FeatureMethod, position_weights, standardize
-
-if TYPE_CHECKING:
-    from mmkd.teachers.frozen_view import TeacherOutputs
 
 THETAS = ('identity', 'conv')
 SOFTMAXES = ('student', 'teacher')
@@ -146,15 +144,15 @@ class TaT(FeatureMethod):
 
     def forward(
         self,
-        student: Outputs,
-        teacher: 'TeacherOutputs',
-        data_samples: Sequence[DetDataSample],
+        student: StepRecord,
+        teacher: TeacherView,
+        batch: Batch,
     ) -> dict[str, Tensor]:
         levels = []
         for embed, (s, t) in zip(
             self.embeddings, self.pairs(student, teacher), strict=True
         ):
-            weights = position_weights(data_samples, t)
+            weights = position_weights(batch.data_samples, t)
             # Dot products of many channels overflow in half precision.
             with torch.autocast(t.device.type, enabled=False):
                 maps = embed(s.float(), t.float(), weights)

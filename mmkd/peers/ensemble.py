@@ -10,12 +10,15 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.structures import InstanceData
-from torch import Tensor, nn
+from torch import nn
 
-from mmkd.detectors.dense_checks import check_same_priors
-from mmkd.detectors.record import class_count, replaced
+from mmkd.detectors.averaging import (
+    check_averageable,
+    detect_by_mean,
+    nms_threshold,
+)
+from mmkd.detectors.facts import class_count
 from mmkd.detectors.source import build_trained, class_names, load_config
-from mmkd.detectors.two_stage import same_coder
 from mmkd.errors import CheckpointError, ConfigError
 from mmkd.registry import MODELS
 from mmkd.utils import check_options, isolated_random_state
@@ -108,7 +111,8 @@ class EnsembleDetector(BaseModel):
                     'with logits the NMS of the first member runs. Leave it '
                     'out.'
                 )
-            _check_heads(list(self.members))
+            where = "EnsembleDetector with fusion='logits'"
+            check_averageable(list(self.members), where)
         else:
             self.iou_threshold = _threshold(self.members, iou_threshold)
             _weighted_boxes_fusion()  # is it installed?
@@ -117,7 +121,7 @@ class EnsembleDetector(BaseModel):
     def test_step(self, data: Any) -> list[DetDataSample]:
         """Detections of a batch as the data loader gives it."""
         if self.fusion == 'logits':
-            return self._of_average_logits(data)
+            return detect_by_mean(list(self.members), data)
         first, *others = (member.test_step(data) for member in self.members)
         for index, sample in enumerate(first):
             found = [sample, *(results[index] for results in others)]
@@ -143,22 +147,6 @@ class EnsembleDetector(BaseModel):
             'EnsembleDetector is for inference, by test_step and val_step; '
             'train its members instead.'
         )
-
-    def _of_average_logits(self, data: Any) -> list[DetDataSample]:
-        batches = [each.data_preprocessor(data) for each in self.members]
-        maps = [
-            member.extract_feat(batch['inputs'])
-            for member, batch in zip(self.members, batches, strict=True)
-        ]
-        outputs = [
-            member.bbox_head(levels)
-            for member, levels in zip(self.members, maps, strict=True)
-        ]
-        average = average_of(outputs)
-        first, samples = self.members[0], batches[0]['data_samples']
-        with replaced(first.bbox_head, 'forward', lambda *_: average):
-            results = first.bbox_head.predict(maps[0], samples, rescale=True)
-        return first.add_pred_to_datasample(samples, results)
 
 
 def fuse_boxes(
@@ -196,29 +184,6 @@ def fuse_boxes(
         scores=torch.as_tensor(scores[kept]).float().to(device),
         labels=torch.as_tensor(labels[kept]).long().to(device),
     )
-
-
-def average_of(outputs: Sequence[Any]) -> Any:
-    """The mean of tensors in nested tuples and lists of one structure.
-
-    Raises:
-        ConfigError: If shapes or structures differ.
-    """
-    first = outputs[0]
-    if isinstance(first, list | tuple) and all(
-        isinstance(each, type(first)) and len(each) == len(first)
-        for each in outputs
-    ):
-        return type(first)(map(average_of, zip(*outputs, strict=True)))
-    if all(each is None for each in outputs):
-        return None
-    shapes = [tuple(getattr(each, 'shape', ())) for each in outputs]
-    if not isinstance(first, Tensor) or len(set(shapes)) > 1:
-        raise ConfigError(
-            "EnsembleDetector: the heads' outputs cannot be averaged, they "
-            f"are of the shapes {shapes}. Use fusion='boxes'."
-        )
-    return torch.stack(list(outputs)).mean(0)
 
 
 def _build(members: Sequence[Mapping[str, Any] | nn.Module]) -> list[Any]:
@@ -259,7 +224,7 @@ def _threshold(members: Iterable[nn.Module], given: float | None) -> float:
 
     A given one that is not above it is used with a warning.
     """
-    own = max(map(_nms_threshold, members))
+    own = max(map(nms_threshold, members))
     if given is None:
         base = max(own, 0.5)
         return base + min(0.05, (1 - base) / 2)
@@ -274,17 +239,6 @@ def _threshold(members: Iterable[nn.Module], given: float | None) -> float:
     return given
 
 
-def _nms_threshold(model: Any) -> float:
-    """The IoU above which a detector's own NMS removes a box; 0 if none is."""
-    heads = (getattr(model, name, None) for name in ('roi_head', 'bbox_head'))
-    head = next(filter(None, heads), None)
-    options = getattr(head, 'test_cfg', None) or {}
-    nms = options.get('nms') or {}
-    if nms.get('type', 'nms') != 'nms':  # soft-NMS lowers scores instead
-        return 0.0
-    return nms.get('iou_threshold', options.get('iou_thr', 0.0))  # YOLACT
-
-
 def _load(
     member: Mapping[str, Any], config: Config, where: str
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -296,53 +250,6 @@ def _load(
             )
     except CheckpointError as error:
         raise CheckpointError(f'{where}: {error}') from error
-
-
-def _check_heads(members: Sequence[Any]) -> None:
-    first = getattr(members[0], 'bbox_head', None)
-    for member in members:
-        head = getattr(member, 'bbox_head', None)
-        differ = _difference(first, head)
-        if differ is None:
-            try:
-                where = "EnsembleDetector with fusion='logits'"
-                check_same_priors(first, head, where, centres=True)
-            except ConfigError as error:
-                differ = str(error)
-        if differ is None and _padding(member) != _padding(members[0]):
-            differ = 'their images are padded to other sizes'
-        if differ is not None:
-            raise ConfigError(
-                "EnsembleDetector with fusion='logits' averages equal dense "
-                f'heads on the same priors, these do not agree: {differ} '
-                "Use fusion='boxes'."
-            )
-
-
-def _difference(ours: Any, theirs: Any) -> str | None:
-    kinds = [type(head).__name__ for head in (ours, theirs)]
-    if kinds[0] != kinds[1]:
-        return f'{kinds[0]} and {kinds[1]}.'
-    if not hasattr(ours, 'prior_generator'):
-        return f'{kinds[0]} has no priors.'
-    for name in ('cls_out_channels', 'use_sigmoid_cls', 'reg_max'):
-        values = [getattr(head, name, None) for head in (ours, theirs)]
-        if values[0] != values[1]:
-            return f'{name} is {values[0]} and {values[1]}.'
-    coders = [getattr(head, 'bbox_coder', None) for head in (ours, theirs)]
-    if coders[0] is not None and not same_coder(*coders):
-        return 'their box coders differ.'
-    anchors = [
-        getattr(head.prior_generator, 'base_anchors', [])
-        for head in (ours, theirs)
-    ]
-    if [a.tolist() for a in anchors[0]] != [a.tolist() for a in anchors[1]]:
-        return 'their anchors differ.'
-    return None
-
-
-def _padding(member: Any) -> Any:
-    return getattr(member.data_preprocessor, 'pad_size_divisor', None)
 
 
 def _weighted_boxes_fusion() -> Any:

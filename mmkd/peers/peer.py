@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.dist import get_rank
-from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
+from mmkd.data.batch import Batch
 from mmkd.data.checkpoint_file import write_atomically
 from mmkd.detectors.source import (
     build_trained,
@@ -26,10 +25,9 @@ from mmkd.detectors.source import (
     find_in_model_index,
     load_config,
 )
-from mmkd.engine.checkpoint import ATTACHED
 from mmkd.errors import ConfigError
-from mmkd.teachers.class_map import Renormalize
-from mmkd.utils import check_options, isolated_random_state
+from mmkd.teachers.renormalize import Renormalize
+from mmkd.utils import ATTACHED, check_options, isolated_random_state
 
 PEER_OPTIONS = (
     'name',
@@ -77,16 +75,14 @@ class Peer(nn.Module):
             student.data_preprocessor, model.data_preprocessor
         )
 
-    def loss(
-        self, inputs: Tensor, data_samples: Sequence[DetDataSample]
-    ) -> dict[str, Tensor | list[Tensor]]:
-        """The stock losses of the student's batch (B, 3, H, W)."""
-        iteration = MessageHub.get_current_instance().get_info('iter', 0)
+    def loss(self, batch: Batch) -> dict[str, Tensor | list[Tensor]]:
+        """The stock losses of the student's batch."""
         # A stream that a resumed run takes up where it was.
-        stream = np.random.SeedSequence((self.seed, get_rank(), iteration))
+        stream = np.random.SeedSequence((self.seed, get_rank(), batch.step))
         with isolated_random_state(int(stream.generate_state(1)[0])):
             return self.model.loss(
-                self.renormalize(inputs, data_samples), data_samples
+                self.renormalize(batch.inputs, batch.data_samples),
+                batch.data_samples,
             )
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkd.data.batch import Batch
+
 from .evaluation import load
 from .work_dir import WorkDir
 
@@ -54,7 +56,7 @@ def attend(
             inputs, samples = data['inputs'], data['data_samples']
             ours = model.extract_feat(inputs)
             theirs = [
-                network(inputs, samples).maps
+                network.view(Batch(inputs, samples)).maps
                 for network in teacher.networks.values()
             ]
         share = (

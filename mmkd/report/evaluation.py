@@ -14,8 +14,9 @@ from torch import nn
 
 from mmkd.data import read_json
 from mmkd.errors import CheckpointError, ConfigError
-from mmkd.teachers.several import build_teachers, described
+from mmkd.teachers.build import build_teacher, changed, descriptions
 from mmkd.teachers.speed import SPEED_OPTIONS
+from mmkd.teachers.view import Teacher, TeacherContext
 
 from .eval_coco import Scores, evaluate
 from .summary import match
@@ -149,7 +150,7 @@ def add_teachers(
             evaluation.notes.append(note)
             continue
         evaluation.teachers[run.name] = teacher
-        for name, source in described(run.teacher).items():
+        for name, source in descriptions(run.teacher).items():
             if source in known or not needs_evaluation(source, runs):
                 continue
             known.append(source)
@@ -174,25 +175,17 @@ def needs_evaluation(teacher: Any, runs: Sequence[WorkDir]) -> bool:
     return all(folder != run.folder for run in runs)
 
 
-def build_plain(description: Any, student: nn.Module, dataset: Any) -> Any:
+def build_plain(description: Any, student: nn.Module, dataset: Any) -> Teacher:
     """The teachers, without what makes them faster in training."""
-    return build_teachers(
-        without_speed(description),
-        student=student,
-        student_classes=dataset.metainfo['classes'],
-    ).to(next(student.parameters()).device)
+    context = TeacherContext(student, dataset.metainfo['classes'])
+    teacher = build_teacher(changed(description, _without_speed), context)
+    return teacher.to(context.device)
 
 
-def without_speed(description: Any) -> Any:
-    """Descriptions without cache, compilation and the like."""
-    if isinstance(description, list | tuple):
-        return [without_speed(each) for each in description]
-    if not isinstance(description, Mapping):
-        return description
-    if 'mean' in description:
-        return {**description, 'mean': without_speed(description['mean'])}
+def _without_speed(options: dict[str, Any]) -> dict[str, Any]:
+    """A description without cache, compilation and the like."""
     dropped = {*SPEED_OPTIONS, 'cache'}
-    return {k: v for k, v in description.items() if k not in dropped}
+    return {k: v for k, v in options.items() if k not in dropped}
 
 
 # ---------------------------------------------------------------- detections

@@ -19,11 +19,8 @@ from mmkd.utils import nearest
 from .folders import Data
 
 SHORT = {
-    'CoLearningAssignment': 'colad',
     'FasterRCNNDistillation': 'frcnn',
     'FeatureHint': 'hint',
-    'LabelAssignmentDistillation': 'lad',
-    'MutualLearning': 'dml',
     'OneTeacherSeveralStudents': 'one_teacher',
     'SoftLabelDistillation': 'soft_label',
 }
@@ -61,7 +58,7 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
         'FCOSHead': dict(layer=2),
     },
     # cybercore-co-ltd/CoLAD
-    'LabelAssignmentDistillation': {'PAAHead': dict(box_weighting='none')},
+    'LAD': {'PAAHead': dict(box_weighting='none')},
     'SoLAD': {'PAAHead': dict(box_weighting='none')},
 }
 """What official configs set otherwise than the defaults of a method's class:
@@ -79,10 +76,9 @@ UNSAID = {
 def methods() -> dict[str, type[Method]]:
     """Every registered method by a short name in lower case."""
     METHODS.import_from_location()
+    kinds = {cls.__name__: cls for cls in METHODS.module_dict.values()}
     return {
-        SHORT.get(name, name.lower()): cls
-        for name, cls in sorted(METHODS.module_dict.items())
-        if cls.__module__.startswith('mmkd.')
+        SHORT.get(name, name.lower()): kinds[name] for name in sorted(kinds)
     }
 
 
@@ -95,7 +91,7 @@ def find_method(name: str) -> str:
     known = methods()
     if name not in known:
         raise ConfigError(f'no method "{name}". {nearest(name, known)}')
-    if known[name].needs != 'teacher':
+    if known[name].learns_from != 'teacher':
         raise ConfigError(
             f'{name} ties networks that train together (`peers`), and has no '
             'teacher: see the configs of it.'

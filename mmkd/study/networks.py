@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from mmkd.detectors.source import find_in_model_index, load_config
 from mmkd.peers.peer import with_trained_teacher
-from mmkd.teachers.several import described
+from mmkd.teachers.build import descriptions
 
 from .hashes import hash_file, hash_text, is_file, local_file
 from .training import fingerprint
@@ -22,7 +22,7 @@ def distillation_of(config: Config) -> Mapping[str, Any]:
 def teachers_of(config: Config) -> list[dict[str, Any]]:
     """The descriptions of a config's frozen teachers."""
     teacher = distillation_of(config).get('teacher')
-    networks = described(teacher).values() if teacher else ()
+    networks = descriptions(teacher).values() if teacher else ()
     return [as_described(network) for network in networks]
 
 

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmkd.detectors.source import load_config
 from mmkd.errors import ConfigError
 from mmkd.peers.peer import TRAINED_TEACHER
-from mmkd.teachers.several import is_list, is_mean
+from mmkd.teachers.build import kind_of
 from mmkd.utils import check_options, nearest
 
 from .grid import (
@@ -347,7 +347,7 @@ def make_room_for_teacher(
             '`distillation` to use it.'
         )
     teacher = config.distillation.get('teacher') or {}
-    if is_list(teacher) or is_mean(teacher):
+    if kind_of(teacher) != 'FrozenDetector':
         raise ConfigError(
             f'{where} has a teacher, but {options["config"]} describes '
             'several teachers. Leave it out, or give a config of one.'

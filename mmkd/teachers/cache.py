@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mmcv
 import mmdet
@@ -12,22 +12,21 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.utils import check_options
 
 from .disk_cache import DiskCache, fast_hash
-from .frozen_view import TeacherOutputs
+from .frozen import FrozenDetector, FrozenView
 from .probe import difference, probe
 from .speed import changed, eagerly
 
-if TYPE_CHECKING:
-    from .frozen import Teacher
-
 SOURCES = (
-    *('detectors/heads/cop', 'detectors/record', 'detectors/source'),
-    *('teachers/cache', 'teachers/class_map', 'teachers/fold_bn'),
-    *('teachers/frozen', 'teachers/frozen_view', 'teachers/speed'),
+    *('detectors/facts', 'detectors/heads/cop', 'detectors/passes'),
+    *('detectors/record', 'detectors/source', 'teachers/cache'),
+    *('teachers/fold_bn', 'teachers/frozen', 'teachers/renormalize'),
+    *('teachers/speed', 'teachers/speed_up'),
 )
 """The modules of mmkd that decide what a teacher's outputs are."""
 TOLERANCE = 1e-3
@@ -58,7 +57,7 @@ class TeacherCache:
 
     def __init__(
         self,
-        teacher: 'Teacher',
+        teacher: FrozenDetector,
         config: Mapping[str, Any],
         *,
         dir: str,
@@ -80,6 +79,10 @@ class TeacherCache:
                 f'distillation.teacher.cache.dir: {dir} cannot hold a cache '
                 f'({error}). Give a folder that this process can write.'
             ) from error
+
+    def open_view(self, teacher: FrozenDetector, batch: Batch) -> 'CachedView':
+        """The teacher's view of a batch, read through this cache."""
+        return CachedView(teacher, batch, self)
 
     def key(self, image: Tensor, sample: DetDataSample) -> str:
         """Of an image (3, H, W), padded, as the teacher gets it."""
@@ -145,7 +148,7 @@ def _bytes(value: Tensor) -> Any:
     return flat.view(torch.uint8).numpy()
 
 
-def _check_independent(teacher: 'Teacher') -> None:
+def _check_independent(teacher: FrozenDetector) -> None:
     """Check that an image's outputs are the same in any batch."""
     with eagerly(teacher.speed):
         both = probe(teacher, (0, 1))
@@ -167,7 +170,7 @@ def _check_independent(teacher: 'Teacher') -> None:
         )
 
 
-class CachedOutputs(TeacherOutputs):
+class CachedView(FrozenView):
     """The view of a batch of which the cache may know parts.
 
     Images that it does not know are computed together and kept. RoI heads
@@ -176,16 +179,14 @@ class CachedOutputs(TeacherOutputs):
     """
 
     def __init__(
-        self,
-        teacher: 'Teacher',
-        inputs: Tensor,
-        data_samples: Sequence[DetDataSample],
+        self, teacher: FrozenDetector, batch: Batch, entries: TeacherCache
     ) -> None:
-        super().__init__(teacher, inputs, data_samples)
-        assert teacher.cache is not None
-        self._teacher, self._entries = teacher, teacher.cache
-        self._live: dict[tuple[int, ...], TeacherOutputs] = {}
+        super().__init__(teacher, batch)
+        self._teacher, self._entries = teacher, entries
+        self._live: dict[tuple[int, ...], FrozenView] = {}
         self._features: dict[str, tuple[Tensor, ...]] = {}
+        self.asked = self.hits = 0
+        """Outputs of single images asked of the cache, and found there."""
 
     @functools.cached_property
     def maps(self) -> tuple[Tensor, ...]:
@@ -196,11 +197,17 @@ class CachedOutputs(TeacherOutputs):
         return self._known('rpn', lambda live: live.rpn)
 
     @functools.cached_property
-    def dense(self) -> Any:
-        return self._known('dense', lambda live: live.dense)
+    def raw_dense(self) -> Any:
+        return self._known('dense', lambda live: live.raw_dense)
+
+    def statistics(self) -> dict[str, float]:
+        """The share of what was asked of the cache that it knew."""
+        if not self.asked:
+            return {}
+        return {'cache_hits': self.hits / self.asked}
 
     def features(
-        self, path: str, student: Outputs, student_path: str | None = None
+        self, path: str, student: StepRecord, student_path: str | None = None
     ) -> tuple[Tensor, ...]:
         if path.partition('.')[0] == 'roi_head':
             return super().features(path, student, student_path)
@@ -212,13 +219,17 @@ class CachedOutputs(TeacherOutputs):
 
     @functools.cached_property
     def _keys(self) -> list[str]:
-        images = self._renormalize(self._inputs, self._data_samples)
+        images = self._renormalize(
+            self._batch.inputs, self._batch.data_samples
+        )
         return [
             self._entries.key(image, sample)
-            for image, sample in zip(images, self._data_samples, strict=True)
+            for image, sample in zip(
+                images, self._batch.data_samples, strict=True
+            )
         ]
 
-    def _known(self, part: str, read: Callable[[TeacherOutputs], Any]) -> Any:
+    def _known(self, part: str, read: Callable[[FrozenView], Any]) -> Any:
         """A part of the outputs, from the cache as far as that knows it."""
         disk = self._entries.disk
         keys = [f'{key} {part}' for key in self._keys]
@@ -233,16 +244,15 @@ class CachedOutputs(TeacherOutputs):
                 disk.write(keys[i], images[i])
             if len(missing) == len(images):
                 return fresh
-        return _joined(images, self._inputs.device)
+        return _joined(images, self._batch.inputs.device)
 
-    def _computed(self, images: tuple[int, ...]) -> TeacherOutputs:
+    def _computed(self, images: tuple[int, ...]) -> FrozenView:
         if images not in self._live:
-            index = torch.tensor(images, device=self._inputs.device)
-            self._live[images] = TeacherOutputs(
-                self._teacher,
-                self._inputs[index],
-                [self._data_samples[i] for i in images],
-            )
+            batch = self._batch
+            index = torch.tensor(images, device=batch.inputs.device)
+            chosen = [batch.data_samples[i] for i in images]
+            part = Batch(batch.inputs[index], chosen)
+            self._live[images] = FrozenView(self._teacher, part)
         return self._live[images]
 
 

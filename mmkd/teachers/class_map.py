@@ -1,10 +1,8 @@
-"""How a teacher sees the student's data: its classes and its pixels."""
+"""Which class of the student is which of the teacher."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from mmdet.structures import DetDataSample
 from torch import Tensor
 
 from mmkd.errors import ConfigError
@@ -78,55 +76,6 @@ class ClassMap:
         )
 
 
-class Renormalize:
-    """Turn the student's normalised batch into the teacher's.
-
-    Undoes the student's mean, std and channel order and applies the
-    teacher's. What the batch was padded with becomes the teacher's padding.
-
-    Args:
-        student: The student's data preprocessor.
-        teacher: The teacher's data preprocessor.
-
-    Attributes:
-        needed: Whether the two differ at all.
-    """
-
-    def __init__(self, student: Any, teacher: Any) -> None:
-        mean_s, std_s = mean_std(student)
-        mean_t, std_t = mean_std(teacher)
-        self.flip = flips(student) != flips(teacher)
-        if self.flip:
-            mean_s, std_s = mean_s.flip(0), std_s.flip(0)
-        # x_t = (x_s * std_s + mean_s - mean_t) / std_t
-        self.scale = (std_s / std_t).view(1, -1, 1, 1)
-        self.shift = ((mean_s - mean_t) / std_t).view(1, -1, 1, 1)
-        self.pad_value = pad_value(teacher)
-        self.needed = bool(
-            self.flip
-            or not torch.equal(mean_s, mean_t)
-            or not torch.equal(std_s, std_t)
-            or self.pad_value != pad_value(student)
-        )
-
-    def __call__(
-        self, inputs: Tensor, data_samples: Sequence[DetDataSample]
-    ) -> Tensor:
-        """Convert a batch (B, 3, H, W); equal settings return it as it is."""
-        if not self.needed:
-            return inputs
-        if self.flip:
-            inputs = inputs.flip(1)
-        self.scale = self.scale.to(inputs.device)
-        self.shift = self.shift.to(inputs.device)
-        result = inputs * self.scale + self.shift
-        for image, sample in zip(result, data_samples, strict=True):
-            height, width = sample.img_shape[:2]
-            image[:, height:] = self.pad_value
-            image[:, :, width:] = self.pad_value
-        return result
-
-
 def _check_unique(role: str, names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -135,21 +84,3 @@ def _check_unique(role: str, names: Sequence[str]) -> None:
             'cannot be mapped by name. Give every class a name of its own in '
             'metainfo=dict(classes=...).'
         )
-
-
-def mean_std(preprocessor: Any) -> tuple[Tensor, Tensor]:
-    if not getattr(preprocessor, '_enable_normalize', False):
-        return torch.zeros(3), torch.ones(3)
-    mean, std = (
-        value.detach().cpu().float().flatten().expand(3)
-        for value in (preprocessor.mean, preprocessor.std)
-    )
-    return mean, std
-
-
-def flips(preprocessor: Any) -> bool:
-    return bool(getattr(preprocessor, '_channel_conversion', False))
-
-
-def pad_value(preprocessor: Any) -> float:
-    return float(getattr(preprocessor, 'pad_value', 0))

@@ -1,25 +1,33 @@
 """Several teachers that speak with one voice: the mean of their outputs."""
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from mmkd.detectors.record import BoxSample, Outputs, box_heads
-from mmkd.detectors.two_stage import same_coder, uses_sigmoid
+from mmkd.data.batch import Batch
+from mmkd.detectors.averaging import (
+    CLASSES,
+    class_order,
+    mean_of,
+    meaning,
+    reorder_dense,
+    reorder_rois,
+)
+from mmkd.detectors.dense import DenseOutputs, read_dense
+from mmkd.detectors.facts import DetectorFacts, read_facts
+from mmkd.detectors.record import RoIOutputs, StepRecord
 from mmkd.errors import ConfigError, TapError
 
-from .frozen import Teacher
-from .frozen_view import TeacherOutputs
+from .frozen import FrozenDetector, FrozenView
+from .record_view import RecordView
+from .view import DENSE, ROIS, RPN, BoxScores, Teacher, TeacherView
 
-CLASSES = 'the classes that only one knows'
 REMEDY = 'Teachers that differ teach one by one, in a list: teacher=[...].'
 
 
-class MeanTeacher:
+class EnsembleTeacher(Teacher):
     r"""One teacher whose predictions are the mean of several teachers'.
 
     .. math::
@@ -45,280 +53,159 @@ class MeanTeacher:
         ConfigError: If there is only one, or they differ; says in what.
     """
 
-    paths: tuple[str, ...] = ()
+    gives = frozenset({DENSE, RPN, ROIS})
+    remedy = (
+        'Features, and heads that assign, do not correspond and have no mean: '
+        'give the method a single teacher, or a list (teacher=[...]). '
+    )
 
-    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
+    def __init__(self, teachers: Mapping[str, FrozenDetector]) -> None:
         self.teachers = dict(teachers)
         self.names = [f'teacher_{label}' for label in teachers]
-        self.first, *others = self.teachers.values()
+        first, *others = self.teachers.values()
         if not others:
             raise ConfigError(
                 'distillation.teacher: a mean takes at least two teachers, '
                 'got one. Describe it without "mean".'
             )
-        ours = _facts(self.first)
-        for name, other in zip(self.names[1:], others, strict=True):
-            theirs = _facts(other)
-            for what in dict.fromkeys((*ours, *theirs)):
-                self._check_same(name, what, ours.get(what), theirs.get(what))
+        self.class_map = first.class_map
+        facts = [_meaning(each) for each in self.teachers.values()]
+        for name, other in zip(self.names[1:], facts[1:], strict=True):
+            for what in dict.fromkeys((*facts[0], *other)):
+                values = facts[0].get(what), other.get(what)
+                self._check_same(name, what, *values)
 
     @property
-    def model(self) -> Any:
-        """The first network: its head tells how to read the predictions."""
-        return self.first.model
-
-    @property
-    def class_map(self) -> Any:
-        return self.first.class_map
-
-    @property
-    def networks(self) -> dict[str, Teacher]:
-        """The teachers by their names in logs."""
+    def networks(self) -> Mapping[str, Any]:
         return dict(zip(self.names, self.teachers.values(), strict=True))
 
-    def __call__(
-        self, inputs: Tensor, data_samples: Sequence[DetDataSample]
-    ) -> 'MeanOutputs':
-        """View the student's batch (B, 3, H, W); nothing runs yet."""
-        return MeanOutputs(self, inputs, data_samples)
+    def view(self, batch: Batch) -> 'EnsembleView':
+        return EnsembleView(
+            [each.view(batch) for each in self.teachers.values()]
+        )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> 'MeanTeacher':
-        return self  # frozen, as its teachers
+    def blank(self, device: torch.device) -> TeacherView:
+        """What it makes of a blank image.
 
-    def to(self, device: torch.device | str) -> 'MeanTeacher':
-        """Move the networks to ``device``, in place."""
+        Raises:
+            ConfigError: If the teachers' outputs have different shapes.
+        """
+        views = [each.blank(device) for each in self.teachers.values()]
+        shapes = [_shapes(view) for view in views]
+        for name, other in zip(self.names[1:], shapes[1:], strict=True):
+            self._check_same(name, 'the output shapes', shapes[0], other)
+        return EnsembleView(views)
+
+    def to(self, device: torch.device) -> 'EnsembleTeacher':
         for teacher in self.teachers.values():
             teacher.to(device)
         return self
 
-    def blank(self, run: Callable[[Any, Iterable[str]], Outputs]) -> Outputs:
-        """The first network's outputs for a blank image.
-
-        Raises:
-            ConfigError: If those of another one have other shapes.
-        """
-        outputs = [t.blank(run) for t in self.teachers.values()]
-        ours = _shapes(outputs[0])
-        for name, other in zip(self.names[1:], outputs[1:], strict=True):
-            self._check_same(name, 'the output shapes', ours, _shapes(other))
-        return outputs[0]
+    def describe(self) -> str:
+        each = (teacher.describe() for teacher in self.teachers.values())
+        return f'the mean of {"; ".join(each)}'
 
     def _check_same(
-        self, name: str, what: str, ours: Any, theirs: Any
+        self, name: str, what: str, first: Any, other: Any
     ) -> None:
-        if ours != theirs:
+        if first != other:
             if what == CLASSES:
-                ours, theirs = sorted(ours - theirs), sorted(theirs - ours)
+                first, other = sorted(first - other), sorted(other - first)
             raise ConfigError(
                 f'distillation.teacher: {self.names[0]} and {name} have no '
-                f'mean, they differ in {what}: {ours} and {theirs}. {REMEDY}'
+                f'mean, they differ in {what}: {first} and {other}. {REMEDY}'
             )
 
 
-class MeanOutputs:
-    """The mean of the teachers' views of a batch; see TeacherOutputs."""
+class EnsembleView(TeacherView):
+    """The mean of the teachers' views of a batch."""
 
-    def __init__(
-        self,
-        teacher: MeanTeacher,
-        inputs: Tensor,
-        data_samples: Sequence[DetDataSample],
-    ) -> None:
-        self.model, self.class_map = teacher.model, teacher.class_map
-        self.views: list[TeacherOutputs] = [
-            each(inputs, data_samples) for each in teacher.teachers.values()
-        ]
-        first = self.class_map.teacher
-        self.orders = [
-            _order(first, view.class_map.teacher, inputs.device)
-            for view in self.views
-        ]
+    def __init__(self, views: list[Any]) -> None:
+        self.views: list[FrozenView] = views
+        self.class_map = views[0].class_map
         self.cache: dict[str, Any] = {}
-        """What methods have derived in this step, for each other."""
 
     @property
-    def rpn(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Per level logits (B, A*c, H, W) and deltas (B, A*4, H, W)."""
-        if 'mean rpn' not in self.cache:
-            self.cache['mean rpn'] = mean([view.rpn for view in self.views])
-        return self.cache['mean rpn']
+    def facts(self) -> DetectorFacts:
+        """Those of the first network, whose numbers mean the same."""
+        return self.views[0].facts
 
     @property
-    def dense(self) -> Any:
-        """What a one-stage detector's head returns, classes in one order."""
-        if 'mean dense' not in self.cache:
-            self.cache['mean dense'] = mean(
-                [
-                    _dense_in_order(self.model.bbox_head, view.dense, order)
-                    for view, order in zip(
-                        self.views, self.orders, strict=True
-                    )
-                ]
-            )
-        return self.cache['mean dense']
+    def dense(self) -> DenseOutputs:
+        """The mean, with the classes in the first network's order."""
+        if 'dense' not in self.cache:
+            facts = self.facts.dense
+            assert facts is not None
+            raw = [view.raw_dense for view in self.views]
+            orders = self._orders(raw[0][0][0].device)
+            ordered = [
+                reorder_dense(facts, each, order)
+                for each, order in zip(raw, orders, strict=True)
+            ]
+            self.cache['dense'] = read_dense(facts, mean_of(ordered))
+        return self.cache['dense']
 
-    def score_anchors(self, sample: BoxSample) -> tuple[Tensor, Tensor]:
-        """The mean RPN on the student's sampled anchors."""
-        return mean([view.score_anchors(sample) for view in self.views])
+    def parts(self) -> Sequence[TeacherView]:
+        return self.views
 
-    def score_rois(
-        self, sample: BoxSample, stage: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """The mean RoI head on the student's RoIs, each on its features."""
-        return mean(
+    def score_anchors(self, sample: RoIOutputs) -> BoxScores:
+        scores = [view.score_anchors(sample) for view in self.views]
+        logits, deltas = mean_of([each[:2] for each in scores])
+        return BoxScores(logits, deltas, scores[0].coder)
+
+    def score_rois(self, sample: RoIOutputs, stage: int) -> BoxScores:
+        scores = [view.score_rois(sample, stage) for view in self.views]
+        orders = self._orders(sample.boxes.device)
+        logits, deltas = mean_of(
             [
-                _rois_in_order(*view.score_rois(sample, stage), order)
-                for view, order in zip(self.views, self.orders, strict=True)
+                reorder_rois(each.logits, each.deltas, order)
+                for each, order in zip(scores, orders, strict=True)
             ]
         )
+        return BoxScores(logits, deltas, scores[0].coder)
 
-    @property
-    def maps(self) -> NoReturn:
-        self.features()
-
-    def features(self, *_: Any) -> NoReturn:
+    def features(
+        self, path: str, student: StepRecord, student_path: str | None = None
+    ) -> tuple[Tensor, ...]:
         """Features have no mean.
 
         Raises:
             ConfigError: Always.
         """
-        raise ConfigError(
-            'the features of several networks do not correspond and have no '
+        raise self.lacks('features')
+
+    def statistics(self) -> dict[str, float]:
+        found = [view.statistics() for view in self.views]
+        return {
+            key: sum(each.get(key, value) for each in found) / len(found)
+            for key, value in found[0].items()
+        }
+
+    def lacks(self, what: str) -> ConfigError:
+        return ConfigError(
+            f'the {what} of several networks do not correspond and have no '
             f'mean. {REMEDY}'
         )
 
-
-def mean(values: Sequence[Any]) -> Any:
-    """The mean of equally nested tensors; None where all are None."""
-    first = values[0]
-    if first is None:
-        return None
-    if isinstance(first, Tensor):
-        return torch.stack(list(values)).mean(0)
-    return type(first)(mean(parts) for parts in zip(*values, strict=True))
+    def _orders(self, device: torch.device) -> list[Tensor | None]:
+        first = self.class_map.teacher
+        return [
+            class_order(first, view.class_map.teacher, device)
+            for view in self.views
+        ]
 
 
-# ----------------------------------------------------------- order of classes
+def _meaning(teacher: FrozenDetector) -> dict[str, Any]:
+    return meaning(read_facts(teacher.model), teacher.classes)
 
 
-@functools.lru_cache
-def _order(
-    first: tuple[str, ...], other: tuple[str, ...], device: torch.device
-) -> Tensor | None:
-    """The other's index of each of the first's classes; None for the same."""
-    if first == other:
-        return None
-    index = [other.index(name) for name in first]
-    return torch.tensor(index, device=device)
-
-
-def _dense_in_order(head: Any, raw: Any, order: Tensor | None) -> Any:
-    """A dense head's output with its classes in another order."""
-    if order is None:
-        return raw
-    if hasattr(head, 'num_attrib'):  # YOLOv3: box and object come first
-        before, width = 5, head.num_attrib
-    else:
-        before, width = 0, head.cls_out_channels
-    maps = [
-        _columns(level.unflatten(1, (-1, width)), before, order).flatten(1, 2)
-        for level in raw[0]
-    ]
-    return (maps, *raw[1:])
-
-
-def _rois_in_order(
-    logits: Tensor, deltas: Tensor | None, order: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """A RoI head's output with its classes in another order."""
-    if order is None:
-        return logits, deltas
-    if deltas is not None and deltas.shape[1] > 4:
-        deltas = deltas.unflatten(1, (-1, 4))[:, order].flatten(1)
-    return _columns(logits[:, None], 0, order)[:, 0], deltas
-
-
-def _columns(values: Tensor, before: int, order: Tensor) -> Tensor:
-    """(N, A, c, ...) with the columns of classes in another order.
-
-    ``before`` columns come first; a background's comes last, if there is one.
-    """
-    after = before + len(order)
-    return torch.cat(
-        [
-            values[:, :, :before],
-            values[:, :, before + order],
-            values[:, :, after:],
-        ],
-        dim=2,
-    )
-
-
-# ------------------------------------------------------------------ agreement
-
-
-class _Coder:
-    """A box coder that equals one that gives the same deltas."""
-
-    def __init__(self, coder: Any) -> None:
-        self.coder = coder
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Coder) and same_coder(
-            self.coder, other.coder
-        )
-
-    def __repr__(self) -> str:
-        return f'{type(self.coder).__name__} {vars(self.coder)}'
-
-
-def _facts(teacher: Teacher) -> dict[str, Any]:
-    """What the numbers that a detector's heads predict depend on."""
-    model = teacher.model
-    facts: dict[str, Any] = {CLASSES: set(teacher.classes)}
-    for part in ('rpn_head', 'bbox_head'):
-        head = getattr(model, part, None)
-        facts[f'the {part}'] = type(head).__name__
-        if hasattr(head, 'prior_generator'):
-            for what, value in _dense_facts(head).items():
-                facts[f'{what} of the {part}'] = value
-    heads = box_heads(model)
-    facts['the number of RoI stages'] = len(heads)
-    for stage, head in enumerate(heads):
-        for what, value in {
-            'the classifier': 'sigmoid' if uses_sigmoid(head) else 'softmax',
-            'reg_class_agnostic': head.reg_class_agnostic,
-            'the box coder': _Coder(head.bbox_coder),
-        }.items():
-            facts[f'{what} of RoI stage {stage}'] = value
-    return facts
-
-
-def _dense_facts(head: Any) -> dict[str, Any]:
-    generator = head.prior_generator
-    places = [(1, 1)] * generator.num_levels
-    sigmoid = getattr(head, 'use_sigmoid_cls', True)
-    activated = getattr(getattr(head, 'loss_cls', None), 'activated', False)
-    return {
-        'the classifier': 'sigmoid' if sigmoid else 'softmax',
-        'the scores': 'probabilities' if activated else 'logits',
-        'the strides': [tuple(stride) for stride in generator.strides],
-        'the first priors': [
-            [[round(x, 2) for x in prior] for prior in level.tolist()]
-            for level in generator.grid_priors(places, device='cpu')
-        ],
-        'the box coder': _Coder(getattr(head, 'bbox_coder', None)),
-        'reg_max': getattr(head, 'reg_max', None),
-        'anchor_type': getattr(head, 'anchor_type', None),
-    }
-
-
-def _shapes(outputs: Outputs) -> dict[str, list[tuple[int, ...]]]:
-    """Of what the standard heads gave, those that ran."""
+def _shapes(view: TeacherView) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes of what the standard heads gave, as far as they ran."""
+    assert isinstance(view, RecordView)
     shapes = {}
     for path in ('rpn_head', 'bbox_head'):
         try:
-            found = outputs.features(path)
+            found = view.features(path)
         except TapError:
             continue
         shapes[path] = [tuple(tensor.shape) for tensor in found]

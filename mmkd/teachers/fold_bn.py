@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmcv.cnn.bricks.wrappers import Conv2d
 from torch import Tensor, nn
@@ -12,10 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmkd.detectors.record import intercepted
 from mmkd.errors import ConfigError
 
+from .frozen import FrozenDetector
 from .probe import difference, probe
-
-if TYPE_CHECKING:
-    from .frozen import Teacher
 
 PLAIN_CONVOLUTIONS = (nn.Conv2d, Conv2d)
 """Whose weight is used as it is: no subclass that standardises it, say."""
@@ -25,7 +23,7 @@ TOLERANCE = 1e-3
 Pair = tuple[nn.Conv2d, _BatchNorm]
 
 
-def fold_batch_norms(teacher: 'Teacher') -> int:
+def fold_batch_norms(teacher: FrozenDetector) -> int:
     r"""Fold what follows a convolution into its weight and bias, in place.
 
     .. math::

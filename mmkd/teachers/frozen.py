@@ -1,55 +1,49 @@
-"""The frozen detector that is distilled from."""
+"""The usual teacher: a frozen detector of MMDetection."""
 
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mmdet.structures import DetDataSample
-from mmengine.logging import print_log
-from torch import Tensor, nn
+from mmengine.structures import InstanceData
+from torch import Tensor
 
-from mmkd.detectors.record import Outputs
-from mmkd.detectors.source import (
-    build_trained,
-    check_class_count,
-    class_names,
-    find_in_model_index,
-    load_config,
+from mmkd.data.batch import Batch
+from mmkd.detectors.blank import blank_pass
+from mmkd.detectors.dense import DenseOutputs, read_dense
+from mmkd.detectors.facts import DetectorFacts, read_facts, stage_of
+from mmkd.detectors.passes import (
+    detect,
+    run_dense_head,
+    run_roi_head,
+    run_rpn,
 )
-from mmkd.errors import ConfigError
-from mmkd.utils import check_options, isolated_random_state
+from mmkd.detectors.record import RoIOutputs, StepRecord, flatten_levels
+from mmkd.utils import isolated_random_state
 
-from .cache import CachedOutputs, TeacherCache, check_cache_options
-from .class_map import ClassMap, Renormalize
-from .frozen_view import TeacherOutputs
-from .speed import SPEED_OPTIONS, Speed, eagerly, speed_up
-
-__all__ = [
-    'ClassMap',
-    'Renormalize',
-    'Teacher',
-    'TeacherOutputs',
-    'build_teacher',
-    'class_names',
-]
-
-TEACHER_OPTIONS = (
-    'name',
-    'config',
-    'checkpoint',
-    'cfg_options',
-    'trust_checkpoint',
-    *SPEED_OPTIONS,
-    'cache',
+from .class_map import ClassMap
+from .record_view import RecordView
+from .renormalize import Renormalize
+from .speed import Speed, eagerly
+from .view import (
+    DENSE,
+    DETECTIONS,
+    FEATURES,
+    NETWORK,
+    ROIS,
+    RPN,
+    BoxScores,
+    Teacher,
+    TeacherView,
 )
 
+HEADS_THAT_RUN = {'rpn_head': 'rpn', 'bbox_head': 'raw_dense'}
+"""The part of the teacher's outputs that makes a head run."""
 
-class Teacher:
+
+class FrozenDetector(Teacher):
     """A frozen detector, its class map and its view of a student's batch.
-
-    It is no ``nn.Module`` on purpose: as a child of the student it would be
-    optimised, saved, averaged (EMA) and put into train mode.
 
     Args:
         model: The detector with its weights.
@@ -58,6 +52,8 @@ class Teacher:
         student_classes: The student's class names.
         paths: Module paths that methods read.
     """
+
+    gives = frozenset({FEATURES, DENSE, RPN, ROIS, DETECTIONS, NETWORK})
 
     def __init__(
         self,
@@ -72,125 +68,191 @@ class Teacher:
         self.classes = tuple(classes)
         self.paths = tuple(paths)
         self.speed = Speed()
-        self.cache: TeacherCache | None = None
         self.class_map = ClassMap(student_classes, classes)
         self.renormalize = Renormalize(
             student.data_preprocessor, model.data_preprocessor
         )
+        self.open_view: Callable[[FrozenDetector, Batch], FrozenView]
+        self.open_view = FrozenView
+        """Makes the view of a batch; a cache puts another one in its place."""
+        self.rebuild: Callable[[Mapping[str, Tensor]], None] | None = None
+        """Loads other weights, as the teacher was built."""
 
     @property
-    def networks(self) -> dict[str, 'Teacher']:
-        """The frozen networks by their names in logs: this one."""
+    def networks(self) -> Mapping[str, Any]:
         return {'teacher': self}
 
-    def __call__(
-        self, inputs: Tensor, data_samples: Sequence[DetDataSample]
-    ) -> TeacherOutputs:
-        """View the student's batch (B, 3, H, W); nothing runs yet."""
-        view = TeacherOutputs if self.cache is None else CachedOutputs
-        return view(self, inputs, data_samples)
+    def view(self, batch: Batch) -> 'FrozenView':
+        return self.open_view(self, batch)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> 'Teacher':
-        return self  # frozen: copies of the student share it
-
-    def blank(self, run: Callable[[Any, Iterable[str]], Outputs]) -> Outputs:
-        """The network's outputs for a blank image, from ``run``."""
+    def blank(self, device: torch.device) -> TeacherView:
         with eagerly(self.speed):
-            return run(self.model, self.paths)
+            record = blank_pass(self.model, self.paths, device)
+        return RecordView(record, self.class_map)
 
-    def to(self, device: torch.device | str) -> 'Teacher':
-        """Move the network to ``device``, in place."""
+    def to(self, device: torch.device) -> 'FrozenDetector':
         self.model.to(device)
         self.class_map.to(device)
         return self
 
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        if self.rebuild is None:
+            super().set_weights(weights)
+        else:
+            self.rebuild(weights)
 
-def build_teacher(
-    cfg: Mapping[str, Any] | str,
-    *,
-    student: nn.Module,
-    student_classes: Sequence[str],
-    paths: Iterable[str] = (),
-) -> Teacher:
-    """Build and load the teacher that ``distillation.teacher`` describes.
+    def describe(self) -> str:
+        differs = 'differs' if self.renormalize.needed else 'is equal'
+        return (
+            f'{type(self.model).__name__}, its classes are {self.class_map}, '
+            f'its normalisation {differs}'
+        )
 
-    Args:
-        cfg: The name of a model in MMDetection's installed model index, or a
-            dict with ``name``, or with ``config`` (a path, ``mmdet::…``, a
-            config dict) and ``checkpoint`` (a path or URL; None for an
-            untrained network, with a warning). ``cfg_options`` overrides
-            entries of the config; ``trust_checkpoint`` allows a pickle that
-            holds more than weights. The options of
-            :class:`~mmkd.teachers.speed.Speed` make it faster, and ``cache``
-            (the options of :class:`~mmkd.teachers.cache.TeacherCache`) keeps
-            on disk what it has computed.
-        student: The student's detector.
-        student_classes: The student's class names.
-        paths: Module paths that methods read.
 
-    Raises:
-        ConfigError: If the description is incomplete or unknown.
-        CheckpointError: If the checkpoint does not fit the config exactly.
+def frozen_pass(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a teacher's computation without gradient or random numbers."""
+
+    @functools.wraps(compute)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), isolated_random_state():
+            return compute(*args, **kwargs)
+
+    return call
+
+
+class FrozenView(TeacherView):
+    """The frozen detector's view of a batch.
+
+    A method that reads only features pays for backbone and neck alone.
     """
-    options: dict[str, Any] = (
-        {'name': cfg} if isinstance(cfg, str) else dict(cfg)
-    )
-    check_options('distillation.teacher', options, TEACHER_OPTIONS)
-    if 'name' in options:
-        options = {**find_in_model_index(options.pop('name')), **options}
-    if 'config' not in options:
-        raise ConfigError(
-            'distillation.teacher needs a "config" (a path, "mmdet::…" or a '
-            'dict) and a "checkpoint", or the "name" of a model in '
-            f"MMDetection's index; got {sorted(options)}."
+
+    def __init__(self, teacher: FrozenDetector, batch: Batch) -> None:
+        self.model = teacher.model
+        self.class_map = teacher.class_map
+        self.cache: dict[str, Any] = {}
+        self._record = StepRecord(teacher.model, teacher.paths)
+        self._record.note = (
+            ' The teacher runs what methods read: backbone, neck, dense head '
+            'or RPN, and the box heads of its RoI head.'
         )
-    if 'checkpoint' not in options:
-        raise ConfigError(
-            'distillation.teacher has no "checkpoint". Give the path or URL '
-            'of its trained weights, or checkpoint=None for an untrained '
-            'teacher in a smoke test.'
+        self._renormalize, self._speed = teacher.renormalize, teacher.speed
+        self._batch = batch
+        self._roi_results: dict[int, tuple[RoIOutputs, dict]] = {}
+        self._roi_records: dict[int, StepRecord] = {}
+
+    @functools.cached_property
+    def facts(self) -> DetectorFacts:
+        return read_facts(self.model)
+
+    @functools.cached_property
+    @frozen_pass
+    def maps(self) -> tuple[Tensor, ...]:
+        batch = self._batch
+        inputs = self._renormalize(batch.inputs, batch.data_samples)
+        with self._running(self._record):
+            maps = self.model.extract_feat(self._speed.entering(inputs))
+        return self._speed.leaving(maps)
+
+    @functools.cached_property
+    @frozen_pass
+    def rpn(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level logits (B, A*c, H, W) and deltas (B, A*4, H, W)."""
+        maps = self.maps
+        with self._running(self._record):
+            found = run_rpn(self.model, maps)
+        return self._speed.leaving(found)
+
+    @functools.cached_property
+    @frozen_pass
+    def raw_dense(self) -> Any:
+        """What a one-stage detector's head returns for the maps."""
+        maps = self.maps
+        with self._running(self._record):
+            found = run_dense_head(self.model, maps)
+        return self._speed.leaving(found)
+
+    @property
+    def dense(self) -> DenseOutputs:
+        if 'dense' not in self.cache:
+            assert self.facts.dense is not None
+            self.cache['dense'] = read_dense(self.facts.dense, self.raw_dense)
+        return self.cache['dense']
+
+    @functools.cached_property
+    @frozen_pass
+    def detections(self) -> list[InstanceData]:
+        """The network's own detections, labels in its own classes."""
+        maps, batch = self.maps, self._batch
+        with self._speed.computing(batch.inputs.device):
+            return detect(self.model, maps, batch.inputs, batch.data_samples)
+
+    def features(
+        self, path: str, student: StepRecord, student_path: str | None = None
+    ) -> tuple[Tensor, ...]:
+        """The output of the module at ``path``, a tensor a level.
+
+        What lies in a head makes the head run. In one stage of a cascade,
+        a RoI head is given that stage's RoIs alone.
+
+        Raises:
+            TapError: If the module did not run.
+        """
+        part = path.partition('.')[0]
+        if part != 'roi_head':
+            getattr(self, HEADS_THAT_RUN.get(part, 'maps'))
+            return self._speed.leaving(self._record.features(path))
+        stage = stage_of(student.model, student_path or '')
+        stages = range(len(student.rois)) if stage is None else [stage]
+        samples = [student.rois[stage] for stage in stages]
+        for sample, stage in zip(samples, stages, strict=True):
+            self.score_rois(sample, stage)
+        return self._speed.leaving(
+            tuple(
+                feature
+                for sample in samples
+                for feature in self._roi_records[id(sample)].features(path)
+            )
         )
-    speed = Speed(**{k: options[k] for k in SPEED_OPTIONS if k in options})
-    cache = options.get('cache')
-    if cache is not None:
-        cache = check_cache_options(cache)
-    config = load_config(options['config'])
-    if options.get('cfg_options'):
-        overrides = dict(options['cfg_options'])
-        check_options(
-            'distillation.teacher.cfg_options: its config',
-            (key.partition('.')[0] for key in overrides),
-            config,
+
+    def score_anchors(self, sample: RoIOutputs) -> BoxScores:
+        facts = self.facts.rpn
+        assert sample.index is not None
+        assert facts is not None
+        scores, deltas = self.rpn
+        return BoxScores(
+            flatten_levels(scores, facts.columns)[sample.index],
+            flatten_levels(deltas, 4)[sample.index],
+            facts.coder,
         )
-        config.merge_from_dict(overrides)
-    with isolated_random_state():
-        model, meta = build_trained(
-            config.model,
-            options['checkpoint'],
-            trust=bool(options.get('trust_checkpoint', False)),
-        )
-    classes = class_names(meta, config)
-    if classes is None:
-        classes = tuple(student_classes)
-        print_log(
-            "Neither the teacher's checkpoint nor its config names its "
-            f"classes; the student's are assumed: {', '.join(classes)}",
-            'current',
-            logging.WARNING,
-        )
-    check_class_count(model, classes, 'distillation.teacher')
-    teacher = Teacher(
-        model,
-        classes,
-        student=student,
-        student_classes=student_classes,
-        paths=paths,
-    )
-    device = next(student.parameters()).device
-    if speed != Speed():
-        speed_up(teacher, speed, device)
-    if cache is not None:
-        teacher.cache = TeacherCache(
-            teacher.to(device), config.model.to_dict(), **cache
-        )
-    return teacher
+
+    def score_rois(self, sample: RoIOutputs, stage: int) -> BoxScores:
+        """The teacher's RoI head on the student's RoIs, on its own features.
+
+        Args:
+            sample: The student's sampled RoIs, or those of a peer.
+            stage: The student's stage; a teacher with fewer uses its last.
+        """
+        if id(sample) not in self._roi_results:
+            self._run_roi_head(sample, stage)
+        result = self._roi_results[id(sample)][1]
+        rois = self.facts.rois
+        coder = rois[min(stage, len(rois) - 1)].coder
+        return BoxScores(result['cls_score'], result['bbox_pred'], coder)
+
+    @frozen_pass
+    def _run_roi_head(self, sample: RoIOutputs, stage: int) -> None:
+        record = StepRecord(self.model, self._record.paths)
+        record.note = self._record.note
+        maps = self.maps
+        with self._running(record):
+            result = run_roi_head(self.model, maps, sample.boxes, stage)
+        # With the sample itself, so that its id stays its own.
+        self._roi_results[id(sample)] = (sample, self._speed.leaving(result))
+        self._roi_records[id(sample)] = record
+
+    @contextmanager
+    def _running(self, record: StepRecord) -> Iterator[None]:
+        """Record what the network computes within, as its options say."""
+        device = self._batch.inputs.device
+        with record.recording(), self._speed.computing(device):
+            yield

@@ -3,25 +3,24 @@
 import contextlib
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkd.data.batch import Batch
 from mmkd.detectors.blank import PROBE_SIZE, probe_sample
-from mmkd.detectors.record import box_heads, tensors_in
+from mmkd.detectors.facts import box_heads
+from mmkd.detectors.record import tensors_in
 
-from .frozen_view import TeacherOutputs
-
-if TYPE_CHECKING:
-    from .frozen import Teacher
+from .frozen import FrozenDetector, FrozenView
 
 ROIS = ((8.0, 8.0, 200.0, 120.0), (90.0, 40.0, 310.0, 310.0))
 """xyxy, in each test image."""
 
 
 def probe(
-    teacher: 'Teacher', images: Sequence[int] = (0,)
+    teacher: FrozenDetector, images: Sequence[int] = (0,)
 ) -> dict[str, list[Tensor]]:
     """All that methods can read of a teacher, for images of noise.
 
@@ -37,18 +36,19 @@ def probe(
     """
     device = next(teacher.model.parameters()).device
     inputs = torch.stack([_noise(number) for number in images]).to(device)
-    view = TeacherOutputs(teacher, inputs, [probe_sample()] * len(images))
+    samples = [probe_sample()] * len(images)
+    view = FrozenView(teacher, Batch(inputs, samples))
     parts: dict[str, Any] = {'the feature maps': view.maps}
     with contextlib.suppress(Exception):
         parts['the RPN'] = view.rpn
     with contextlib.suppress(Exception):
-        parts['the dense head'] = view.dense
+        parts['the dense head'] = view.raw_dense
     rois = [(i, *box) for i in range(len(images)) for box in ROIS]
     sample: Any = SimpleNamespace(boxes=torch.tensor(rois, device=device))
     stages = [sample for _ in box_heads(teacher.model)]
     for stage, _ in enumerate(stages):
         with contextlib.suppress(Exception):
-            parts[f'RoI stage {stage}'] = view.score_rois(sample, stage)
+            parts[f'RoI stage {stage}'] = view.score_rois(sample, stage)[:2]
     student: Any = SimpleNamespace(model=teacher.model, rois=stages)
     for path in teacher.paths:
         with contextlib.suppress(Exception):

@@ -6,8 +6,13 @@ from mmengine.logging import MessageHub
 
 from mmkd.detectors.blank import blank_pass
 from mmkd.detectors.dense import read_dense, student_dense, student_targets
-from mmkd.detectors.dense_checks import check_dense, check_same_priors
-from mmkd.detectors.record import Outputs
+from mmkd.detectors.dense_checks import (
+    check_dense,
+    check_is_dense,
+    check_same_priors,
+)
+from mmkd.detectors.facts import read_facts
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError, TapError
 from tests.helpers import tiny_dense, toy
 from tests.helpers import tiny_detectors as tiny
@@ -90,7 +95,7 @@ def step(config, **options):
     """A detector and what its loss has produced on a batch."""
     model = tiny.build(config)
     inputs, samples = tiny.batch_for(model, **{'sizes': SIZES, **options})
-    outputs = Outputs(model)
+    outputs = StepRecord(model)
     with outputs.recording():
         losses = tiny.seeded_loss(model, inputs, samples)
     return outputs, samples, losses
@@ -187,7 +192,7 @@ def test_paas_final_assignment_counts():
     """What its first step assigns is not yet what it trains on."""
     model = tiny_dense.build(tiny_dense.paa())
     inputs, samples = tiny.batch_for(model, sizes=SIZES)
-    outputs, seen = Outputs(model), []
+    outputs, seen = StepRecord(model), []
     handle = model.bbox_head.loss_cls.register_forward_pre_hook(
         lambda _, args: seen.append(args)
     )
@@ -204,7 +209,7 @@ def watched_step(config):
     """The same step, and what the stock class loss was called with."""
     model = tiny.spread(tiny_dense.build(config), 0)
     inputs, samples = tiny.batch_for(model, sizes=SIZES)
-    outputs, seen = Outputs(model), []
+    outputs, seen = StepRecord(model), []
     model.bbox_head.loss_cls.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
     )
@@ -343,8 +348,9 @@ def test_detectors_without_a_dense_head(config, message):
 
 
 def test_nobody_reads_what_a_teacher_assigns():
-    dense = check_dense(blank(small(FREE_ANCHOR)), 'teacher', 'X')
-    assert dense.logits.shape[0] == 1
+    record = blank(small(FREE_ANCHOR))
+    check_is_dense(record.facts, 'teacher', 'X')
+    assert student_dense(record).logits.shape[0] == 1
 
 
 @pytest.mark.parametrize('name', ['ddod', 'fsaf'])
@@ -362,16 +368,16 @@ def test_trying_the_assignment_leaves_no_trace(name):
 
 
 def test_an_output_of_another_structure():
-    head = tiny.build(tiny.retinanet()).bbox_head
+    facts = head(tiny.retinanet())
     maps = [torch.zeros(1, 27, 4, 4)] * 5
-    read_dense(head, (maps, maps))
+    read_dense(facts, (maps, maps))
     with pytest.raises(ConfigError, match=r'RetinaHead .* expected a tuple'):
-        read_dense(head, maps)
+        read_dense(facts, maps)
     with pytest.raises(
         ConfigError,
         match=r'channels, expected 3 for each of \[9, 9, 9, 9, 9\]',
     ):
-        read_dense(head, ([torch.zeros(1, 9, 4, 4)] * 5,))
+        read_dense(facts, ([torch.zeros(1, 9, 4, 4)] * 5,))
 
 
 def test_assignments_that_cannot_be_read():
@@ -392,7 +398,7 @@ def test_assignments_that_cannot_be_read():
 
 
 def head(config):
-    return tiny.build(config).bbox_head
+    return read_facts(tiny.build(config)).dense
 
 
 def anchors(**options):

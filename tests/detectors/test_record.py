@@ -7,12 +7,11 @@ import pytest
 import torch
 from mmengine.structures import InstanceData
 
+from mmkd.detectors.facts import box_heads, stage_of
 from mmkd.detectors.record import (
-    Outputs,
-    box_heads,
+    StepRecord,
     flatten_levels,
     intercepted,
-    stage_of,
     tensors_in,
 )
 from mmkd.errors import TapError
@@ -50,7 +49,7 @@ def recorded(request):
         sizes=((96, 128), (80, 100)),
         masks=request.param == 'mask',
     )
-    outputs = Outputs(model)
+    outputs = StepRecord(model)
     with outputs.recording():
         losses = tiny.seeded_loss(model, *batch)
     return model, losses, outputs
@@ -70,7 +69,7 @@ def traces(model):
 
 def rpn_loss_of(sample):
     """MMDetection's RPN loss, from the sampled anchors alone."""
-    head = sample.head
+    head = sample.facts.head
     cls = head.loss_cls(
         sample.logits,
         sample.labels,
@@ -91,7 +90,7 @@ def rpn_loss_of(sample):
 
 def rcn_loss_of(sample):
     """MMDetection's RoI loss, from the sampled RoIs alone."""
-    head = sample.head
+    head = sample.facts.head
     cls = head.loss_cls(
         sample.logits,
         sample.labels,
@@ -137,7 +136,7 @@ def test_the_sampled_rois_give_the_stock_roi_loss(recorded):
             prefix = f's{stage}.'
             weight = model.roi_head.stage_loss_weights[stage]
         cls, bbox = rcn_loss_of(sample)
-        assert sample.head is box_heads(model)[stage]
+        assert sample.facts.head is box_heads(model)[stage]
         torch.testing.assert_close(weight * cls, losses[f'{prefix}loss_cls'])
         torch.testing.assert_close(weight * bbox, losses[f'{prefix}loss_bbox'])
         assert bbox > 0
@@ -224,7 +223,7 @@ def test_recording_changes_no_loss_and_leaves_no_trace():
     plain = tiny.seeded_loss(model, *batch)
     model.load_state_dict(state)
     before = traces(model)
-    outputs = Outputs(model, ['backbone.layer1'])
+    outputs = StepRecord(model, ['backbone.layer1'])
     with outputs.recording():
         assert traces(model) != before
         losses = tiny.seeded_loss(model, *batch)
@@ -241,7 +240,7 @@ def test_no_trace_is_left_by_a_step_that_fails():
     model = tiny.build(VARIANTS['cascade'])
     batch = tiny.batch_for(model)
     before = traces(model)
-    outputs = Outputs(model, ['neck'])
+    outputs = StepRecord(model, ['neck'])
     del batch[1][1].gt_instances.labels
     with pytest.raises(AttributeError), outputs.recording():
         tiny.seeded_loss(model, *batch)
@@ -252,7 +251,7 @@ def test_no_trace_is_left_by_a_step_that_fails():
 def test_a_copy_made_after_recording_is_clean():
     model = tiny.build(VARIANTS['fpn'])
     before = traces(model)
-    with Outputs(model).recording():
+    with StepRecord(model).recording():
         tiny.seeded_loss(model, *tiny.batch_for(model))
     twin = copy.deepcopy(model)
     assert traces(twin) == before
@@ -283,7 +282,7 @@ def test_taps_hold_what_the_modules_returned():
     model = tiny.build(VARIANTS['fpn'])
     batch = tiny.batch_for(model)
     paths = ['backbone', 'neck', 'backbone.layer2', 'rpn_head.rpn_conv']
-    outputs = Outputs(model, paths)
+    outputs = StepRecord(model, paths)
     seen = []
     handle = model.backbone.layer2.register_forward_hook(
         lambda module, args, output: seen.append(output)
@@ -312,7 +311,7 @@ def test_taps_hold_what_the_modules_returned():
 def test_neck_is_the_backbone_where_there_is_none():
     model = tiny.build(VARIANTS['c4'])
     batch = tiny.batch_for(model)
-    outputs = Outputs(model, ['neck'])
+    outputs = StepRecord(model, ['neck'])
     with outputs.recording():
         model.extract_feat(batch[0])
     assert outputs.features('neck')[0] is outputs.features('backbone')[0]
@@ -352,7 +351,7 @@ def test_a_detector_without_stages_has_none():
 
 def test_a_tap_that_never_fires_lists_what_did():
     model = tiny.build(VARIANTS['fpn'])
-    outputs = Outputs(model, ['roi_head.bbox_head.fc_cls', 'neck'])
+    outputs = StepRecord(model, ['roi_head.bbox_head.fc_cls', 'neck'])
     with outputs.recording():
         model.extract_feat(tiny.batch_for(model)[0])
     message = (
@@ -365,7 +364,7 @@ def test_a_tap_that_never_fires_lists_what_did():
 
 def test_a_misspelt_tap_says_the_nearest():
     model = tiny.build(VARIANTS['fpn'])
-    outputs = Outputs(model, ['backbone.layr2'])
+    outputs = StepRecord(model, ['backbone.layr2'])
     with outputs.recording():
         model.extract_feat(tiny.batch_for(model)[0])
     message = (
@@ -378,7 +377,7 @@ def test_a_misspelt_tap_says_the_nearest():
 
 def test_a_one_stage_detector_has_no_samples():
     model = tiny.build(tiny.retinanet())
-    outputs = Outputs(model)
+    outputs = StepRecord(model)
     with outputs.recording():
         tiny.seeded_loss(model, *tiny.batch_for(model))
     with pytest.raises(TapError, match='RetinaNet has trained no RPN'):

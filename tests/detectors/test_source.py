@@ -25,7 +25,8 @@ from mmkd.detectors.source import (
     load_config,
 )
 from mmkd.errors import CheckpointError, ConfigError
-from mmkd.teachers.frozen import build_teacher
+from mmkd.teachers.build import build_teacher
+from mmkd.teachers.view import TeacherContext
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers import toy
 
@@ -70,9 +71,7 @@ def built(student):
 
     def build(**options):
         options.setdefault('config', teacher_config())
-        return build_teacher(
-            options, student=student, student_classes=tiny.CLASSES
-        )
+        return build_teacher(options, TeacherContext(student, tiny.CLASSES))
 
     return build
 
@@ -132,8 +131,7 @@ def test_keys_of_older_versions_are_renamed_as_in_mmdet(student, saved):
                 config=teacher_config(tiny.fcos()),
                 checkpoint=saved(state_dict=state),
             ),
-            student=student,
-            student_classes=tiny.CLASSES,
+            TeacherContext(student, tiny.CLASSES),
         )
         assert same_weights(teacher.model, fcos)
 
@@ -332,11 +330,10 @@ def test_the_checkpoint_has_to_be_named(built):
 
 
 def test_the_config_has_to_be_named(student, saved):
-    with pytest.raises(ConfigError, match=r'needs a "config".*\[.checkpoint'):
+    with pytest.raises(ConfigError, match=r'needs a "config".*"checkpoint"'):
         build_teacher(
             dict(checkpoint=saved()),
-            student=student,
-            student_classes=tiny.CLASSES,
+            TeacherContext(student, tiny.CLASSES),
         )
 
 
@@ -399,8 +396,7 @@ def test_a_misspelt_name_says_the_nearest(student):
     ):
         build_teacher(
             'paa_r110_fpn_1x_coco',
-            student=student,
-            student_classes=tiny.CLASSES,
+            TeacherContext(student, tiny.CLASSES),
         )
 
 
@@ -421,8 +417,7 @@ def test_the_index_gives_the_config_and_options_override_it(student, saved):
                 'test_dataloader.dataset.metainfo': dict(classes=tiny.CLASSES),
             },
         ),
-        student=student,
-        student_classes=tiny.CLASSES,
+        TeacherContext(student, tiny.CLASSES),
     )
     assert same_weights(teacher.model, tiny.build(model))
 
@@ -451,8 +446,7 @@ def test_no_shared_class_lists_both(saved, student):
     with pytest.raises(ConfigError) as error:
         build_teacher(
             dict(config=teacher_config(), checkpoint=saved()),
-            student=student,
-            student_classes=('bus', 'car'),
+            TeacherContext(student, ('bus', 'car')),
         )
     assert 'Student: bus, car. Teacher: cat, dog, cow.' in str(error.value)
 
@@ -530,8 +524,7 @@ def test_the_head_and_the_names_have_to_agree(built, saved, student):
     with pytest.raises(ConfigError, match='num_classes=3, but there are 4'):
         build_teacher(
             dict(config=dict(model=tiny.faster_rcnn()), checkpoint=saved()),
-            student=student,
-            student_classes=('cat', 'dog', 'cow', 'yak'),
+            TeacherContext(student, ('cat', 'dog', 'cow', 'yak')),
         )
 
 

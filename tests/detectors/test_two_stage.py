@@ -5,13 +5,12 @@ import torch
 from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead
 from torch import nn
 
+from mmkd.detectors.facts import read_facts, same_coder
 from mmkd.detectors.two_stage import (
     check_same_anchors,
     check_same_classifiers,
     check_two_stage,
     deltas_of_label,
-    same_coder,
-    uses_sigmoid,
 )
 from mmkd.errors import ConfigError
 from tests.helpers import tiny_detectors as tiny
@@ -21,11 +20,15 @@ OTHER_ANCHORS = dict(rpn_head__anchor_generator__scales=[4])
 
 
 def check(model, **parts):
-    check_two_stage(tiny.build(model), 'student', 'ThisMethod', **parts)
+    facts = read_facts(tiny.build(model))
+    check_two_stage(facts, 'student', 'ThisMethod', **parts)
 
 
 def check_pair(pair_check, student, teacher):
-    pair_check(tiny.build(student), tiny.build(teacher))
+    facts = [read_facts(tiny.build(model)) for model in (student, teacher)]
+    if pair_check is check_same_anchors:
+        facts = [each.rpn for each in facts]
+    pair_check(*facts)
 
 
 def test_each_box_has_the_deltas_of_its_label():
@@ -76,8 +79,8 @@ def test_coders_are_compared_by_what_they_compute():
 
 def test_classifiers_are_told_apart():
     sigmoid = dict(roi_head__bbox_head__loss_cls__use_sigmoid=True)
-    assert uses_sigmoid(tiny.build(FRCNN(**sigmoid)).roi_head.bbox_head)
-    assert not uses_sigmoid(tiny.build(FRCNN()).roi_head.bbox_head)
+    assert read_facts(tiny.build(FRCNN(**sigmoid))).rois[0].sigmoid
+    assert not read_facts(tiny.build(FRCNN())).rois[0].sigmoid
 
 
 @pytest.mark.parametrize(
@@ -191,8 +194,9 @@ def test_box_heads_with_a_loss_of_their_own_are_refused():
         (Several, 'its Several predicts several objects a RoI'),
     ):
         student.roi_head.bbox_head.__class__ = kind
+        facts = read_facts(student)
         with pytest.raises(ConfigError, match=message):
-            check_two_stage(student, 'student', 'X', rpn=False, deltas=False)
+            check_two_stage(facts, 'student', 'X', rpn=False, deltas=False)
 
 
 def test_roi_heads_that_need_more_than_rois_are_refused():
@@ -207,7 +211,7 @@ def test_roi_heads_that_need_more_than_rois_are_refused():
     with pytest.raises(
         ConfigError, match='WithContext scores boxes from more than features'
     ):
-        check_two_stage(student, 'student', 'ThisMethod')
+        check_two_stage(read_facts(student), 'student', 'ThisMethod')
 
 
 def test_roi_heads_of_several_branches_are_refused():

@@ -27,7 +27,7 @@ def config(folder, method='CWD', runner=None, **options):
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     cfg.distillation.teacher = teacher(folder, cfg)
     if runner is not None:
-        cfg.runner_type = f'faults.{runner.__name__}'
+        cfg.runner_type = f'Fault{runner.__name__}'
     return cfg
 
 
@@ -141,7 +141,7 @@ class TestStudentInitialisedAgain:
         cfg = config(tmp_path)
         cfg.load_from = cfg.distillation.teacher.checkpoint
         assert not findings(cfg)
-        cfg.runner_type = 'faults.InitialisesStudent'
+        cfg.runner_type = 'FaultInitialisesStudent'
         found = findings(cfg)
         assert 'the student was initialised again after load_from' in found
         assert '1 tensors have other values (backbone.conv1.weight)' in found
@@ -157,7 +157,7 @@ class TestStudentInitialisedAgain:
         report = diagnose(cfg)
         assert not report.findings
         assert any(str(path) in x for x in report.sections['Weights'])
-        cfg.runner_type = 'faults.InitialisesStudent'
+        cfg.runner_type = 'FaultInitialisesStudent'
         assert 'the student was initialised again' in findings(cfg)
 
     def test_a_pretrained_backbone_without_a_type(self, tmp_path):
@@ -402,7 +402,7 @@ def test_only_norms_in_eval(tmp_path):
     torch.save(dict(state_dict=network.state_dict()), path)
     cfg.distillation.teacher = dict(config=described, checkpoint=str(path))
     assert not findings(cfg)
-    cfg.runner_type = 'faults.OnlyNormsInEval'
+    cfg.runner_type = 'FaultOnlyNormsInEval'
     found = findings(cfg)
     assert 'modules in training mode' in found
     assert 'the teacher answers differently to the same batch' in found

@@ -311,7 +311,7 @@ def failed(shared_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('full')
     cfg = toy.distilled(folder / 'run', images=2, epochs=3)
     cfg.custom_imports = dict(imports=['tests.helpers.toy'])
-    cfg.custom_hooks = [dict(type='toy.FullDisk', epoch=1)]
+    cfg.custom_hooks = [dict(type='ToyFullDisk', epoch=1)]
     cfg.default_hooks.checkpoint.max_keep_ckpts = 1
     path = toy.write(cfg, folder / 'config.py')
     return toy.tool(folder / 'log', 'tools/train.py', path), folder / 'run'

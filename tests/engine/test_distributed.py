@@ -22,14 +22,14 @@ def config(work_dir, *, iterations=3, **options):
     cfg.env_cfg.dist_cfg = dict(backend='gloo', timeout=300)
     cfg.model.backbone.norm_eval = True
     for stage in (cfg.model.train_cfg.rpn, cfg.model.train_cfg.rcnn):
-        stage.sampler.type = 'toy.FirstSampler'
+        stage.sampler.type = 'ToyFirstSampler'
         stage.sampler.num = 16
     # MMDetection counts an image without positive anchors as if it had one.
     cfg.model.train_cfg.rpn.assigner.min_pos_iou = 0.0
     cfg.distillation.teacher = toy.untrained(cfg)
     toy.in_order(cfg)
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
-    cfg.custom_hooks = [dict(type='toy.SaveRecord')]
+    cfg.custom_hooks = [dict(type='ToySaveRecord')]
     return cfg
 
 
@@ -242,7 +242,7 @@ def test_two_scripts_at_once_and_an_error_in_one_process(tmp_path):
     for name in ('a', 'b'):
         cfg = config(tmp_path / name / 'run', methods={'hint': toy.HINT})
         if name == 'b':
-            cfg.custom_hooks.append(dict(type='toy.FailSecond'))
+            cfg.custom_hooks.append(dict(type='ToyFailSecond'))
         path = toy.write(copy.deepcopy(cfg), tmp_path / name / 'config.py')
         jobs.append(dist_train(path, 2))
     (good, _), (bad, _) = (job.communicate(timeout=300) for job in jobs)

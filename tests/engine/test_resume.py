@@ -75,7 +75,7 @@ def assert_same_outcome(one, other):
 
 
 # A checkpoint as large as a real one takes long enough to be caught at.
-BALLAST = dict(type='toy.Ballast', megabytes=50)
+BALLAST = dict(type='ToyBallast', megabytes=50)
 
 
 @pytest.fixture(scope='module')

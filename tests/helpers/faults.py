@@ -8,7 +8,7 @@ from torch import nn
 from mmkd.core.method import Method
 from mmkd.engine.runner import DistillationRunner
 from mmkd.registry import METHODS
-from mmkd.teachers.frozen import Teacher
+from mmkd.teachers.frozen import FrozenDetector
 
 
 class OnNeck(Method):
@@ -16,7 +16,7 @@ class OnNeck(Method):
 
     student_paths = teacher_paths = ('neck',)
 
-    def forward(self, student, teacher, data_samples):
+    def forward(self, student, teacher, batch):
         ours = student.features('neck')
         theirs = teacher.features('neck', student, 'neck')
         losses = [
@@ -91,7 +91,7 @@ class HoldsTeacher(OnNeck):
     """The teacher becomes a child of the student, and is saved with it."""
 
     def prepare(self, student, teacher):
-        self.network = teacher.model
+        self.network = teacher.record.model
 
 
 @METHODS.register_module()
@@ -117,10 +117,10 @@ class ChangesStudent(OnNeck):
 class TeachesPeersAlone(OnNeck):
     """The student's part of a loss between peers has no gradient."""
 
-    needs = 'peers'
+    learns_from = 'peers'
     peer_paths = ('neck',)
 
-    def forward(self, student, teacher, data_samples):
+    def forward(self, student, teacher, batch):
         (peer,) = student.peers.values()
         pairs = zip(
             student.features('neck'), peer.features('neck'), strict=True
@@ -145,8 +145,8 @@ class IdleAdapter(OnNeck):
 class IgnoresClassMap(Method):
     """Class logits one by one, whatever the classes are called."""
 
-    def forward(self, student, teacher, data_samples):
-        (ours, _), (theirs, _) = student.raw('bbox_head'), teacher.dense
+    def forward(self, student, teacher, batch):
+        (ours, _), (theirs, _) = student.raw('bbox_head'), teacher.raw_dense
         losses = [
             (s - t)[..., :1].square().mean()
             for s, t in zip(ours, theirs, strict=True)
@@ -158,7 +158,7 @@ class IgnoresClassMap(Method):
 
 
 def register(cls):
-    RUNNERS.register_module(name=f'faults.{cls.__name__}')(cls)
+    RUNNERS.register_module(name=f'Fault{cls.__name__}')(cls)
     return cls
 
 
@@ -213,12 +213,12 @@ class MapsByNumber(DistillationRunner):
         classes.teacher_index = torch.arange(len(classes.shared))
 
 
-class Eager(Teacher):
+class Eager(FrozenDetector):
     """Draws random numbers in every step."""
 
-    def __call__(self, inputs, data_samples):
+    def view(self, batch):
         torch.rand(1)
-        return super().__call__(inputs, data_samples)
+        return super().view(batch)
 
 
 @register

@@ -13,9 +13,9 @@ from mmdet.models.roi_heads.bbox_heads import BBoxHead
 
 from mmkd.core.distiller import Distiller
 from mmkd.detectors.blank import blank_pass
-from mmkd.detectors.record import box_heads
+from mmkd.detectors.facts import box_heads
 from mmkd.methods import FasterRCNNDistillation
-from mmkd.teachers.frozen import Teacher
+from mmkd.teachers.frozen import FrozenDetector
 from tests.helpers import tiny_detectors as tiny
 
 
@@ -36,7 +36,7 @@ class Pair:
     ):
         self.student = tiny.build(student, seed=1)
         self.network = tiny.in_eval(tiny.build(teacher, seed=2), masks=masks)
-        self.teacher = Teacher(
+        self.teacher = FrozenDetector(
             copy.deepcopy(self.network),
             teacher_classes,
             student=self.student,
@@ -64,7 +64,7 @@ class Pair:
         device = torch.device('cpu')
         method.prepare(
             blank_pass(self.student, paths, device),
-            blank_pass(self.teacher.model, method.teacher_paths, device),
+            self.teacher.blank(device),
         )
         distiller.attach()
         try:

@@ -14,7 +14,7 @@ from mmengine.registry import MODELS
 from torch.nn import BatchNorm2d
 
 from mmkd.detectors.shrink import noise_batch as raw_batch
-from mmkd.teachers.frozen import Teacher
+from mmkd.teachers.frozen import FrozenDetector
 
 CLASSES = ('cat', 'dog', 'cow')
 BACKBONE = dict(
@@ -242,7 +242,7 @@ def spread(model, seed):
 
 def wrap(model, paths=()):
     """The detector as the teacher of itself."""
-    return Teacher(
+    return FrozenDetector(
         model,
         CLASSES,
         student=model,

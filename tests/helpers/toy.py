@@ -315,7 +315,7 @@ def tool(log: Path, script: str, *arguments: Any, **options: Any) -> Job:
     return job
 
 
-@HOOKS.register_module(name='toy.Ballast')
+@HOOKS.register_module(name='ToyBallast')
 class Ballast(Hook):
     """Makes a checkpoint large, so that writing it takes a moment."""
 
@@ -328,7 +328,7 @@ class Ballast(Hook):
         )
 
 
-@HOOKS.register_module(name='toy.FullDisk')
+@HOOKS.register_module(name='ToyFullDisk')
 class FullDisk(Hook):
     """Lets no file grow beyond what fits half a checkpoint, from an epoch."""
 
@@ -341,7 +341,7 @@ class FullDisk(Hook):
             resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
 
 
-@METRICS.register_module(name='toy.Falling')
+@METRICS.register_module(name='ToyFalling')
 class Falling(BaseMetric):
     """Falls from one validation to the next."""
 
@@ -353,7 +353,7 @@ class Falling(BaseMetric):
         return {'falling': 10.0 - epoch}
 
 
-@OPTIM_WRAPPERS.register_module(name='toy.CpuAmpOptimWrapper')
+@OPTIM_WRAPPERS.register_module(name='ToyCpuAmpOptimWrapper')
 class CpuAmpOptimWrapper(OptimWrapper):
     """Mixed precision on the CPU; MMEngine's is for GPUs alone."""
 
@@ -375,7 +375,7 @@ class CpuAmpOptimWrapper(OptimWrapper):
         self.scaler.update()
 
 
-@TASK_UTILS.register_module(name='toy.FirstSampler')
+@TASK_UTILS.register_module(name='ToyFirstSampler')
 class FirstSampler(RandomSampler):
     """Samples the first boxes instead of random ones."""
 
@@ -383,7 +383,7 @@ class FirstSampler(RandomSampler):
         return gallery[:num]
 
 
-@HOOKS.register_module(name='toy.SaveRecord')
+@HOOKS.register_module(name='ToySaveRecord')
 class SaveRecord(Record):
     """Leaves what each process has computed in the work dir."""
 
@@ -398,7 +398,7 @@ class SaveRecord(Record):
         torch.save(content, path)
 
 
-@HOOKS.register_module(name='toy.FailSecond')
+@HOOKS.register_module(name='ToyFailSecond')
 class FailSecond(Hook):
     """The teacher of the second process breaks."""
 

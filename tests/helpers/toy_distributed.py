@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-@HOOKS.register_module(name='toy_distributed.WriteLosses')
+@HOOKS.register_module(name='ToyWriteLosses')
 class WriteLosses(Hook):
     """Writes the losses of each process, and a sum of its weights."""
 
@@ -34,7 +34,7 @@ class WriteLosses(Hook):
         self.path.write_text(json.dumps(self.lines))
 
 
-@HOOKS.register_module(name='toy_distributed.FrozenNorms')
+@HOOKS.register_module(name='ToyFrozenNorms')
 class FrozenNorms(Hook):
     """All batch norm normalises by its running statistics."""
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mmkd.detectors.blank import blank_pass
+from mmkd.detectors.towers import from_layer
 from mmkd.errors import ConfigError
-from mmkd.methods.crosskd import align_moments, from_layer, soft_focal
+from mmkd.methods.crosskd import align_moments, soft_focal
 from mmkd.registry import METHODS
 from mmkd.utils import build_checked
 from tests.helpers import tiny_dense, toy

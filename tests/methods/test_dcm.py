@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from mmkd.detectors.auxiliary import StagePyramid, fresh_copy
 from mmkd.errors import ConfigError, TapError
-from mmkd.peers.auxiliary import StagePyramid, fresh_copy
 from mmkd.utils import isolated_random_state
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers import toy

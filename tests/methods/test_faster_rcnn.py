@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from mmkd.detectors.blank import blank_pass
-from mmkd.detectors.record import BoxSample, Outputs
+from mmkd.detectors.facts import read_facts
+from mmkd.detectors.record import RoIOutputs, StepRecord
 from mmkd.errors import ConfigError
 from mmkd.methods import FasterRCNNDistillation
+from mmkd.peers.view import as_teacher
 from mmkd.registry import METHODS
 from mmkd.utils import build_checked
 from tests.helpers import frcnn_reference
@@ -193,14 +195,15 @@ def test_a_batch_without_any_roi(pairs):
 @pytest.mark.parametrize('decoded', [False, True])
 def test_an_empty_background_box_does_no_harm(decoded, unbounded):
     """Encoded, it gives infinity; MMDetection encodes positives alone."""
-    head = tiny.build(FRCNN()).roi_head.bbox_head
+    model = tiny.build(FRCNN())
+    head = model.roi_head.bbox_head
     head.reg_decoded_bbox = decoded
     teacher_coder = tiny.build(FRCNN(**STDS)).roi_head.bbox_head.bbox_coder
     box, goal = [10.0, 10.0, 30.0, 50.0], [12.0, 8.0, 36.0, 44.0]
     deltas = torch.tensor([[0.5, 0.1, -0.3, 0.2], [1.0] * 4])
     target = encode(box, goal, head.bbox_coder)
-    sample = BoxSample(
-        head=head,
+    sample = RoIOutputs(
+        facts=read_facts(model).rois[0],
         boxes=torch.tensor([[0.0, *box], [0.0, 5.0, 5.0, 5.0, 5.0]]),
         logits=None,
         deltas=deltas.requires_grad_(),
@@ -490,7 +493,10 @@ def apply_to_all(outputs, change):
 
 def prepare(student, teacher, **options):
     method = FasterRCNNDistillation(hint=None, **options)
-    method.prepare(Outputs(tiny.build(student)), Outputs(tiny.build(teacher)))
+    method.prepare(
+        StepRecord(tiny.build(student)),
+        as_teacher(StepRecord(tiny.build(teacher))),
+    )
 
 
 ONE_STAGE = (
@@ -537,7 +543,7 @@ def test_features_alone_fit_any_detector():
     method = FasterRCNNDistillation(soft=None, bounded=None)
     one = tiny.build(tiny.retinanet())
     outputs = blank_pass(one, method.student_paths, torch.device('cpu'))
-    method.prepare(outputs, outputs)
+    method.prepare(outputs, as_teacher(outputs))
 
 
 def test_other_classifiers_are_refused():

@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from torch import nn
 
 from mmkd.core.distiller import build_distiller
-from mmkd.detectors.record import Outputs
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError, TapError
 from mmkd.methods import FeatureHint
 from mmkd.methods.feature_hint import image_weights
@@ -258,7 +258,7 @@ def test_the_vectors_of_the_rois():
     (adapter,) = pair.method.adapters
     assert isinstance(adapter, nn.Linear)
     assert adapter.weight.shape == (40, 24)
-    outputs = Outputs(pair.student, [FCS])
+    outputs = StepRecord(pair.student, [FCS])
     with outputs.recording():
         hint = pair.hint(sizes=((96, 128), (64, 96)))
     ours = outputs.features(FCS)[0]
@@ -278,7 +278,7 @@ def test_the_maps_of_the_rois_have_no_padding(rois):
     path = 'roi_head.bbox_roi_extractor'
     config = tiny.faster_rcnn(train_cfg__rcnn__sampler__num=rois)
     pair = Pair(config, source=path, adapt=False)
-    outputs = Outputs(pair.student, [path])
+    outputs = StepRecord(pair.student, [path])
     with outputs.recording():
         hint = pair.hint(sizes=((96, 128), (64, 96)))
     (ours,) = outputs.features(path)
@@ -306,7 +306,7 @@ def test_one_stage_of_a_cascade_meets_a_single_head(stage):
     pair.teacher.roi_head.bbox_head.register_forward_hook(
         lambda *call: calls.append(call)
     )
-    outputs = Outputs(pair.student, [source])
+    outputs = StepRecord(pair.student, [source])
     with outputs.recording():
         hint = pair.hint()
     assert len(calls) == 1

@@ -10,8 +10,8 @@ import weakref
 
 import pytest
 
-from mmkd.detectors.record import Outputs, tensors_in
-from mmkd.teachers.frozen_view import TeacherOutputs
+from mmkd.detectors.record import StepRecord, tensors_in
+from mmkd.teachers.frozen import FrozenView
 from tests.helpers import tiny_dense
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.together import Networks
@@ -30,7 +30,7 @@ SEVERAL = dict(type='mmkd.OneTeacherSeveralStudents')
 def made(monkeypatch):
     """Weak references to all outputs that are made."""
     found = []
-    for cls in (Outputs, TeacherOutputs):
+    for cls in (StepRecord, FrozenView):
 
         def init(self, *args, _original=cls.__init__, **kwargs):
             _original(self, *args, **kwargs)

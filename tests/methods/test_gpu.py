@@ -20,7 +20,7 @@ from tests.helpers import tiny_detectors as tiny
 from tests.helpers.logit_pair import SIZES, Pair
 from tests.helpers.together import Networks, wide
 
-FIRST = dict(type='toy.FirstSampler')
+FIRST = dict(type='ToyFirstSampler')
 SAME_BOXES = dict(
     # the generators of the two devices draw other boxes
     train_cfg__rpn__sampler=FIRST,

@@ -11,7 +11,7 @@ from mmdet.models.utils import unpack_gt_instances
 from mmengine.structures import InstanceData
 
 from mmkd.core.distiller import build_distiller
-from mmkd.detectors.record import Outputs, intercepted
+from mmkd.detectors.record import StepRecord, intercepted
 from mmkd.errors import ConfigError
 from mmkd.losses import FocalKLLoss
 from tests.helpers import tiny_dense as dense
@@ -168,7 +168,7 @@ def test_quality_of_rtmdet_by_hand(quality):
     batch = pair.batch(objects=2)
     results = assigned(pair.student, lambda: pair.losses(batch))
     whose = pair.student if quality == 'student' else pair.teacher
-    outputs = Outputs(whose)
+    outputs = StepRecord(whose)
     with torch.no_grad(), outputs.recording():
         tiny.seeded_loss(whose, *batch)
     head = whose.bbox_head
@@ -195,7 +195,7 @@ def test_alignment_of_tood_by_hand():
     """Score and IoU of the student, normalised in each object."""
     pair = Pair(dense.tood())
     batch = pair.batch(sizes=((160, 192),), objects=1)
-    outputs = Outputs(pair.student)
+    outputs = StepRecord(pair.student)
     with torch.no_grad(), outputs.recording():
         tiny.seeded_loss(pair.student, *batch)
     scores, boxes = outputs.raw('bbox_head')
@@ -555,7 +555,7 @@ def soft_reference(pair, batch, cls_weight, iou_weight, box_weight, min_iou):
     inputs, samples = batch
     outs = []
     for model in (pair.student, pair.teacher):
-        outputs = Outputs(model)
+        outputs = StepRecord(model)
         with torch.no_grad(), outputs.recording():
             tiny.seeded_loss(model, inputs, copy.deepcopy(samples))
         outs.append(outputs.raw('bbox_head'))

@@ -11,8 +11,9 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
+from mmkd.detectors.averaging import mean_of
 from mmkd.errors import CheckpointError, ConfigError
-from mmkd.peers.ensemble import EnsembleDetector, average_of, fuse_boxes
+from mmkd.peers.ensemble import EnsembleDetector, fuse_boxes
 from tests.helpers import tiny_dense, toy
 from tests.helpers import tiny_detectors as tiny
 
@@ -259,8 +260,8 @@ def test_the_mean_of_logits(make):
 def test_outputs_of_other_shapes():
     one, other = [torch.zeros(2)], [torch.zeros(3)]
     with pytest.raises(ConfigError, match='cannot be averaged'):
-        average_of([one, other])
-    assert average_of([([torch.ones(1)], None), ([torch.zeros(1)], None)]) == (
+        mean_of([one, other])
+    assert mean_of([([torch.ones(1)], None), ([torch.zeros(1)], None)]) == (
         [torch.tensor([0.5])],
         None,
     )

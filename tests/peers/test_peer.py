@@ -201,7 +201,7 @@ def test_two_processes_are_one(tmp_path, method):
     toy.in_order(cfg)
     cfg.train_dataloader.batch_size = 1
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
-    cfg.custom_hooks = [dict(type='toy.SaveRecord')]
+    cfg.custom_hooks = [dict(type='ToySaveRecord')]
     cfg.train_cfg.max_epochs = 1
     launch(tmp_path / 'two', cfg)
     first, second = records(tmp_path / 'two')

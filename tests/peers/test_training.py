@@ -59,8 +59,8 @@ def config(work_dir, name, *, iterations=2):
     cfg.env_cfg.dist_cfg = dict(backend='gloo', timeout=300)
     # Batch norm would see which images share a batch; so would FFSD's.
     cfg.custom_hooks = [
-        dict(type='toy.SaveRecord'),
-        dict(type='toy_distributed.FrozenNorms'),
+        dict(type='ToySaveRecord'),
+        dict(type='ToyFrozenNorms'),
     ]
     return cfg
 
@@ -139,7 +139,7 @@ def test_in_bfloat16(tmp_path, name):
     """Losses are those of single precision, within bfloat16's three digits."""
     plain = config(tmp_path / 'plain', name)
     half = config(tmp_path / 'half', name)
-    half.optim_wrapper.update(type='toy.CpuAmpOptimWrapper', scale=False)
+    half.optim_wrapper.update(type='ToyCpuAmpOptimWrapper', scale=False)
     for cfg in (plain, half):
         toy.train(cfg)
     (expected,), (found,) = (

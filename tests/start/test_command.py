@@ -23,7 +23,7 @@ from mmkd.start.config_text import (
     teacher_options,
 )
 from mmkd.start.folders import find_data
-from mmkd.utils import _option_names, build_checked
+from mmkd.utils import build_checked, option_names
 from tests.helpers import toy
 
 BCCD = toy.DATA / 'bccd'
@@ -287,7 +287,7 @@ def check_complete(options):
     name = options['type'].removeprefix('mmkd.')
     MODELS.import_from_location()
     cls = {**MODELS.module_dict, **METHODS.module_dict}[name]
-    known = _option_names(cls) - {'self', 'features'}
+    known = option_names(cls) - {'self', 'features'}
     if not getattr(cls, 'adaptable', True):
         known -= {'adapt'}  # which is refused
     assert set(options) == known | {'type'}

@@ -7,7 +7,8 @@ import torch
 
 from mmkd.errors import ConfigError
 from mmkd.teachers import class_map as teacher_view
-from mmkd.teachers.class_map import ClassMap, Renormalize
+from mmkd.teachers.class_map import ClassMap
+from mmkd.teachers.renormalize import Renormalize
 from tests.helpers import tiny_detectors as tiny
 
 # ---------------------------------------------------------- class map

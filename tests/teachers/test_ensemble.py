@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from mmkd.data.batch import Batch
 from mmkd.doctor import diagnose
 from mmkd.errors import ConfigError
 from tests.helpers import several, tiny_dense, toy
@@ -368,11 +369,14 @@ def test_teachers_that_differ_have_no_mean(case):
 @pytest.mark.parametrize(
     ('method', 'expected'),
     [
-        ('FeatureHint', 'reads features of the teacher: of several'),
-        ('CrossKD', r'm \(CrossKD\) reads features .* teacher=\[...\]'),
-        ('FasterRCNNDistillation', r'its hint: set hint=None'),
-        ('LabelAssignmentDistillation', 'a head that assigns.*single teacher'),
-        ('SoLAD', 'a head that assigns'),
+        ('FeatureHint', r'needs features of its teacher.*list \(teacher=\['),
+        (
+            'CrossKD',
+            r'm \(CrossKD\) needs features, a head of .* single teacher',
+        ),
+        ('FasterRCNNDistillation', r'Set hint=None to do without'),
+        ('LAD', r'm \(LAD\) needs a head of MMDetection.*heads that assign'),
+        ('SoLAD', 'heads that assign'),
     ],
 )
 def test_methods_that_need_a_single_network(method, expected):
@@ -409,7 +413,8 @@ def test_features_have_no_mean():
     model = tiny.retinanet()
     taught = taught_by_mean(student_of(model), model, CLASSES, CLASSES, KD={})
     taught.losses()
-    view = taught.distiller.teacher(taught.inputs, taught.samples)
+    batch = Batch(taught.inputs, taught.samples)
+    view = taught.distiller.teacher.view(batch)
     with pytest.raises(ConfigError, match='features of several networks'):
         view.features('neck', None)
     with pytest.raises(ConfigError, match='features of several networks'):

@@ -8,7 +8,8 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmkd.detectors.record import Outputs
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.teachers.fold_bn import _fold, fold_batch_norms, watched
 from tests.helpers import faster
@@ -67,13 +68,13 @@ class TestFamilies:
         assert len(norms_in(teacher.model)) == kept
         assert norms_in(teacher.model) == norms_in(teacher.model.bbox_head)
         inputs, samples = tiny.batch_for(model, sizes=SIZES)
-        view = teacher(inputs, samples)
+        view = teacher.view(Batch(inputs, samples))
         with torch.no_grad():
             maps = model.extract_feat(inputs)
             outputs = model.bbox_head(maps)
         for ours, theirs in zip(view.maps, maps, strict=True):
             close(ours, theirs)
-        for ours, theirs in zip(view.dense, outputs, strict=True):
+        for ours, theirs in zip(view.raw_dense, outputs, strict=True):
             for a, b in zip(ours, theirs, strict=True):
                 close(a, b)
 
@@ -84,11 +85,11 @@ class TestFamilies:
         assert count == len(norms_in(model)) >= 20
         assert norms_in(teacher.model) == []
         inputs, samples = tiny.batch_for(model, sizes=SIZES)
-        step = Outputs(model)
+        step = StepRecord(model)
         with step.recording():
             tiny.seeded_loss(model, inputs, samples)
-        view = teacher(inputs, samples)
-        logits, deltas = view.score_rois(step.rois[0], 0)
+        view = teacher.view(Batch(inputs, samples))
+        logits, deltas, _ = view.score_rois(step.rois[0], 0)
         with torch.no_grad():
             maps = model.extract_feat(inputs)
             expected = model.roi_head._bbox_forward(maps, step.rois[0].boxes)
@@ -110,7 +111,8 @@ def test_taps_on_a_norm_and_on_its_convolution():
     teacher, count = folded(model, paths)
     assert count == len(norms_in(model)) - 1  # that of the read convolution
     inputs, samples = tiny.batch_for(model)
-    view, expected = teacher(inputs, samples), Outputs(model, paths)
+    view = teacher.view(Batch(inputs, samples))
+    expected = StepRecord(model, paths)
     with torch.no_grad(), expected.recording():
         model.extract_feat(inputs)
     assert isinstance(teacher.model.get_submodule(paths[0]), nn.Identity)
@@ -167,7 +169,7 @@ def test_only_those_that_meet_each_other_alone():
     assert 'forward' not in vars(model.conv1)
 
 
-@MODELS.register_module(name='toy.Forked')
+@MODELS.register_module(name='ToyForked')
 class Forked(nn.Module):
     """A convolution whose output goes another way beside its norm."""
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mmkd.core.distiller import build_distiller
-from mmkd.detectors.record import Outputs
-from mmkd.teachers.frozen import Teacher
+from mmkd.data.batch import Batch
+from mmkd.detectors.record import StepRecord
+from mmkd.teachers.frozen import FrozenDetector
 from tests.helpers import tiny_detectors as tiny
 
 CAFFE = dict(
@@ -39,7 +40,7 @@ def trained():
 
 
 def wrap(model, student, classes=tiny.CLASSES, paths=()):
-    return Teacher(
+    return FrozenDetector(
         model,
         classes,
         student=student,
@@ -70,7 +71,7 @@ def calls_of(model):
 def step(student):
     """A batch and the student's recorded step on it."""
     inputs, samples = tiny.batch_for(student)
-    outputs = Outputs(student, ['roi_head.bbox_head.shared_fcs.1'])
+    outputs = StepRecord(student, ['roi_head.bbox_head.shared_fcs.1'])
     with outputs.recording():
         tiny.seeded_loss(student, inputs, samples)
     return inputs, samples, outputs
@@ -80,7 +81,9 @@ def test_each_part_runs_when_it_is_read_and_once(trained, student, step):
     model = copy.deepcopy(trained)
     counts = calls_of(model)
     inputs, samples, outputs = step
-    view = wrap(model, student, paths=('neck', 'backbone'))(inputs, samples)
+    view = wrap(model, student, paths=('neck', 'backbone')).view(
+        Batch(inputs, samples)
+    )
     assert set(counts.values()) == {0}
     view.features('neck', outputs)
     view.features('backbone', outputs)
@@ -97,7 +100,7 @@ def test_a_one_stage_head_runs_when_it_is_read():
     model = tiny.build(tiny.retinanet())
     inputs, samples = tiny.batch_for(model)
     teacher = wrap(model, model)
-    scores, deltas = teacher(inputs, samples).dense
+    scores, deltas = teacher.view(Batch(inputs, samples)).raw_dense
     with torch.no_grad():
         expected = model.bbox_head(model.extract_feat(inputs))
     for ours, theirs in zip(
@@ -109,8 +112,9 @@ def test_a_one_stage_head_runs_when_it_is_read():
 def test_scores_are_the_networks_own(trained, student, step):
     inputs, samples, outputs = step
     model = copy.deepcopy(trained)
-    view = wrap(model, student, paths=('neck',))(inputs, samples)
-    logits, deltas = view.score_rois(outputs.rois[0], 0)
+    view = wrap(model, student, paths=('neck',)).view(Batch(inputs, samples))
+    logits, deltas, coder = view.score_rois(outputs.rois[0], 0)
+    assert coder is model.roi_head.bbox_head.bbox_coder
     with torch.no_grad():
         expected = model.roi_head._bbox_forward(
             model.extract_feat(inputs), outputs.rois[0].boxes
@@ -125,7 +129,7 @@ def test_taps_in_the_heads(trained, student, step):
     inputs, samples, outputs = step
     model = copy.deepcopy(trained)
     paths = ('rpn_head.rpn_conv', 'roi_head.bbox_head.shared_fcs.1')
-    view = wrap(model, student, paths=paths)(inputs, samples)
+    view = wrap(model, student, paths=paths).view(Batch(inputs, samples))
     assert len(view.features(paths[0], outputs)) == 5
     (vectors,) = view.features(paths[1], outputs)
     with torch.no_grad():
@@ -148,7 +152,7 @@ def test_no_random_number_is_drawn(trained, student, step):
 
     for part in (model.backbone, model.rpn_head, model.roi_head.bbox_head):
         part.register_forward_hook(draw)
-    view = wrap(model, student)(inputs, samples)
+    view = wrap(model, student).view(Batch(inputs, samples))
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     view.score_anchors(outputs.anchors)
     view.score_rois(outputs.rois[0], 0)
@@ -169,7 +173,8 @@ def test_teacher_scores_as_on_its_own_preprocessing(student, trained):
     caffe.load_state_dict(trained.state_dict())
     teacher = wrap(caffe, student)
     options = dict(sizes=((96, 128), (64, 96)))
-    scores, _ = teacher(*tiny.batch_for(student, **options)).rpn
+    batch = Batch(*tiny.batch_for(student, **options))
+    scores, _ = teacher.view(batch).rpn
     inputs, _ = tiny.batch_for(caffe, **options)
     with torch.no_grad():
         expected, _ = caffe.rpn_head(caffe.extract_feat(inputs))
@@ -212,7 +217,8 @@ def test_it_stays_in_eval_mode_also_drop_path(student):
     assert distiller.training
     assert not any(m.training for m in teacher.model.modules())
     inputs, samples = tiny.batch_for(student)
-    first, second = (teacher(inputs, samples).maps[0] for _ in range(2))
+    batch = Batch(inputs, samples)
+    first, second = (teacher.view(batch).maps[0] for _ in range(2))
     assert torch.equal(first, second)
     teacher.model.train()  # what it would be as a child of the student
     with torch.no_grad():

@@ -12,7 +12,7 @@ from mmkd.core.distiller import build_distiller
 from mmkd.doctor import diagnose
 from mmkd.engine.runner import DistillationRunner
 from mmkd.errors import ConfigError
-from mmkd.teachers.several import described as by_name
+from mmkd.teachers.build import descriptions as by_name
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers import toy
 from tests.helpers.several import (

@@ -5,11 +5,13 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmkd.core.distiller import build_distiller
+from mmkd.data.batch import Batch
 from mmkd.doctor.report import Report
 from mmkd.doctor.weights import _check_file
 from mmkd.errors import ConfigError
 from mmkd.teachers import speed as teacher_speed
-from mmkd.teachers.speed import Speed, compiled_parts
+from mmkd.teachers.speed import Speed
+from mmkd.teachers.speed_up import compiled_parts
 from tests.helpers import faster
 from tests.helpers import tiny_detectors as tiny
 
@@ -87,7 +89,7 @@ def test_channels_last(setting):
     assert setting.error(distiller) < EXACT
     last = torch.channels_last
     assert any(m.is_contiguous(memory_format=last) for m in seen)
-    view = distiller.teacher(*setting.batch)
+    view = distiller.teacher.view(Batch(*setting.batch))
     assert all(level.is_contiguous() for level in view.maps)
 
 
@@ -99,7 +101,7 @@ def test_half_precision(setting, dtype):
     neck.register_forward_hook(lambda *call: seen.extend(call[2]))
     assert 0 < setting.error(distiller) < HALF
     assert {str(level.dtype) for level in seen} == {f'torch.{dtype}'}
-    view = distiller.teacher(*setting.batch)
+    view = distiller.teacher.view(Batch(*setting.batch))
     read = [*view.maps, *view.features('neck', None)]
     assert {level.dtype for level in read} == {torch.float32}
 

@@ -21,9 +21,7 @@ def config(folder: Path, batch: int, **methods):
     cfg.custom_imports = dict(
         imports=['tests.helpers.toy', 'tests.helpers.toy_distributed']
     )
-    cfg.custom_hooks = [
-        dict(type='toy_distributed.WriteLosses', folder=str(folder))
-    ]
+    cfg.custom_hooks = [dict(type='ToyWriteLosses', folder=str(folder))]
     # Statistics and paddings of a batch would depend on its size.
     cfg.model.backbone.norm_eval = True
     loader = cfg.train_dataloader
@@ -34,7 +32,7 @@ def config(folder: Path, batch: int, **methods):
         if step.type == 'RandomFlip':
             step.prob = 0.0
     for stage in (cfg.model.train_cfg.rpn, cfg.model.train_cfg.rcnn):
-        stage.sampler.type = 'toy.FirstSampler'
+        stage.sampler.type = 'ToyFirstSampler'
         stage.sampler.num = 16
     # MMDetection counts an image without positive anchors as if it had one.
     cfg.model.train_cfg.rpn.assigner.min_pos_iou = 0.0

@@ -1,19 +1,17 @@
 """Which networks can share an assignment."""
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmengine.structures import InstanceData
 
+from mmkd.detectors.dense import DenseOutputs
 from mmkd.detectors.dense_checks import check_same_priors
-from mmkd.detectors.record import Outputs
+from mmkd.detectors.facts import DenseFacts, DetectorFacts
 from mmkd.errors import ConfigError
 
 from .replay import reads_predictions, record_assignments, same_priors
-
-if TYPE_CHECKING:
-    from mmkd.teachers.class_map import ClassMap
 
 FITTING = (
     'heads whose assignment reads predictions: PAA, TOOD, RTMDet, YOLOX, '
@@ -26,38 +24,42 @@ def is_paa(head: Any) -> bool:
     return hasattr(head, 'paa_reassign') and hasattr(head, 'get_pos_loss')
 
 
-def dense_head(outputs: Outputs, method: str) -> Any:
-    """The head of a one-stage detector.
+def dense_facts(facts: DetectorFacts, method: str) -> DenseFacts:
+    """The facts about the head of a one-stage detector.
 
     Raises:
         ConfigError: If the detector has none that loops over priors.
     """
-    model = outputs.model
-    head = getattr(model, 'bbox_head', None)
-    if head is None or not hasattr(head, 'prior_generator'):
+    head = getattr(facts.model, 'bbox_head', None)
+    if facts.dense is None or not hasattr(head, 'prior_generator'):
         raise ConfigError(
-            f'{method} fits one-stage detectors with priors; '
-            f'{type(model).__name__} has '
+            f'{method} fits one-stage detectors with priors; {facts.name} has '
             f'{type(head).__name__ if head else "no bbox_head"}. It fits '
             f'{FITTING}.'
         )
-    return head
+    return facts.dense
 
 
-def check_dynamic(student: Outputs, teacher: Outputs, method: str) -> None:
+def check_dynamic(
+    student: DenseOutputs, teacher: DenseOutputs, method: str
+) -> None:
     """Check that both heads assign by predictions, and the same priors.
 
-    Lets each assign one object of the blank image.
+    Each of them is tried on one object of the blank image.
+
+    Args:
+        student: The student's outputs for a blank image.
+        teacher: The teacher's.
+        method: The method that asks, for the message.
 
     Raises:
         ConfigError: If a head's assignment is static, or priors differ.
     """
-    head = student.model.bbox_head
-    check_same_priors(head, teacher.model.bbox_head, method, shapes=True)
-    if is_paa(head):
+    check_same_priors(student.facts, teacher.facts, method, shapes=True)
+    if is_paa(student.facts.head):
         return
-    recorded = [_blank_assignment(outputs) for outputs in (student, teacher)]
-    for role, outputs, record in zip(
+    recorded = [_blank_assignment(dense) for dense in (student, teacher)]
+    for role, dense, record in zip(
         ('student', 'teacher'), (student, teacher), recorded, strict=True
     ):
         if not reads_predictions(record):
@@ -65,8 +67,7 @@ def check_dynamic(student: Outputs, teacher: Outputs, method: str) -> None:
             if record and not any(record.values()):
                 why = 'is not made by its assigner'
             raise ConfigError(
-                f'{method}: the assignment of the {role} '
-                f'({type(outputs.model.bbox_head).__name__}) '
+                f'{method}: the assignment of the {role} ({dense.facts.kind}) '
                 f'{why}, so there is nothing to distil. It fits {FITTING}.'
             )
     if not same_priors(*recorded):
@@ -76,14 +77,14 @@ def check_dynamic(student: Outputs, teacher: Outputs, method: str) -> None:
         )
 
 
-def _blank_assignment(outputs: Outputs) -> Any:
-    head, maps = outputs.model.bbox_head, outputs.raw('bbox_head')
+def _blank_assignment(dense: DenseOutputs) -> Any:
+    head, maps = dense.facts.head, dense.raw
     device = maps[0][0].device
     gt = InstanceData(
         bboxes=torch.tensor([[32.0, 32.0, 160.0, 160.0]], device=device),
         labels=torch.zeros(1, dtype=torch.long, device=device),
     )
-    stride = head.prior_generator.strides[0]
+    stride = dense.facts.strides[0]
     size = tuple(
         n * s for n, s in zip(maps[0][0].shape[-2:], stride[::-1], strict=True)
     )
@@ -98,17 +99,3 @@ def _blank_assignment(outputs: Outputs) -> Any:
         return {}
     finally:
         vars(head).update(counts)
-
-
-def check_all_classes_known(classes: 'ClassMap', method: str) -> None:
-    """Check that the teacher can judge each of the student's objects.
-
-    Raises:
-        ConfigError: If it does not know a class.
-    """
-    if len(classes.shared) < len(classes.student):
-        unknown = [n for n in classes.student if n not in classes.teacher]
-        raise ConfigError(
-            f'{method}: the teacher has to assign every object, but does not '
-            f'know {", ".join(unknown)}. Use a teacher of these classes.'
-        )

@@ -16,6 +16,7 @@ import torch
 from mmdet.models.dense_heads import PAAHead
 from torch import Tensor
 
+from mmkd.detectors.dense import DenseOutputs
 from mmkd.detectors.record import flatten_levels, intercepted, replaced
 from mmkd.errors import ConfigError
 
@@ -82,6 +83,15 @@ class Candidates:
                 self.index,
             )
         return costs
+
+    def costs_of(
+        self, dense: DenseOutputs, labels: Tensor | None = None
+    ) -> Tensor:
+        """The costs (P,) in the eyes of a PAA head's own predictions."""
+        assert dense.regression is not None
+        return self.costs(
+            dense.facts.head, dense.logits, dense.regression, labels
+        )
 
     def positives(
         self, costs: Tensor, topk: int, *, keep_single: bool = False
@@ -283,6 +293,24 @@ def flat_predictions(head: Any, outputs: Any) -> tuple[Tensor, Tensor]:
         flatten_levels(outputs[0], head.cls_out_channels),
         flatten_levels(outputs[1], 4),
     )
+
+
+@contextmanager
+def unweighted_boxes(head: Any) -> Iterator[None]:
+    """Let a PAA head divide its plain box loss by the number of positives."""
+    forward = head.loss_bbox.forward
+
+    def unweighted(
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        return forward(pred, target, None, len(pred), **options)
+
+    with replaced(head.loss_bbox, 'forward', unweighted):
+        yield
 
 
 def check_stock_paa(head: Any, where: str) -> None:

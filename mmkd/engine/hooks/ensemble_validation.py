@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from mmkd.engine.distilled import distiller_of
 from mmkd.errors import ConfigError
 from mmkd.peers.ensemble import EnsembleDetector
 from mmkd.registry import HOOKS
-from mmkd.utils import distiller_of, isolated_random_state, nearest
+from mmkd.utils import isolated_random_state, nearest
 
 from .peer_validation import evaluate
 

@@ -7,9 +7,9 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from mmkd.core.distiller import Losses
+from mmkd.engine.distilled import distiller_of
 from mmkd.errors import ConfigError, NonFiniteLossError
 from mmkd.registry import HOOKS
-from mmkd.utils import distiller_of
 
 
 @HOOKS.register_module()

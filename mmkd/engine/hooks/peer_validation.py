@@ -9,8 +9,9 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, autocast
 
+from mmkd.engine.distilled import distiller_of
 from mmkd.registry import HOOKS
-from mmkd.utils import distiller_of, isolated_random_state
+from mmkd.utils import isolated_random_state
 
 
 @HOOKS.register_module()

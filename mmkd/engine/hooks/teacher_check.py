@@ -8,11 +8,12 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
+from mmkd.engine.distilled import distiller_of
 from mmkd.errors import ConfigError
 from mmkd.registry import HOOKS
 from mmkd.teachers.class_map import ClassMap
-from mmkd.teachers.frozen import Teacher
-from mmkd.utils import distiller_of, isolated_random_state
+from mmkd.teachers.frozen import FrozenDetector
+from mmkd.utils import isolated_random_state
 
 
 @HOOKS.register_module()
@@ -58,7 +59,7 @@ class TeacherCheckHook(Hook):
 
 @torch.no_grad()
 def evaluate_teacher(
-    runner: Runner, teacher: Teacher, images: int
+    runner: Runner, teacher: FrozenDetector, images: int
 ) -> dict[str, float]:
     """Metrics of the teacher on the first validation images.
 

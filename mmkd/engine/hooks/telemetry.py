@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mmkd.core.distiller import Losses
 from mmkd.detectors.record import tensors_in
-from mmkd.engine.checkpoint import ATTACHED
+from mmkd.engine.distilled import distiller_of
 from mmkd.errors import ConfigError
 from mmkd.registry import HOOKS
-from mmkd.utils import distiller_of
+from mmkd.utils import ATTACHED
 
 
 @HOOKS.register_module()

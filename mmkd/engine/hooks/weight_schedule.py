@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from mmkd.engine.distilled import distiller_of
 from mmkd.errors import ConfigError
 from mmkd.registry import HOOKS
-from mmkd.utils import distiller_of, nearest
+from mmkd.utils import nearest
 
 DECAYS = ('none', 'linear', 'cosine')
 

@@ -64,7 +64,7 @@ class TestNotFinite:
         )
         cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
         cfg.optim_wrapper.update(
-            type='toy.CpuAmpOptimWrapper', scale=wrapper == 'scaled'
+            type='ToyCpuAmpOptimWrapper', scale=wrapper == 'scaled'
         )
         runner, broken = toy.build(cfg), Break(1)
         runner.register_hook(broken)

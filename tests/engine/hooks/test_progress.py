@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures('shared_data')
 
 def config(tmp_path, **hook):
     cfg = toy.distilled(tmp_path / 'run', epochs=2)
-    cfg.val_evaluator = dict(type='toy.Falling', prefix='toy')
+    cfg.val_evaluator = dict(type='ToyFalling', prefix='toy')
     if hook:
         cfg.custom_hooks = [dict(type='mmkd.ProgressHook', **hook)]
     return cfg

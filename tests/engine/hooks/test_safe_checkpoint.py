@@ -120,7 +120,7 @@ def test_a_resumed_run_removes_what_the_killed_one_left(tmp_path):
 
 def test_the_former_best_goes_last(tmp_path, trace):
     cfg = config(tmp_path, epochs=2, save_best='falling', rule='less')
-    cfg.val_evaluator = dict(type='toy.Falling')
+    cfg.val_evaluator = dict(type='ToyFalling')
     best = 'best_falling_epoch_{}.pth'  # each is better than the former
     toy.train(copy.deepcopy(cfg))
     assert trace == [

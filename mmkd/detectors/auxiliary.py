@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from torch import Size, Tensor, nn
 
-from mmkd.detectors.adapters import resize_to
-from mmkd.detectors.record import Outputs
+from .adapters import resize_to
+from .facts import DenseFacts
+from .record import StepRecord
 
 
 class StagePyramid(nn.Module):
@@ -66,22 +67,22 @@ class AuxiliaryHead(nn.Module):
     Args:
         stage: A stage's map for a blank image.
         levels: The stock neck's maps for the same.
-        head: The stock head.
+        facts: About the stock head.
     """
 
     def __init__(
-        self, stage: Tensor, levels: Sequence[Tensor], head: Any
+        self, stage: Tensor, levels: Sequence[Tensor], facts: DenseFacts
     ) -> None:
         super().__init__()
         self.pyramid = StagePyramid(stage, levels)
-        self.bbox_head: Any = fresh_copy(head)
+        self.bbox_head: Any = fresh_copy(facts)
 
     def loss(
         self,
         stage: Tensor,
         sizes: Sequence[Size],
         data_samples: Sequence[DetDataSample],
-    ) -> tuple[Tensor, Outputs]:
+    ) -> tuple[Tensor, StepRecord]:
         """The head's stock loss, a scalar, and what the head has produced."""
         return head_loss(self, self.pyramid(stage, sizes), data_samples)
 
@@ -90,9 +91,9 @@ def head_loss(
     owner: nn.Module,
     maps: tuple[Tensor, ...],
     data_samples: Sequence[DetDataSample],
-) -> tuple[Tensor, Outputs]:
+) -> tuple[Tensor, StepRecord]:
     """The stock loss of ``owner.bbox_head`` on maps, and its outputs."""
-    outputs = Outputs(owner)
+    outputs = StepRecord(owner)
     with outputs.recording():
         losses = outputs.model.bbox_head.loss(maps, list(data_samples))
     parts = [
@@ -104,9 +105,9 @@ def head_loss(
     return sum(parts[1:], parts[0]), outputs
 
 
-def fresh_copy(head: Any) -> Any:
+def fresh_copy(facts: DenseFacts) -> Any:
     """A copy of a head, initialised anew as its config tells."""
-    copied = copy.deepcopy(head)
+    copied = copy.deepcopy(facts.head)
     for module in copied.modules():
         if hasattr(module, 'reset_parameters'):
             module.reset_parameters()

@@ -1,0 +1,68 @@
+"""Parts of a detector, run one by one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from .record import replaced
+
+
+def run_dense_head(model: Any, maps: tuple[Tensor, ...]) -> Any:
+    """What a one-stage detector's head returns for the neck's levels."""
+    return model.bbox_head(maps)
+
+
+def run_rpn(
+    model: Any, maps: tuple[Tensor, ...]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Per level the logits (B, A * c, H, W) and deltas (B, A * 4, H, W)."""
+    logits, deltas = model.rpn_head(maps)[:2]
+    return logits, deltas
+
+
+def run_roi_head(
+    model: Any, maps: tuple[Tensor, ...], rois: Tensor, stage: int
+) -> dict[str, Any]:
+    """What a RoI head makes of RoIs (N, 5), image index and xyxy in pixels.
+
+    Args:
+        model: The detector.
+        maps: The neck's levels.
+        rois: The boxes, in pixels of the batch.
+        stage: The stage; a head with fewer stages uses its last.
+
+    Returns:
+        ``cls_score`` (N, K + 1) and ``bbox_pred`` (N, 4 or 4 K) or None.
+    """
+    head = model.roi_head
+    arguments: list[Any] = [maps, rois]
+    if isinstance(head.bbox_head, nn.ModuleList):
+        arguments.insert(0, min(stage, len(head.bbox_head) - 1))
+    return head._bbox_forward(*arguments)
+
+
+def detect(
+    model: Any,
+    maps: tuple[Tensor, ...],
+    inputs: Tensor,
+    data_samples: Sequence[DetDataSample],
+) -> list[InstanceData]:
+    """A detector's own detections, from levels that are there already.
+
+    Args:
+        model: The detector, in eval mode.
+        maps: The neck's levels.
+        inputs: The batch (B, 3, H, W) that they are of.
+        data_samples: The images' meta data; they are left as they are.
+
+    Returns:
+        Each image's bboxes (n, 4) as xyxy in pixels of the batch, scores and
+        labels (n,).
+    """
+    samples = [DetDataSample(metainfo=s.metainfo) for s in data_samples]
+    with replaced(model, 'extract_feat', lambda *_: maps):
+        results = model.predict(inputs, samples, rescale=False)
+    return [sample.pred_instances for sample in results]

@@ -1,0 +1,150 @@
+"""The two towers of dense heads such as RetinaNet, FCOS, ATSS and GFL."""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmcv.cnn import ConvModule
+from torch import Tensor, nn
+
+from mmkd.errors import ConfigError
+
+from .dense import DenseOutputs, read_dense
+from .facts import DenseFacts
+
+TOWERS = ('cls_convs', 'reg_convs')
+"""Of the classes and of the boxes."""
+
+
+def tower_path(facts: DenseFacts, tower: str, layer: int) -> str:
+    """Where the feature behind a layer is tapped: behind its norm, if any.
+
+    Args:
+        facts: About the head.
+        tower: One of :data:`TOWERS`.
+        layer: The number of layers before it; 0 for the neck's maps.
+    """
+    if layer == 0:
+        return 'neck'
+    module = getattr(facts.head, tower)[layer - 1]
+    part = 'norm' if module.with_norm else 'conv'
+    return f'bbox_head.{tower}.{layer - 1}.{part}'
+
+
+def quality_tower(facts: DenseFacts) -> str:
+    """The tower that centerness or IoU is predicted from."""
+    return TOWERS[getattr(facts.head, 'centerness_on_reg', True)]
+
+
+def activation(facts: DenseFacts, tower: str, layer: int) -> nn.Module:
+    """What a layer (counted from 1) does behind its norm."""
+    return getattr(facts.head, tower)[layer - 1].activate
+
+
+def cross(
+    facts: DenseFacts,
+    layer: int,
+    features: Mapping[str, Sequence[Tensor]],
+    maps: tuple[Tensor, ...],
+) -> DenseOutputs:
+    """Let given features go on through the rest of a head.
+
+    Args:
+        facts: About the head, which is left as it is.
+        layer: The number of layers that are left out.
+        features: For each tower what enters its first remaining layer, a
+            tensor a level. A tower without any is not run.
+        maps: The neck's levels.
+    """
+    return read_dense(facts, from_layer(facts.head, layer, features)(maps))
+
+
+class Feed(nn.Module):
+    """Gives the levels' features one by one, whatever comes in."""
+
+    def __init__(self, features: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.features = iter(features)
+
+    def forward(self, _: Tensor) -> Tensor:
+        return next(self.features)
+
+
+class Idle(nn.Module):
+    """A tower that no loss reads: NaN, of one image, which costs little."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, level: Tensor) -> Tensor:
+        return level.new_full((1, self.width, *level.shape[2:]), math.nan)
+
+
+def from_layer(
+    head: Any, layer: int, features: Mapping[str, Sequence[Tensor]]
+) -> Any:
+    """A dense head whose towers start behind a layer, with given features.
+
+    Args:
+        head: The head; it shares its modules with the result, and is left as
+            it is.
+        layer: The number of layers that are left out.
+        features: For each tower, what enters its first remaining layer, a
+            tensor a level. They are consumed in one call. A tower that is
+            left out is :class:`Idle`.
+    """
+    result = copy.copy(head)
+    towers = {t: nn.ModuleList([Idle(head.feat_channels)]) for t in TOWERS}
+    for tower, levels in features.items():
+        remaining = getattr(head, tower)[layer:]
+        towers[tower] = nn.ModuleList([Feed(levels), *remaining])
+    # Past nn.Module's registration, which would change the head's own dict.
+    result.__dict__['_modules'] = {**head._modules, **towers}
+    return result
+
+
+def check_towers(
+    dense: DenseOutputs, role: str, layer: int, method: str
+) -> None:
+    """Check that a head has towers that can be cut, and boxes.
+
+    Raises:
+        ConfigError: If it has not; says which heads fit.
+    """
+    reason = _why_unfit(dense.facts.head, layer)
+    if not dense.sigmoid:
+        reason = 'has a softmax'
+    if dense.bins is None and (
+        dense.facts.coder is None
+        or dense.regression is None
+        or dense.regression.shape[-1] != 4
+    ):
+        reason = 'regresses neither bins nor four numbers a prior'
+    if reason is not None:
+        raise ConfigError(
+            f'{method} fits dense heads like RetinaNet, FCOS, ATSS and GFL, '
+            f"with layer={layer}; the {role}'s {dense.facts.kind} {reason}."
+        )
+
+
+def _why_unfit(head: Any, layer: int) -> str | None:
+    if head is None:
+        return 'is no head of MMDetection, so that nothing goes through it'
+    reason = None
+    for tower in TOWERS:
+        layers = getattr(head, tower, None)
+        if not isinstance(layers, nn.ModuleList) or not all(
+            isinstance(conv, ConvModule)
+            and conv.with_activation
+            and conv.order == ('conv', 'norm', 'act')
+            for conv in layers
+        ):
+            reason = f'has no {tower} of ConvModules that the levels share'
+        elif len(layers) < layer:
+            reason = (
+                f'has {len(layers)} layers in its {tower}: set layer to '
+                f'{len(layers)} or less'
+            )
+    return reason

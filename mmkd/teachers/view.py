@@ -1,0 +1,230 @@
+"""What a teacher is and gives, whatever kind of teacher it is.
+
+Everything that reads a teacher reads it through these two classes: a
+:class:`Teacher` is built once, and its :class:`TeacherView` says what it makes
+of one batch.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from mmkd.data.batch import Batch
+from mmkd.detectors.dense import DenseOutputs
+from mmkd.detectors.facts import DetectorFacts
+from mmkd.detectors.record import RoIOutputs, StepRecord
+from mmkd.errors import ConfigError
+
+from .class_map import ClassMap
+
+FEATURES = 'features'
+DENSE = 'dense predictions'
+RPN = 'RPN scores'
+ROIS = 'RoI scores'
+DETECTIONS = 'detections'
+NETWORK = 'a head of MMDetection'
+"""What a teacher may give and a method may need."""
+
+
+class BoxScores(NamedTuple):
+    """A teacher's predictions for boxes of the student."""
+
+    logits: Tensor
+    """RPN: (N, 1) of a sigmoid or (N, 2) of a softmax; RoIs: (N, K + 1)."""
+    deltas: Tensor | None
+    """(N, 4), class-specific (N, 4 K), in the teacher's own coding."""
+    coder: Any
+    """The box coder that decodes them."""
+
+
+class TeacherView(Protocol):
+    """What a teacher gives for one batch; each part is computed when read.
+
+    A kind of teacher inherits from this class and overrides what it gives;
+    everything else raises an error that says so.
+    """
+
+    class_map: ClassMap
+    """The student's classes and the teacher's."""
+    cache: dict[str, Any]
+    """What methods have derived in this step, for each other."""
+
+    @property
+    def facts(self) -> DetectorFacts:
+        """What the teacher's heads predict."""
+        raise self.lacks('heads')
+
+    @property
+    def maps(self) -> tuple[Tensor, ...]:
+        """The levels (B, C, H, W) that the heads see."""
+        raise self.lacks(FEATURES)
+
+    @property
+    def dense(self) -> DenseOutputs:
+        """Predictions of a dense head, for every prior."""
+        raise self.lacks(DENSE)
+
+    @property
+    def detections(self) -> list[InstanceData]:
+        """Each image's boxes (xyxy, pixels of the batch), scores, labels."""
+        raise self.lacks(DETECTIONS)
+
+    def features(
+        self, path: str, student: StepRecord, student_path: str | None = None
+    ) -> tuple[Tensor, ...]:
+        """The output of the module at ``path``, a tensor a level.
+
+        Args:
+            path: A module path.
+            student: The student's step, whose RoIs a RoI head is given.
+            student_path: The student's module that it is compared with.
+        """
+        raise self.lacks(FEATURES)
+
+    def score_anchors(self, sample: RoIOutputs) -> BoxScores:
+        """The teacher's RPN on the student's sampled anchors."""
+        raise self.lacks(RPN)
+
+    def score_rois(self, sample: RoIOutputs, stage: int) -> BoxScores:
+        """The teacher's RoI head on the RoIs of one stage of the student."""
+        raise self.lacks(ROIS)
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers about this step for the log, by name."""
+        return {}
+
+    def each(self) -> Mapping[str, 'TeacherView']:
+        """The views of the teachers that teach one by one, by label."""
+        return {'': self}
+
+    def parts(self) -> Sequence['TeacherView']:
+        """The views of the single networks that it consists of."""
+        return [self]
+
+    def lacks(self, what: str) -> ConfigError:
+        """The error that this kind of teacher does not give something."""
+        name = type(self).__name__
+        return ConfigError(f'a method reads {what}, which {name} has not.')
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """What a teacher is told about the training when it is built."""
+
+    student: Any
+    """The student's detector."""
+    classes: Sequence[str]
+    """The student's class names."""
+    paths: Sequence[str] = ()
+    """The module paths that methods read from the teacher."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return next(self.student.parameters()).device
+
+
+class Teacher:
+    """Somebody to learn from, whatever that is.
+
+    A kind of teacher inherits from this class, is registered in
+    :data:`mmkd.registry.TEACHERS`, and is chosen by
+    ``distillation.teacher = dict(type='…', …)``. Its constructor takes the
+    keyword ``context``, a :class:`TeacherContext`, beside its options.
+
+    It is no ``nn.Module`` on purpose: as a child of the student it would be
+    optimised, saved, averaged (EMA) and put into train mode.
+    """
+
+    gives: frozenset[str] = frozenset()
+    """What its views give: some of the names at the top of this module."""
+    remedy: str = ''
+    """A sentence for those who need what it does not give, with a space."""
+    class_map: ClassMap
+
+    def view(self, batch: Batch) -> TeacherView:
+        """What it makes of the student's batch; nothing runs yet."""
+        raise NotImplementedError
+
+    def blank(self, device: torch.device) -> TeacherView:
+        """What it makes of one blank image, for methods to prepare."""
+        raise NotImplementedError
+
+    @property
+    def networks(self) -> Mapping[str, Any]:
+        """The frozen detectors that it consists of, by their log names."""
+        return {}
+
+    def each(self) -> Mapping[str, 'Teacher']:
+        """The teachers that teach one by one, by label; often this one."""
+        return {'': self}
+
+    def to(self, device: torch.device) -> 'Teacher':
+        """Move what it holds to ``device``, in place."""
+        return self
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the weights of its network, between rounds of training.
+
+        Args:
+            weights: A stock state dict of the same detector.
+
+        Raises:
+            ConfigError: If it has no weights of its own.
+            CheckpointError: If the weights do not fit exactly.
+        """
+        raise ConfigError(
+            f'distillation.teacher: {type(self).__name__} has no weights that '
+            'can be replaced.'
+        )
+
+    def describe(self) -> str:
+        """What it is, for the log."""
+        return type(self).__name__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> 'Teacher':
+        return self  # frozen: copies of the student share it
+
+
+class NoView(TeacherView):
+    """The view where there is no teacher."""
+
+    def __init__(self) -> None:
+        self.cache: dict[str, Any] = {}
+
+    def each(self) -> Mapping[str, TeacherView]:
+        return {}
+
+    def parts(self) -> Sequence[TeacherView]:
+        return []
+
+    def lacks(self, what: str) -> ConfigError:
+        return ConfigError(
+            f'a method reads {what} of a teacher, and there is none: add '
+            'distillation.teacher.'
+        )
+
+
+class NoTeacher(Teacher):
+    """The teacher of networks that only learn from each other."""
+
+    def view(self, batch: Batch) -> TeacherView:
+        return NoView()
+
+    def blank(self, device: torch.device) -> TeacherView:
+        return NoView()
+
+    def each(self) -> Mapping[str, Teacher]:
+        return {}
+
+    def describe(self) -> str:
+        return 'no teacher'
+
+
+def listed(gives: Iterable[str]) -> str:
+    """What is given or needed, in words."""
+    return ', '.join(sorted(gives)) or 'nothing'
