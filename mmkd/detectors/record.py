@@ -132,7 +132,8 @@ class StepRecord:
     Args:
         model: The detector.
         paths: Module paths to tap beside the standard ones, for instance
-            ``'backbone.layer3'``.
+            ``'backbone.layer3'``, and paths of methods, for instance
+            ``'pre_decoder'``.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str] = ()) -> None:
@@ -158,10 +159,10 @@ class StepRecord:
     def recording(self) -> Iterator['StepRecord']:
         """Record what passes the taps within the context."""
         with ExitStack() as stack:
-            for path, module in self._tapped_modules():
+            for path, owner, name in self._tapped():
                 # Not a forward hook: some heads call ``forward`` itself.
                 record = functools.partial(self._record_output, path)
-                stack.enter_context(intercepted(module, 'forward', record))
+                stack.enter_context(intercepted(owner, name, record))
             rpn = getattr(self.model, 'rpn_head', None)
             if hasattr(rpn, 'get_targets'):
                 stack.enter_context(
@@ -306,14 +307,21 @@ class StepRecord:
         parts = ', '.join(name for name in modules if name and '.' not in name)
         return f'there is no such module. {hint}The detector has {parts}.'
 
-    def _tapped_modules(self) -> Iterator[tuple[str, nn.Module]]:
+    def _tapped(self) -> Iterator[tuple[str, Any, str]]:
+        """Give each path with the owner and the name of what is tapped."""
         asked = map(self._resolved, self.paths)
         for path in dict.fromkeys((*STANDARD_TAPS, *asked)):
+            parent, _, name = path.rpartition('.')
             try:
-                yield path, self.model.get_submodule(path)
+                owner = self.model.get_submodule(parent)
             except AttributeError:
                 # A path that a method asks for is reported where it is read.
                 continue
+            part = getattr(owner, name, None)
+            if isinstance(part, nn.Module):
+                yield path, part, 'forward'
+            elif callable(part):
+                yield path, owner, name
 
     def _record_output(
         self, path: str, output: Any, *_: Any, **__: Any

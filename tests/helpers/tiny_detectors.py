@@ -223,7 +223,7 @@ def build(config, seed=0, spread=1.0):
     model.init_weights()
     logging.disable(logging.NOTSET)
     for name, parameter in model.named_parameters():
-        part = name.split('.')[-2]
+        part = f'.{name}'.split('.')[-2]
         if part in ('rpn_cls', 'rpn_reg', 'fc_cls', 'fc_reg'):
             torch.nn.init.normal_(parameter, std=0.1 * spread)
     torch.set_rng_state(state)
