@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmkd.errors import ConfigError, TapError
 
-from .record import Outputs
+from .record import StepRecord
 
 QUERY_TAPS = (
     *('pre_decoder', 'forward_decoder', 'gen_encoder_output_proposals'),
@@ -106,7 +106,7 @@ class QueryOutputs:
         return bbox_cxcywh_to_xyxy(self.boxes) * factors[:, None]
 
 
-def check_queries(record: Outputs, role: str, method: str) -> QueryOutputs:
+def check_queries(record: StepRecord, role: str, method: str) -> QueryOutputs:
     """Check that a detector has queries, and read its blank outputs.
 
     Args:
@@ -132,7 +132,7 @@ def check_queries(record: Outputs, role: str, method: str) -> QueryOutputs:
     return read_queries(record)
 
 
-def read_queries(record: Outputs) -> QueryOutputs:
+def read_queries(record: StepRecord) -> QueryOutputs:
     """Sort out what a transformer detector has predicted in a step.
 
     Args:
@@ -148,7 +148,7 @@ def read_queries(record: Outputs) -> QueryOutputs:
     return record.cache['queries']
 
 
-def assigned(record: Outputs) -> tuple[Tensor, Tensor]:
+def assigned(record: StepRecord) -> tuple[Tensor, Tensor]:
     """Read which objects a detector's own loss has matched with its queries.
 
     Returns:
@@ -170,7 +170,7 @@ def assigned(record: Outputs) -> tuple[Tensor, Tensor]:
     return labels, boxes
 
 
-def _read(record: Outputs) -> QueryOutputs:
+def _read(record: StepRecord) -> QueryOutputs:
     model: Any = record.model
     try:
         inputs, for_head = record.raw('pre_decoder')
@@ -235,7 +235,7 @@ def _references(decoded: Any, layers: int, own: slice) -> list[Tensor] | None:
     return [part[:, own] for part in references[:depth]][-layers:]
 
 
-def _distinct(record: Outputs, logits: Tensor, own: slice) -> Tensor:
+def _distinct(record: StepRecord, logits: Tensor, own: slice) -> Tensor:
     distinct = torch.ones_like(logits[:, :, own, 0], dtype=torch.bool)
     selects = hasattr(record.model.decoder, 'select_distinct_queries')
     if selects and len(logits) > 1:  # after each layer but the last

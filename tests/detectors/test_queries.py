@@ -17,7 +17,7 @@ from mmkd.detectors.queries import (
     check_queries,
     read_queries,
 )
-from mmkd.detectors.record import Outputs
+from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError, TapError
 from tests.helpers import tiny_detectors as tiny
 
@@ -81,7 +81,7 @@ def built(name):
 
 
 def recorded(model, batch, run):
-    outputs = Outputs(model, QUERY_TAPS)
+    outputs = StepRecord(model, QUERY_TAPS)
     with outputs.recording():
         result = run(model, *batch)
     return outputs, result
@@ -412,7 +412,7 @@ class TestRecording:
     def test_costs_nothing_where_nobody_asks(self):
         model = built('dino')
         batch = tiny.batch_for(model, sizes=SIZES)
-        outputs = Outputs(model)
+        outputs = StepRecord(model)
         with outputs.recording():
             assert not {*QUERY_TAPS} & {*vars(model)}
             tiny.seeded_loss(model, *batch)
@@ -432,7 +432,7 @@ class TestRecording:
     def test_two_records_at_once(self):
         model = built('dino')
         batch = tiny.batch_for(model, sizes=SIZES)
-        outer = Outputs(model, QUERY_TAPS)
+        outer = StepRecord(model, QUERY_TAPS)
         with outer.recording():
             inner, _ = recorded(model, batch, tiny.seeded_loss)
         ours, theirs = read_queries(outer), read_queries(inner)
@@ -466,7 +466,7 @@ class TestErrors:
         del head['type']
         model.bbox_head = GroundingDINOHead(**head)
         with pytest.raises(ConfigError, match='compares queries with words'):
-            check_queries(Outputs(model, QUERY_TAPS), 'teacher', 'Method')
+            check_queries(StepRecord(model, QUERY_TAPS), 'teacher', 'Method')
 
     def test_not_recorded(self):
         model = built('detr').eval()
