@@ -26,6 +26,7 @@ lint: install ## Check style, types and spelling.
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m codespell_lib
+	.venv/bin/lint-imports
 
 format: install ## Mend what ruff can mend.
 	$(PY) -m ruff check --fix .

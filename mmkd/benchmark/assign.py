@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmkd.detectors.assignment import assigned_by, own_costs, positive_samples
+from mmkd.detectors.facts import read_facts
 from mmkd.detectors.source import find_in_model_index, load_config
 from mmkd.study.training import ROOT
 
@@ -101,7 +102,7 @@ def real_costs(checkpoint: Path) -> list[tuple[Tensor, Tensor]]:
     model.load_state_dict(weights['state_dict'])
     model.eval()
     loader = Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader))
-    head, made = model.bbox_head, []
+    head, made = _head_of(model), []
     own = own_costs(head)
 
     def costs(candidates: Any, logits: Tensor, deltas: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ def against_mmdet(
     trainer = Trainer(distiller.student, batch, distiller)
     trainer.see_teacher()
     rival = Trainer(mmdet_lad(args, distiller).to(device), batch)
-    head = distiller.student.bbox_head
+    head = _head_of(distiller.student)
 
     def plain() -> None:
         with assigned_by(head, own_costs(head)):
@@ -218,3 +219,10 @@ def mmdet_lad(args: argparse.Namespace, distiller: Any) -> nn.Module:
     model.teacher_model.load_state_dict(teacher.state_dict(), strict=False)
     model.train()
     return model
+
+
+def _head_of(model: Any) -> Any:
+    """The dense head, whose assignment is measured."""
+    facts = read_facts(model).dense
+    assert facts is not None
+    return facts.head

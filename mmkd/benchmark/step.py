@@ -166,7 +166,8 @@ def methods_alone(trainer: Trainer) -> Callable[[], torch.Tensor]:
         sample.deltas = mapped(cut, sample.deltas)
 
     def run() -> torch.Tensor:
-        for part in (student, *teacher.parts()):
+        student.cache.clear()
+        for part in (*teacher.each().values(), *teacher.parts()):
             part.cache.clear()
         vars(student).pop('anchors', None)
         losses = [

@@ -95,7 +95,7 @@ def check_gives(name: str, method: Method, teacher: Teacher) -> None:
     """Each teacher gives what a method reads of it."""
     where = f'distillation.methods.{name} ({type(method).__name__})'
     teachers = teacher.each()
-    if method.steers and len(teachers) > 1:
+    if method.steers and any(teachers):
         raise ConfigError(
             f"{where} steers the student's own loss, which only one teacher "
             f'can; distillation.teacher is a list of {len(teachers)}. Give it '

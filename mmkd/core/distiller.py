@@ -16,9 +16,10 @@ from mmkd.detectors.record import StepRecord
 from mmkd.peers.peer import Peer, build_peer, with_trained_teacher
 from mmkd.registry import METHODS
 from mmkd.teachers.build import build_teacher
-from mmkd.teachers.several import log_name
+from mmkd.teachers.several import log_name, named
 from mmkd.teachers.view import (
     NoTeacher,
+    NoView,
     Teacher,
     TeacherContext,
     TeacherView,
@@ -345,4 +346,8 @@ def _prepare(distiller: Distiller, device: torch.device) -> None:
     }
     teacher = distiller.teacher.blank(device)
     for method in distiller.methods.values():
-        cast(Method, method).prepare(student, teacher)
+        if any(teacher.each()) and not isinstance(method, FromEach):
+            with named('a list of teachers teaches no method on peers'):
+                cast(Method, method).prepare(student, NoView())
+        else:
+            cast(Method, method).prepare(student, teacher)

@@ -26,7 +26,7 @@ def mean_of(values: Sequence[Any]) -> Any:
     """
     first = values[0]
     if isinstance(first, list | tuple) and all(
-        isinstance(each, type(first)) and len(each) == len(first)
+        isinstance(each, list | tuple) and len(each) == len(first)
         for each in values
     ):
         return type(first)(map(mean_of, zip(*values, strict=True)))

@@ -1,11 +1,13 @@
 """Parts of a detector, run one by one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .record import replaced
 
@@ -24,7 +26,12 @@ def run_rpn(
 
 
 def run_roi_head(
-    model: Any, maps: tuple[Tensor, ...], rois: Tensor, stage: int
+    model: Any,
+    maps: tuple[Tensor, ...],
+    rois: Tensor,
+    stage: int,
+    *,
+    hold: bool = False,
 ) -> dict[str, Any]:
     """What a RoI head makes of RoIs (N, 5), image index and xyxy in pixels.
 
@@ -33,6 +40,8 @@ def run_roi_head(
         maps: The neck's levels.
         rois: The boxes, in pixels of the batch.
         stage: The stage; a head with fewer stages uses its last.
+        hold: Batch norms in training use the batch's statistics without
+            keeping them.
 
     Returns:
         ``cls_score`` (N, K + 1) and ``bbox_pred`` (N, 4 or 4 K) or None.
@@ -41,7 +50,25 @@ def run_roi_head(
     arguments: list[Any] = [maps, rois]
     if isinstance(head.bbox_head, nn.ModuleList):
         arguments.insert(0, min(stage, len(head.bbox_head) - 1))
-    return head._bbox_forward(*arguments)
+    with _held_statistics(head) if hold else nullcontext():
+        return head._bbox_forward(*arguments)
+
+
+@contextmanager
+def _held_statistics(head: nn.Module) -> Iterator[None]:
+    """Batch norms use the batch's statistics, and do not keep them."""
+    norms = [
+        module
+        for module in head.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def detect(

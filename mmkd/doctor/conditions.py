@@ -64,8 +64,8 @@ class Recording:
         return {k: gradient([v], parameters) for k, v in losses.items()}
 
     def _losses(self, only: str | None = None) -> dict[str, Tensor]:
-        views = *self.teacher.each().values(), *self.teacher.parts()
-        for view in (self.student, *views):
+        self.student.cache.clear()
+        for view in (*self.teacher.each().values(), *self.teacher.parts()):
             view.cache.clear()
         losses = {}
         for name, (method, weight) in self.methods.items():

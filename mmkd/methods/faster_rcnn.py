@@ -1,13 +1,13 @@
 """Faster R-CNN distillation (Chen et al., NeurIPS 2017)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from mmengine.registry import Registry
 from torch import Tensor
 
-from mmkd.core.method import Method
+from mmkd.core.method import Method, Need
 from mmkd.data.batch import Batch
 from mmkd.detectors.facts import RoIFacts, same_coder
 from mmkd.detectors.record import RoIOutputs, StepRecord
@@ -90,8 +90,8 @@ class FasterRCNNDistillation(Method):
             detectors does not fit.
     """
 
-    needs = (RPN, ROIS, FEATURES)
-    without: ClassVar[dict[str, str]] = {
+    needs: Sequence[Need] = (RPN, ROIS, FEATURES)
+    without: Mapping[str, str] = {
         RPN: 'rpn=False',
         ROIS: 'rcn=False',
         FEATURES: 'hint=None',

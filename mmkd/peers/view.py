@@ -1,13 +1,9 @@
 """What networks that train together show each other."""
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmkd.detectors.passes import run_roi_head
 from mmkd.detectors.record import RoIOutputs, StepRecord
@@ -41,11 +37,10 @@ class PeerView(RecordView):
         # With the sample itself, so that its id stays its own.
         if id(sample) not in self._roi_scores:
             model = self.record.model
-            with (
-                torch.set_grad_enabled(self._learns),
-                _held_statistics(model.roi_head),
-            ):
-                result = run_roi_head(model, self.maps, sample.boxes, stage)
+            with torch.set_grad_enabled(self._learns):
+                result = run_roi_head(
+                    model, self.maps, sample.boxes, stage, hold=True
+                )
             self._roi_scores[id(sample)] = (sample, result)
         result = self._roi_scores[id(sample)][1]
         coder = self.facts.rois[stage].coder
@@ -67,23 +62,6 @@ def _same_classes(number: int) -> ClassMap:
     """Networks that train together train on the same labels."""
     names = [str(label) for label in range(number)]
     return ClassMap(names, names)
-
-
-@contextmanager
-def _held_statistics(head: nn.Module) -> Iterator[None]:
-    """Batch norms use the batch's statistics, and do not keep them."""
-    norms = [
-        module
-        for module in head.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
-    ]
-    try:
-        for norm in norms:
-            norm.track_running_stats = False
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
 
 
 def networks_of(student: StepRecord) -> dict[str, StepRecord]:

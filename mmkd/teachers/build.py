@@ -28,7 +28,7 @@ from mmkd.utils import (
 
 from .cache import TeacherCache, check_cache_options
 from .ensemble import EnsembleTeacher
-from .frozen import FrozenDetector, FrozenView
+from .frozen import FrozenDetector
 from .several import SeveralTeachers, log_name, named
 from .speed import Speed
 from .speed_up import speed_up
@@ -203,15 +203,15 @@ def frozen_detector(
         if speed != Speed():
             speed_up(teacher, speed, context.device)
         if entries is not None:
-            teacher.open_view = TeacherCache(
+            teacher.cache = TeacherCache(
                 teacher.to(context.device), settings.model.to_dict(), **entries
-            ).open_view
+            )
 
     def rebuild(weights: Mapping[str, Tensor]) -> None:
         fresh = build_untrained(settings.model)
         load_strictly(fresh, weights, 'the new weights of the teacher')
         teacher.model = fresh.eval().requires_grad_(False)
-        teacher.speed, teacher.open_view = Speed(), FrozenView
+        teacher.speed, teacher.cache = Speed(), None
         equip()
         teacher.to(context.device)
 

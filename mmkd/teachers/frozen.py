@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from mmengine.structures import InstanceData
@@ -42,6 +42,15 @@ HEADS_THAT_RUN = {'rpn_head': 'rpn', 'bbox_head': 'raw_dense'}
 """The part of the teacher's outputs that makes a head run."""
 
 
+class ViewCache(Protocol):
+    """Something that knows parts of a view already."""
+
+    def open_view(
+        self, teacher: 'FrozenDetector', batch: Batch
+    ) -> 'FrozenView':
+        """The teacher's view of a batch, read through the cache."""
+
+
 class FrozenDetector(Teacher):
     """A frozen detector, its class map and its view of a student's batch.
 
@@ -72,9 +81,8 @@ class FrozenDetector(Teacher):
         self.renormalize = Renormalize(
             student.data_preprocessor, model.data_preprocessor
         )
-        self.open_view: Callable[[FrozenDetector, Batch], FrozenView]
-        self.open_view = FrozenView
-        """Makes the view of a batch; a cache puts another one in its place."""
+        self.cache: ViewCache | None = None
+        """Keeps what the network has computed, if that is asked for."""
         self.rebuild: Callable[[Mapping[str, Tensor]], None] | None = None
         """Loads other weights, as the teacher was built."""
 
@@ -83,7 +91,9 @@ class FrozenDetector(Teacher):
         return {'teacher': self}
 
     def view(self, batch: Batch) -> 'FrozenView':
-        return self.open_view(self, batch)
+        if self.cache is None:
+            return FrozenView(self, batch)
+        return self.cache.open_view(self, batch)
 
     def blank(self, device: torch.device) -> TeacherView:
         with eagerly(self.speed):

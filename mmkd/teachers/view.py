@@ -194,6 +194,7 @@ class NoView(TeacherView):
     """The view where there is no teacher."""
 
     def __init__(self) -> None:
+        self.class_map = ClassMap(('none',), ('none',))
         self.cache: dict[str, Any] = {}
 
     def each(self) -> Mapping[str, TeacherView]:

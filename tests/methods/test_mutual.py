@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmkd.data.batch import Batch
 from mmkd.detectors.record import intercepted
 from mmkd.errors import ConfigError
 from mmkd.utils import isolated_random_state
@@ -430,7 +431,7 @@ def test_zero_weight_is_each_network_alone(name):
     assert toy.same({k: losses[k] for k in alone}, alone)
     peer = networks.distiller.peers['big']
     with isolated_random_state():
-        theirs = peer.loss(batch[0], copy.deepcopy(batch[1]))
+        theirs = peer.loss(Batch(batch[0], copy.deepcopy(batch[1])))
     assert toy.same({k: losses[f'big.{k}'] for k in theirs}, theirs)
     assert len(losses) == len(alone) + len(theirs)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmkd.core.distiller import build_distiller
+from mmkd.data.batch import Batch
 from mmkd.errors import ConfigError
 from mmkd.utils import isolated_random_state
 from tests.helpers import tiny_detectors as tiny
@@ -159,7 +160,7 @@ def test_an_online_teacher_is_not_moved_by_others_rois():
     alone = copy.deepcopy(teacher)
     peer = networks.distiller.peers['teacher']
     with isolated_random_state():
-        peer.loss(batch[0], copy.deepcopy(batch[1]))
+        peer.loss(Batch(batch[0], copy.deepcopy(batch[1])))
     own = {k: v.clone() for k, v in teacher.state_dict().items()}
     assert not toy.same(own, alone.state_dict())
     teacher.load_state_dict(alone.state_dict())

@@ -9,7 +9,10 @@ from mmengine.hooks import Hook
 
 from mmkd.errors import NonFiniteLossError
 from tests.engine.test_distributed import close, launch, records
-from tests.helpers import toy
+from tests.helpers import (
+    toy,
+    toy_distributed,  # noqa: F401
+)
 from tests.peers import test_peer as test_peers
 
 pytestmark = pytest.mark.usefixtures('shared_data')

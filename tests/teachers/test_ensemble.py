@@ -161,7 +161,7 @@ def test_of_rois_and_anchors():
     taught.losses()
     (outputs, view), networks = seen[0], list(taught.networks.values())
     (sample,) = outputs.rois
-    logits, deltas = view.score_rois(sample, 0)
+    logits, deltas, _ = view.score_rois(sample, 0)
     with torch.no_grad():
         maps = [n.extract_feat(taught.inputs) for n in networks]
         found = [
@@ -182,7 +182,7 @@ def test_of_rois_and_anchors():
     assert logits.shape[1] == 7
 
     anchors = outputs.anchors
-    scores, boxes = view.score_anchors(anchors)
+    scores, boxes, _ = view.score_anchors(anchors)
     image, anchor = anchors.index
     for row in range(0, len(image), 7):
         parts = []

@@ -303,7 +303,7 @@ ERRORS = {
     'LAD': (
         [ONE, ONE],
         dict(type='mmkd.LabelAssignmentDistillation'),
-        r'methods\.m \(Label.* steers .* which only one .* a list of 2',
+        r'methods\.m \(LAD\) steers .* which only one .* a list of 2',
     ),
     'SoLAD': ([ONE], dict(type='mmkd.SoLAD'), 'a list of 1'),
     'a teacher that does not fit': (

@@ -9,7 +9,7 @@ from mmkd.data.batch import Batch
 from mmkd.doctor.report import Report
 from mmkd.doctor.weights import _check_file
 from mmkd.errors import ConfigError
-from mmkd.teachers import speed as teacher_speed
+from mmkd.teachers import speed_up as teacher_speed
 from mmkd.teachers.speed import Speed
 from mmkd.teachers.speed_up import compiled_parts
 from tests.helpers import faster

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import toy
+from tests.helpers import (
+    toy,
+    toy_distributed,  # noqa: F401
+)
 
 pytestmark = pytest.mark.usefixtures('shared_data')
 

@@ -11,6 +11,7 @@ from mmkd.detectors.assignment.paa import (
     check_stock_paa,
     own_costs,
 )
+from mmkd.detectors.facts import read_facts
 from mmkd.errors import ConfigError
 from mmkd.registry import HOOKS
 
@@ -39,7 +40,8 @@ class BatchedPAAHook(Hook):
     def before_train(self, runner: Runner) -> None:
         model = runner.model
         model = model.module if is_model_wrapper(model) else model
-        head = getattr(model, 'bbox_head', None)
+        facts = read_facts(model)
+        head = facts.dense and facts.dense.head
         if not hasattr(head, 'paa_reassign'):
             raise ConfigError(
                 f'BatchedPAAHook is for PAAHead; {type(model).__name__} has '
