@@ -79,7 +79,7 @@ def test_weights_that_do_not_fit(tmp_path):
 def test_another_teacher_altogether(tmp_path):
     distiller = distiller_of(tmp_path, 7)
     described = faster.saved(tiny.retinanet(), tmp_path, 8)
-    context = TeacherContext(distiller.student, tiny.CLASSES)
+    context = TeacherContext(distiller.student, tiny.CLASSES, ('neck',))
     distiller.set_teacher(build_teacher(described, context))
     batch = tiny.batch_for(distiller.student)
     expected = faster.losses_of(distiller_of(tmp_path, 8), batch)
