@@ -1,4 +1,4 @@
-"""Checkpoint files: reading them safely and writing them whole."""
+"""Checkpoint files: read them safely, and write them in one step."""
 
 import contextlib
 import hashlib
@@ -90,7 +90,7 @@ def load_checkpoint_file(
             f'{path} holds more than weights'
             f'{f" ({detail[1]})" if detail else ""} and is not read, because '
             'a pickle can run code. If you trust where it comes from, set '
-            'trust_checkpoint=True beside its path.'
+            'trust_checkpoint=True next to its path.'
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error) or type(error).__name__
@@ -169,8 +169,8 @@ def _download(url: str) -> str:
             download(RemoteFile(url, known and f'sha256:{known[1]}'), path)
         except (OSError, DataError) as error:
             raise CheckpointError(
-                f'{url} could not be downloaded: {error} Or download it by '
-                'other means, and give its path instead.'
+                f'{url} could not be downloaded: {error} You can also get it '
+                'by other means and give its path.'
             ) from None
     barrier()
     return str(path)

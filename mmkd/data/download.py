@@ -84,7 +84,7 @@ def verify(path: StrPath, remote: RemoteFile, *, remedy: str) -> None:
                 digest.update(chunk)
         found = digest.hexdigest()
         if not found.startswith(wanted):
-            raise data_error(path, f'{name} {wanted}', found, remedy)
+            raise data_error(path, f'the {name} hash {wanted}', found, remedy)
 
 
 def download(remote: RemoteFile, target: StrPath) -> bool:
@@ -183,7 +183,7 @@ def _receive(remote: RemoteFile, part: Path) -> None:
         remote.url, headers=headers, stream=True, timeout=TIMEOUT
     ) as answer:
         if answer.status_code == 416 and done:
-            part.write_bytes(b'')  # nothing is left: it is of another file
+            part.write_bytes(b'')  # complete, or of a shorter file
             return _receive(remote, part)
         given = answer.headers.get('Content-Range', '')
         if answer.status_code != 206 or not given.startswith(f'bytes {done}-'):

@@ -51,7 +51,7 @@ def part(target):
 
 
 def files(target):
-    """What users see beside a download."""
+    """List the files that users see in the folder of a download."""
     return sorted(path.name for path in target.parent.glob('[!.]*'))
 
 
@@ -171,7 +171,8 @@ def test_it_discards_what_has_the_wrong_checksum(remote, target, part):
     neighbour = target.with_name('y.bin')
     neighbour.write_bytes(b'good')
     with pytest.raises(
-        DataError, match=r'expected md5 .*, got .* was discarded; run it'
+        DataError,
+        match=r'expected the md5 hash .*, got .* was discarded; run it',
     ):
         download(remote, target)
     assert files(target) == ['y.bin']
@@ -243,7 +244,7 @@ def test_no_file_no_server_and_no_address(site, target):
     [
         ((SHA256[:20],), None),
         ((MD5, len(CONTENT)), None),
-        ((WRONG,), f'md5 0{{32}}, got {MD5[4:]}. Help'),
+        ((WRONG,), f'md5 hash 0{{32}}, got {MD5[4:]}. Help'),
         ((None, 3), '3 bytes, got 100000. Help'),
     ],
 )

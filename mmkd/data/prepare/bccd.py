@@ -46,7 +46,7 @@ def prepare_bccd(args: argparse.Namespace) -> None:
         if args.delete_archives and args.source is None:
             archive.unlink()
     for split in BCCD_SPLITS:
-        # labelled with LabelImg: plain coordinates, not VOC's indices
+        # LabelImg wrote plain coordinates, not VOC's indices of pixels.
         converted = voc_to_coco([(folder, split)], BCCD_CLASSES)
         write_converted(target / 'annotations' / f'{split}.json', converted)
 

@@ -62,7 +62,7 @@ def prepare_coco(args: argparse.Namespace) -> None:
 
 
 def coco_paths(root: Path, split: str) -> tuple[Path, Path]:
-    """Annotation file and folder of images."""
+    """Return the annotation file and the folder of images."""
     labels = root / 'annotations' / f'instances_{split}2017.json'
     return labels, root / f'{split}2017'
 

@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     'bccd': (prepare_bccd, BCCD_HELP, dict(metavar='FOLDER_OR_ZIP')),
     'neon': (prepare_neon, NEON_HELP, dict(metavar='WHEEL')),
 }
-"""Data set to what prepares it, its help, and how it takes ``--from``."""
+"""For each data set: what prepares it, its help, how it takes ``--from``."""
 
 
 def build_parser() -> argparse.ArgumentParser:

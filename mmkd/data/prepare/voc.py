@@ -56,7 +56,7 @@ VOC_SETS = {
     'voc12_trainval': ('12-trainval',),
     'voc0712_trainval': ('07-trainval', '12-trainval'),
 }
-"""Annotation files, as mmdet's `*_voc0712-cocofmt` configs name them."""
+"""Annotation files, named as in mmdet's `*_voc0712-cocofmt` configs."""
 
 
 def prepare_voc(args: argparse.Namespace) -> None:
@@ -86,7 +86,7 @@ def check(folder: Path, split: str, remedy: str = '') -> None:
 
 
 def voc_part(devkit: Path, part: str) -> tuple[Path, str]:
-    """Folder and split of a part."""
+    """Return the folder and the split of a part."""
     year, _, split = part.partition('-')
     return devkit / f'VOC20{year}', split
 

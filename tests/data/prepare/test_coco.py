@@ -192,7 +192,10 @@ def test_it_continues_after_ctrl_c(cli, works, served, data):
 def test_a_download_of_a_wrong_file(fails, served, annotations, data):
     known = module.COCO_ANNOTATIONS.known_hash
     annotations(known_hash=f'md5:{"0" * 32}')
-    fails('coco', match='expected md5 0{32}, got .* discarded; run it again')
+    fails(
+        'coco',
+        match='expected the md5 hash 0{32}, got .* discarded; run it again',
+    )
     assert list((data / 'downloads').glob('[!.]*')) == []
     annotations(known_hash=known)
     (served.folder / 'val2017.zip').unlink()

