@@ -1,4 +1,4 @@
-"""Checkpoint files: reading them safely and writing them whole."""
+"""Checkpoint files: read them safely, and write them in one step."""
 
 import contextlib
 import hashlib
@@ -14,14 +14,16 @@ from urllib.request import url2pathname
 
 import torch
 from mmengine.dist import barrier, is_main_process
-from torch.hub import download_url_to_file, get_dir
+from torch.hub import get_dir
 from torch.serialization import safe_globals
 
-from mmkd.errors import CheckpointError
+from mmkd.errors import CheckpointError, DataError
+
+from .download import RemoteFile, download
 
 
 class _Inert:
-    """Stands for an object of a checkpoint that nobody needs."""
+    """Take the place of an object of a checkpoint that nobody needs."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -63,7 +65,7 @@ def load_checkpoint_file(
         source: A file (or its ``file://`` URL), or an ``http(s)://`` URL,
             which is downloaded once into PyTorch's hub folder; a hash in its
             name (``…-0a1825a4.pth``) is verified.
-        trust: Unpickle whatever the file holds.
+        trust: Whether to unpickle whatever the file holds.
 
     Returns:
         The checkpoint with at least the key ``state_dict``.
@@ -80,7 +82,7 @@ def load_checkpoint_file(
             )
     except pickle.UnpicklingError as error:
         if not _is_pickled(path):
-            # Not PyTorch's words: they advise to read what may run code.
+            # PyTorch's own words advise users to read what may run code.
             reason = f'it begins with {_start(path, 12)!r}'
             raise CheckpointError(_unreadable(path, reason)) from None
         detail = re.search(r'(?:GLOBAL|class|function) (\S+)', str(error))
@@ -88,7 +90,7 @@ def load_checkpoint_file(
             f'{path} holds more than weights'
             f'{f" ({detail[1]})" if detail else ""} and is not read, because '
             'a pickle can run code. If you trust where it comes from, set '
-            'trust_checkpoint=True beside its path.'
+            'trust_checkpoint=True next to its path.'
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error) or type(error).__name__
@@ -97,10 +99,10 @@ def load_checkpoint_file(
 
 
 def _is_pickled(path: str) -> bool:
-    """Whether a file is PyTorch's zip archive or a pickle, by its start.
+    """Tell by its start whether a file is PyTorch's zip archive or a pickle.
 
-    PyTorch refuses a web page or a pointer file like a pickle that it does
-    not trust; the user must not be told to trust it.
+    PyTorch refuses a web page or a pointer file in the same words as a pickle
+    that it does not trust; the user must not be told to trust it.
     """
     start = _start(path, 2)
     return start == b'PK' or start[:1] == b'\x80'
@@ -158,28 +160,27 @@ def _local_file(source: str) -> str:
 
 def _download(url: str) -> str:
     name = os.path.basename(urlparse(url).path)
-    # One folder a URL: files of the same name do not hide one another.
+    # Each URL has its own folder: files of the same name do not collide.
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
     path = Path(get_dir(), 'checkpoints', digest, name)
     if is_main_process() and not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         known = re.search(r'-([0-9a-f]{8,})\.pth$', name)
         try:
-            download_url_to_file(url, str(path), known[1] if known else None)
-        except (OSError, RuntimeError) as error:
+            download(RemoteFile(url, known and f'sha256:{known[1]}'), path)
+        except (OSError, DataError) as error:
             raise CheckpointError(
-                f'{url} could not be downloaded: {error}. Download it by '
-                'other means and give its path instead.'
+                f'{url} could not be downloaded: {error} You can also get it '
+                'by other means and give its path.'
             ) from None
     barrier()
     return str(path)
 
 
 def damage(path: str) -> str | None:
-    """What makes a local checkpoint unusable, without reading it whole.
+    """Say what makes a local checkpoint unusable, without reading all of it.
 
     Returns:
-        None for a file that is whole, or whose kind does not tell.
+        None if the file is whole, or of a kind that does not show it.
     """
     if not os.path.isfile(path):
         return 'does not exist'
@@ -206,7 +207,7 @@ def check_checkpoint(path: str) -> None:
 def write_atomically(path: str, write: Callable[[str], object]) -> None:
     """Call ``write(temporary path)``, then rename the result to ``path``.
 
-    Whoever is killed in between leaves the file that was there before.
+    A process that is killed in between leaves the former file as it was.
     """
     temporary = f'{path}.tmp'
     try:

@@ -1,17 +1,22 @@
-"""COCO annotations: check them, and that their images exist."""
+"""Annotations in COCO's format: check them, and write them."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .errors import COCO_REMEDY, data_error, some
-from .files import StrPath, list_folder, read_json
+from .files import StrPath, check_files, read_json
+
+Box = tuple[float, float, float, float]
+"""``(x0, y0, x1, y1)`` in pixels; ``x1`` and ``y1`` lie just outside."""
+Types = dict[str, tuple[type, ...]]
 
 _ID = (int, str)
 _NUMBER = (int, float)
-_COCO_KEYS: dict[str, dict[str, tuple[type, ...]]] = {
+_TABLES: dict[str, Types] = {
     'images': {
         'id': _ID,
         'file_name': (str,),
@@ -41,12 +46,12 @@ def check_coco_annotations(
 
     Args:
         path: The file, in the format of ``instances_train2017.json``.
-        image_root: Folder that the ``file_name`` of each image is relative
-            to; ``None`` looks at no image. Each folder is listed once and
-            no image is opened, so this costs far less than reading ``path``.
-        annotated: Whether ``annotations`` have to be there; images of a
+        image_root: The folder that each ``file_name`` is relative to; with
+            ``None`` no image is looked for. No image is opened, so this
+            costs far less than reading ``path``.
+        annotated: Whether ``annotations`` must be there; the images of a
             test server come without.
-        remedy: Last sentence of every error.
+        remedy: The last sentence of every error.
 
     Returns:
         How many ``images``, ``annotations`` and ``categories`` there are.
@@ -66,93 +71,140 @@ def check_coco_annotations(
         raise data_error(path, 'an object of COCO annotations', got, remedy)
     if not annotated:
         data = {'annotations': [], **data}
-    for key in _COCO_KEYS:
+    for key in _TABLES:
         may_be_empty = key == 'annotations' and not annotated
         _check_table(path, data, key, may_be_empty, remedy)
     _check_references(path, data, remedy)
     if image_root is not None:
+        root = Path(image_root)
+        if not root.is_dir():
+            raise data_error(root, 'the folder of images', 'nothing', remedy)
         names = (image['file_name'] for image in data['images'])
-        _check_images(path, names, Path(image_root), remedy)
-    return {key: len(data[key]) for key in _COCO_KEYS}
+        check_files(root, names, path, remedy)
+    return {key: len(data[key]) for key in _TABLES}
 
 
 def _check_table(
     path: Path, data: dict[str, Any], key: str, may_be_empty: bool, remedy: str
 ) -> None:
+    fail = partial(data_error, remedy=remedy)
     if key not in data:
         found = f'only {some(map(repr, data), 6)}' if data else 'no key'
-        raise data_error(path, f'the key {key!r}', found, remedy)
+        raise fail(path, f'the key {key!r}', found)
     rows = data[key]
     if not isinstance(rows, list) or not (rows or may_be_empty):
         got = 'an empty one' if rows == [] else f'a {type(rows).__name__}'
-        raise data_error(path, f'a list of {key}', got, remedy)
-    needed = _COCO_KEYS[key]
+        raise fail(path, f'a list of {key}', got)
+    types = _TABLES[key]
     for index, row in enumerate(rows):
-        if not isinstance(row, dict) or any(
-            not isinstance(row.get(name), types)
-            for name, types in needed.items()
-        ):
-            where = f'{path}: {key}[{index}]'
-            expected = f'an object with {", ".join(needed)}'
-            raise data_error(where, expected, _describe(row, needed), remedy)
-    ids = Counter(row['id'] for row in rows)
-    if len(ids) != len(rows):
-        twice = [number for number, count in ids.items() if count > 1]
+        if problem := _problem(row, types):
+            expected = f'an object with {", ".join(types)}'
+            raise fail(f'{path}: {key}[{index}]', expected, problem)
+    counts = Counter(row['id'] for row in rows)
+    if len(counts) != len(rows):
+        twice = [number for number, count in counts.items() if count > 1]
         got = f'{len(twice)} used more than once: {some(twice)}'
-        raise data_error(f'{path}: {key}', 'each id once', got, remedy)
+        raise fail(f'{path}: {key}', 'each id once', got)
 
 
-def _describe(row: object, needed: dict[str, tuple[type, ...]]) -> str:
+def _problem(row: object, types: Types) -> str:
+    """Say what an entry lacks; an empty string means nothing."""
     if not isinstance(row, dict):
         return f'a {type(row).__name__}'
-    wrong = []
-    for name, types in needed.items():
-        if name not in row:
-            wrong.append(f'no {name}')
-        elif not isinstance(row[name], types):
-            wrong.append(f'{name}={row[name]!r}')
-    return ', '.join(wrong)
+    return ', '.join(
+        f'{name}={row[name]!r}' if name in row else f'no {name}'
+        for name, allowed in types.items()
+        if not isinstance(row.get(name), allowed)
+    )
 
 
 def _check_references(path: Path, data: dict[str, Any], remedy: str) -> None:
     for key, table in (('image_id', 'images'), ('category_id', 'categories')):
         known = {row['id'] for row in data[table]}
-        lost = [
-            row['id'] for row in data['annotations'] if row[key] not in known
-        ]
+        rows = data['annotations']
+        lost = [row['id'] for row in rows if row[key] not in known]
         if lost:
             expected = f'annotations of its own {table}'
             got = f'{len(lost)} with an unknown {key}: ids {some(lost)}'
             raise data_error(path, expected, got, remedy)
     for row in data['annotations']:
-        if not _is_box(row['bbox']):
+        box = row['bbox']
+        if not (
+            len(box) == 4
+            and all(isinstance(value, _NUMBER) for value in box)
+            and math.isfinite(sum(box))
+        ):
             where = f'{path}: annotation {row["id"]}'
             expected = 'bbox as 4 numbers (x, y, width, height)'
-            raise data_error(where, expected, f'{row["bbox"]!r}', remedy)
+            raise data_error(where, expected, f'{box!r}', remedy)
 
 
-def _is_box(box: list[Any]) -> bool:
-    return (
-        len(box) == 4
-        and all(isinstance(value, _NUMBER) for value in box)
-        and math.isfinite(sum(box))
-    )
+class CocoAnnotations:
+    """Annotations in COCO's format, filled image by image.
 
+    Whatever layout data come in, they are converted through this class. Ids
+    count from 1, because COCO's evaluation takes an annotation with the id 0
+    for unmatched; categories have the order of ``classes``.
 
-def _check_images(
-    path: Path, names: Iterable[str], root: Path, remedy: str
-) -> None:
-    if not root.is_dir():
-        raise data_error(f'{root}', 'the folder of images', 'nothing', remedy)
-    listed: dict[str, set[str]] = {}
-    missing = []
-    for name in names:
-        folder, _, base = name.rpartition('/')
-        if folder not in listed:
-            listed[folder] = list_folder(root / folder)
-        if base not in listed[folder]:
-            missing.append(name)
-    if missing:
-        expected = f'every image that {path} names'
-        got = f'{len(missing)} missing: {some(missing)}'
-        raise data_error(root, expected, got, remedy)
+    Attributes:
+        content: What :func:`write_json` writes.
+        clipped: The notes of boxes that reached out of their image.
+        dropped: The notes of boxes without area inside of their image.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.ids = {name: number for number, name in enumerate(classes, 1)}
+        self.content: dict[str, list[dict[str, Any]]] = {
+            'images': [],
+            'annotations': [],
+            'categories': [{'id': i, 'name': n} for n, i in self.ids.items()],
+        }
+        self.clipped: list[str] = []
+        self.dropped: list[str] = []
+
+    def add_image(self, file_name: str, width: int, height: int) -> None:
+        """Add an image; the boxes that follow are on it."""
+        images = self.content['images']
+        images.append(
+            {
+                'id': len(images) + 1,
+                'file_name': file_name,
+                'width': width,
+                'height': height,
+            }
+        )
+
+    def add_box(
+        self, name: str, box: Box, *, crowd: bool = False, note: str = ''
+    ) -> None:
+        """Clip a box to the latest image and add it, unless nothing is left.
+
+        Args:
+            name: One of the classes.
+            box: ``(x0, y0, x1, y1)`` in pixels. Whole numbers are written
+                without a decimal point.
+            crowd: Whether the box is neither learnt nor counted.
+            note: How users find the box, for ``clipped`` and ``dropped``.
+        """
+        image = self.content['images'][-1]
+        x0, y0 = max(box[0], 0), max(box[1], 0)
+        x1, y1 = min(box[2], image['width']), min(box[3], image['height'])
+        if not (x0 < x1 and y0 < y1):
+            self.dropped.append(note)
+            return
+        if (x0, y0, x1, y1) != tuple(box):
+            self.clipped.append(note)
+        x0, y0, x1, y1 = (
+            int(v) if v == int(v) else v for v in (x0, y0, x1, y1)
+        )
+        annotations = self.content['annotations']
+        annotations.append(
+            {
+                'id': len(annotations) + 1,
+                'image_id': image['id'],
+                'category_id': self.ids[name],
+                'bbox': [x0, y0, x1 - x0, y1 - y0],
+                'area': (x1 - x0) * (y1 - y0),
+                'iscrowd': int(crowd),
+            }
+        )

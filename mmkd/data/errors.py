@@ -1,28 +1,25 @@
-"""What is raised of data that cannot be used."""
+"""How errors about data are worded."""
 
 from collections.abc import Iterable
 
 from mmkd.errors import DataError
 
 COCO_REMEDY = (
-    'For COCO run `python tools/prepare_data.py coco` (with `--from FOLDER` '
-    'for a local copy); mend or replace any other data.'
+    'For COCO run `mmkd prepare coco` (with `--from FOLDER` for a local '
+    'copy); repair or replace any other data.'
 )
-VOC_REMEDY = (
-    'For VOC run `python tools/prepare_data.py voc` (with `--from FOLDER` '
-    'for a local copy); mend or replace any other data.'
-)
+VOC_REMEDY = COCO_REMEDY.replace('COCO', 'VOC').replace('coco', 'voc')
 
 
 def data_error(
     where: object, expected: str, got: str, remedy: str
 ) -> DataError:
-    """The one line of every error: where, expected, got, remedy."""
+    """Word an error in one line: where, expected, got, remedy."""
     return DataError(f'{where}: expected {expected}, got {got}. {remedy}')
 
 
 def some(names: Iterable[object], shown: int = 3) -> str:
-    """The first few names and how many more there are."""
+    """Join the first few names, and say how many more there are."""
     names = list(names)
     more = len(names) - shown
     text = ', '.join(str(name) for name in names[:shown])

@@ -1,13 +1,13 @@
-"""Files and folders: JSON read and written, a folder listed."""
+"""Files and folders: read and write JSON, and look for files."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import COCO_REMEDY, data_error
+from .errors import COCO_REMEDY, data_error, some
 
 StrPath = str | os.PathLike[str]
 
@@ -16,34 +16,30 @@ def read_json(path: StrPath, *, remedy: str = COCO_REMEDY) -> Any:
     """Read a JSON file.
 
     Raises:
-        DataError: No such file, an empty one, or one that is not JSON or
-            ends midway.
+        DataError: The file is missing, empty, not JSON, or ends midway.
     """
     path = Path(path)
     try:
         text = path.read_bytes()
-    except FileNotFoundError:
-        raise data_error(path, 'a JSON file', 'nothing', remedy) from None
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise data_error(path, 'a JSON file', f'"{reason}"', remedy) from None
-    if not text.strip():
-        raise data_error(path, 'a JSON file', 'an empty file', remedy)
-    try:
         return json.loads(text)
+    except FileNotFoundError:
+        got = 'nothing'
+    except OSError as error:
+        got = f'"{error.strerror or error}"'
     except json.JSONDecodeError as error:
         rest = error.doc[error.pos :].strip()
-        if not rest or error.msg.startswith('Unterminated string'):
+        got = f'{error.msg} at line {error.lineno}, column {error.colno}'
+        if not text.strip():
+            got = 'an empty file'
+        elif not rest or error.msg.startswith('Unterminated string'):
             got = f'one that ends midway, after {len(text)} bytes'
-        else:
-            got = f'{error.msg} at line {error.lineno}, column {error.colno}'
     except (UnicodeDecodeError, RecursionError) as error:
-        got = f'bytes that are none ({error})'
+        got = f'bytes that are not JSON ({error})'
     raise data_error(path, 'a JSON file', got, remedy)
 
 
 def write_json(path: StrPath, content: Any) -> bool:
-    """Write JSON in one step; a file that already says the same is left.
+    """Write JSON in one step, unless the file already holds the same.
 
     Returns:
         Whether the file was written.
@@ -60,10 +56,10 @@ def write_json(path: StrPath, content: Any) -> bool:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only once it is written in full.
+    """Open a binary file that gets its name once it is written in full.
 
-    On an exception, Ctrl-C included, nothing is left and what had the name
-    before is untouched.
+    After an exception, Ctrl-C included, nothing of it is left, and a file
+    that had the name before is untouched.
     """
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -74,10 +70,30 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def list_folder(folder: Path) -> set[str]:
-    """Names in a folder; none if it does not exist."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
+def check_files(
+    root: Path, names: Iterable[str], source: object, remedy: str
+) -> None:
+    """Check that files exist; each folder is listed once, no file is opened.
+
+    Args:
+        root: The folder that the names are relative to.
+        names: The files, with ``/`` between folders.
+        source: What names them, for the error.
+        remedy: The last sentence of the error.
+
+    Raises:
+        DataError: Files are missing; it says how many, and names the first.
+    """
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for name in names:
+        folder, _, base = name.rpartition('/')
+        if folder not in listed:
+            place = root / folder
+            listed[folder] = set(os.listdir(place) if place.is_dir() else ())
+        if base not in listed[folder]:
+            missing.append(name)
+    if missing:
+        expected = f'every file that {source} names'
+        got = f'{len(missing)} missing: {some(missing)}'
+        raise data_error(root, expected, got, remedy)

@@ -1,17 +1,20 @@
-"""Annotations in the layout of Pascal VOC: read and check them."""
+"""Annotations in the layout of Pascal VOC: check them, convert them to COCO.
+
+Supervision reads this layout as well, but it ignores ``difficult`` and the
+lists of splits, takes an image without a file for one without objects, always
+counts pixels from 1, and opens every image.
+"""
 
 import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .coco import Box, CocoAnnotations
 from .errors import VOC_REMEDY, data_error, some
-from .files import StrPath, list_folder
-
-Box = tuple[float, float, float, float]
-"""``(x0, y0, x1, y1)`` in pixels, ``x1`` and ``y1`` just outside."""
+from .files import StrPath, check_files
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ def read_voc_xml(
     """Read an annotation in the XML of Pascal VOC.
 
     Args:
-        text: Content of the file.
-        where: Name of the file, for errors.
-        remedy: Last sentence of every error.
+        text: The content of the file.
+        where: The name of the file, for errors.
+        remedy: The last sentence of every error.
 
     Raises:
         DataError: The XML is malformed, or lacks a size, a name, or a box
@@ -51,8 +54,10 @@ def read_voc_xml(
     except ElementTree.ParseError as error:
         got = f'malformed XML ({error})' if text.strip() else 'an empty file'
         raise data_error(where, 'a VOC annotation', got, remedy) from None
-    width = _number(root, 'size/width', where, remedy)
-    height = _number(root, 'size/height', where, remedy)
+    width, height = (
+        _number(root, f'size/{key}', where, remedy)
+        for key in ('width', 'height')
+    )
     if width < 1 or height < 1:
         got = f'{width:g} x {height:g}'
         raise data_error(where, 'the size of the image', got, remedy)
@@ -60,9 +65,8 @@ def read_voc_xml(
     for node in root.findall('object'):
         name = (node.findtext('name') or '').strip()
         if not name:
-            raise data_error(
-                where, 'a <name> in each <object>', 'none', remedy
-            )
+            expected = 'a <name> in each <object>'
+            raise data_error(where, expected, 'none', remedy)
         x0, y0, x1, y1 = (
             _number(node, f'bndbox/{key}', where, remedy)
             for key in ('xmin', 'ymin', 'xmax', 'ymax')
@@ -86,47 +90,35 @@ def _number(
     return value
 
 
-def read_voc_split(root: Path, split: str, remedy: str) -> list[str]:
-    """Names of a split, each with an annotation and an image."""
+def _read_split(
+    root: Path, split: str, classes: Sequence[str] | None, remedy: str
+) -> Iterator[tuple[str, VocImage]]:
+    """Yield the name and the annotation of each image of a split."""
     path = root / 'ImageSets' / 'Main' / f'{split}.txt'
     if not path.is_file():
         raise data_error(path, 'the list of a split', 'nothing', remedy)
-    names = path.read_text(encoding='utf-8', errors='replace').split('\n')
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise data_error(
-            path, 'one image name a line', 'an empty file', remedy
-        )
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+    names = [line.strip() for line in lines if line.strip()]
     odd = [name for name in names if len(name.split()) > 1]
-    if odd:
-        got = f'{len(odd)} other lines: {some(map(repr, odd))}'
-        raise data_error(path, 'one image name a line', got, remedy)
     twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        got = f'{len(twice)} more than once: {some(twice)}'
-        raise data_error(path, 'each image once', got, remedy)
-    for folder, suffix in (('Annotations', '.xml'), ('JPEGImages', '.jpg')):
-        files = list_folder(root / folder)
-        missing = [n + suffix for n in names if n + suffix not in files]
-        if missing:
-            expected = f'every file that {path} names'
-            got = f'{len(missing)} missing: {some(missing)}'
-            raise data_error(root / folder, expected, got, remedy)
-    return names
-
-
-def read_voc_image(
-    root: Path, name: str, classes: Sequence[str] | None, remedy: str
-) -> VocImage:
-    """Annotation of an image, of the given classes only (``None``: any)."""
-    path = root / 'Annotations' / f'{name}.xml'
-    image = read_voc_xml(path.read_bytes(), path, remedy=remedy)
-    if classes is not None:
-        unknown = {item.name for item in image.objects} - set(classes)
-        if unknown:
+    for wrong, got in (
+        (not names, 'an empty file'),
+        (odd, f'{len(odd)} other lines: {some(map(repr, odd))}'),
+        (twice, f'{len(twice)} more than once: {some(twice)}'),
+    ):
+        if wrong:
+            raise data_error(path, 'one image name per line', got, remedy)
+    for folder, suffix in (('Annotations', 'xml'), ('JPEGImages', 'jpg')):
+        files = (f'{name}.{suffix}' for name in names)
+        check_files(root / folder, files, path, remedy)
+    for name in names:
+        file = root / 'Annotations' / f'{name}.xml'
+        image = read_voc_xml(file.read_bytes(), file, remedy=remedy)
+        unknown = {item.name for item in image.objects} - set(classes or ())
+        if classes is not None and unknown:
             expected = f'objects of the classes {", ".join(classes)}'
-            raise data_error(path, expected, some(sorted(unknown)), remedy)
-    return image
+            raise data_error(file, expected, some(sorted(unknown)), remedy)
+        yield name, image
 
 
 def voc_check(
@@ -139,11 +131,11 @@ def voc_check(
     """Check one split of a folder in the layout of Pascal VOC.
 
     Args:
-        root: Folder with ``Annotations``, ``JPEGImages`` and
+        root: A folder with ``Annotations``, ``JPEGImages`` and
             ``ImageSets/Main``, such as ``data/VOCdevkit/VOC2007``.
-        split: Name of a list in ``ImageSets/Main``, such as ``trainval``.
-        classes: The classes there may be; ``None`` allows any.
-        remedy: Last sentence of every error.
+        split: The name of a list in ``ImageSets/Main``, such as ``trainval``.
+        classes: The classes that are allowed; ``None`` allows any.
+        remedy: The last sentence of every error.
 
     Returns:
         How many ``images`` and ``objects`` there are.
@@ -153,10 +145,51 @@ def voc_check(
             that it names does not exist, an annotation is malformed, or its
             class is unknown.
     """
-    root = Path(root)
-    names = read_voc_split(root, split, remedy)
-    objects = sum(
-        len(read_voc_image(root, name, classes, remedy).objects)
-        for name in names
-    )
-    return {'images': len(names), 'objects': objects}
+    images = list(_read_split(Path(root), split, classes, remedy))
+    objects = sum(len(image.objects) for _, image in images)
+    return {'images': len(images), 'objects': objects}
+
+
+def voc_to_coco(
+    sources: Sequence[tuple[StrPath, str]],
+    classes: Sequence[str],
+    *,
+    one_based: bool = False,
+    relative_to: StrPath | None = None,
+    remedy: str = VOC_REMEDY,
+) -> CocoAnnotations:
+    """Convert splits in the layout of Pascal VOC to COCO annotations.
+
+    Images have the order of the lists. Boxes are clipped to the image, and
+    those without area are dropped; the result names both. An object marked
+    ``difficult`` becomes ``iscrowd=1``: it is neither learnt nor counted.
+
+    Args:
+        sources: Folders and their splits (see :func:`voc_check`), joined
+            into one set.
+        classes: The classes, in order.
+        one_based: Whether coordinates are indices of pixels that count from
+            1, the last one inside of the box, as in Pascal VOC itself:
+            ``width = xmax - xmin + 1``. Most labelling tools write plain
+            coordinates in the same XML: ``width = xmax - xmin``.
+        relative_to: The folder that each ``file_name`` is relative to; with
+            ``None`` it is the file's own name.
+        remedy: The last sentence of every error.
+
+    Raises:
+        DataError: As in :func:`voc_check`.
+    """
+    done = CocoAnnotations(classes)
+    for root, split in sources:
+        for name, image in _read_split(Path(root), split, classes, remedy):
+            file = Path(root) / 'JPEGImages' / f'{name}.jpg'
+            base = file.parent if relative_to is None else relative_to
+            file_name = file.relative_to(base).as_posix()
+            done.add_image(file_name, image.width, image.height)
+            for item in image.objects:
+                x0, y0, x1, y1 = item.box
+                box = (x0 - one_based, y0 - one_based, x1, y1)
+                written = ' '.join(f'{value:g}' for value in item.box)
+                note = f'{name} {item.name} {written}'
+                done.add_box(item.name, box, crowd=item.difficult, note=note)
+    return done

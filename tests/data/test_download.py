@@ -1,96 +1,42 @@
 import hashlib
-import http.server
 import io
+import multiprocessing
 import os
+import re
+import signal
 import tarfile
-import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 
-from mmkd.data.download import download, extract, verify
+from mmkd.data import download as module
+from mmkd.data.download import RemoteFile, download, extract, verify
 from mmkd.errors import DataError
 
-CONTENT = bytes(os.urandom(100_000))
-MD5 = hashlib.md5(CONTENT).hexdigest()
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
+CONTENT = os.urandom(100_000)
+MD5 = f'md5:{hashlib.md5(CONTENT).hexdigest()}'
+SHA256 = f'sha256:{hashlib.sha256(CONTENT).hexdigest()}'
+WRONG = f'md5:{"0" * 32}'
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves ``CONTENT``, as well or badly as its server is told to."""
-
-    protocol_version = 'HTTP/1.1'
-
-    def do_GET(self):
-        server, start = self.server, 0
-        asked = self.headers.get('Range')
-        server.asked.append(asked)
-        if server.status != 200:
-            return self.send_error(server.status)
-        if asked and server.ranges:
-            start = int(asked.removeprefix('bytes=').removesuffix('-'))
-        if start >= len(CONTENT):
-            self.send_response(416)
-            self.send_header('Content-Range', f'bytes */{len(CONTENT)}')
-            self.send_header('Content-Length', '0')
-            return self.end_headers()
-        body = CONTENT[start:]
-        self.send_response(206 if start else 200)
-        if start:
-            last = len(CONTENT) - 1
-            given = f'bytes {start}-{last}/{len(CONTENT)}'
-            self.send_header('Content-Range', given)
-        self.close_connection = True
-        if server.chunked:
-            self.send_header('Transfer-Encoding', 'chunked')
-            self.end_headers()
-            return self.send_chunks(body)
-        length = server.claims or len(body)
-        self.send_header('Content-Length', str(length))
-        self.end_headers()
-        return self.wfile.write(body[: server.cut()])
-
-    def send_chunks(self, body):
-        cut = self.server.cut()
-        for place in range(0, len(body), 10_000):
-            if cut is not None and place >= cut:
-                return
-            piece = body[place : place + 10_000]
-            self.wfile.write(b'%x\r\n%s\r\n' % (len(piece), piece))
-        self.wfile.write(b'0\r\n\r\n')
-
-    def log_message(self, *_):
-        pass
-
-
-class Server(http.server.ThreadingHTTPServer):
-    ranges = True
-    chunked = False
-    status = 200
-    claims: int | None = None
-
-    def __init__(self):
-        super().__init__(('127.0.0.1', 0), Handler)
-        self.asked: list[str | None] = []
-        self.cuts: list[int] = []
-        self.url = f'http://127.0.0.1:{self.server_port}/x.bin'
-
-    def cut(self):
-        """After how many bytes this connection breaks; None: it doesn't."""
-        return self.cuts.pop(0) if self.cuts else None
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, 'CHUNK', 1000)
 
 
 @pytest.fixture
-def server():
-    with Server() as server:
-        thread = threading.Thread(
-            target=server.serve_forever, kwargs={'poll_interval': 0.01}
-        )
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def remote(site):
+    (site.folder / 'x.bin').write_bytes(CONTENT)
+    return RemoteFile(f'{site.url}/x.bin', MD5)
+
+
+@pytest.fixture
+def ranges(site):
+    """What was asked for: from where on."""
+    return lambda: [asked for _, asked in site.asked]
 
 
 @pytest.fixture
@@ -105,147 +51,157 @@ def part(target):
 
 
 def files(target):
-    return sorted(os.listdir(target.parent))
+    """List the files that users see in the folder of a download."""
+    return sorted(path.name for path in target.parent.glob('[!.]*'))
 
 
 # ----------------------------------------------------------------- download
 
 
-def test_download_once(server, target):
-    seen = []
-    assert download(
-        server.url,
-        target,
-        md5=MD5,
-        sha256=SHA256,
-        size=len(CONTENT),
-        progress=lambda *step: seen.append(step),
-    )
+def test_once(remote, ranges, target):
+    assert download(RemoteFile(remote.url, SHA256, len(CONTENT)), target)
+    assert target.read_bytes() == CONTENT
+    assert os.listdir(target.parent) == ['x.bin']
+    assert not download(remote, target)
+    assert ranges() == [None]
+
+
+def test_a_terminal_shows_progress(remote, target, monkeypatch, capsys):
+    monkeypatch.setenv('FORCE_COLOR', '1')  # rich takes it for a terminal
+    download(remote, target)
+    archive = make_archive(target.with_name('y.zip'))
+    extract(archive, target.with_name('out'))
+    text = capsys.readouterr().err
+    assert re.search(r'x\.bin .*100%.*100\.0/100\.0 kB', text)
+    assert re.search(r'unpacking y\.zip .*100%', text)
+
+
+@pytest.mark.parametrize(
+    ('there', 'size', 'asked'),
+    [
+        (CONTENT[:30_000], None, ['bytes=30000-']),
+        (CONTENT, len(CONTENT), []),
+        # nothing is left after the part: whose it is can't be told
+        (CONTENT, None, ['bytes=100000-', None]),
+        (CONTENT + b'more', None, ['bytes=100004-', None]),
+    ],
+)
+def test_it_continues_a_part(remote, ranges, target, part, there, size, asked):
+    part.write_bytes(there)
+    assert download(RemoteFile(remote.url, MD5, size), target)
+    assert ranges() == asked
     assert target.read_bytes() == CONTENT
     assert files(target) == ['x.bin']
-    assert seen[-1] == (len(CONTENT), len(CONTENT))
-    assert not download(server.url, target, md5=MD5)
-    assert server.asked == [None]
-
-
-def test_download_continues_a_part(server, target, part):
-    part.write_bytes(CONTENT[:30_000])
-    assert download(server.url, target, md5=MD5)
-    assert server.asked == ['bytes=30000-']
-    assert target.read_bytes() == CONTENT
-    assert files(target) == ['x.bin']
-
-
-def test_download_takes_a_complete_part(server, target, part):
-    part.write_bytes(CONTENT)
-    assert download(server.url, target, md5=MD5, size=len(CONTENT))
-    assert server.asked == []
-    assert target.read_bytes() == CONTENT
-
-
-def test_download_asks_about_a_complete_part_of_unknown_size(
-    server, target, part
-):
-    part.write_bytes(CONTENT)
-    assert download(server.url, target, md5=MD5)
-    assert server.asked == ['bytes=100000-']
-    assert target.read_bytes() == CONTENT
-
-
-def test_download_drops_a_part_that_is_too_long(server, target, part):
-    part.write_bytes(CONTENT + b'more')
-    assert download(server.url, target, md5=MD5)
-    assert server.asked == ['bytes=100004-', None]
-    assert target.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize('chunked', [False, True])
-def test_download_continues_when_the_connection_breaks(
-    server, target, chunked
+def test_it_continues_when_the_connection_breaks(
+    site, remote, ranges, target, chunked
 ):
-    server.chunked = chunked
-    server.cuts = [20_000, 30_000]
-    assert download(server.url, target, md5=MD5)
-    assert len(server.asked) == 3
+    site.chunked = chunked
+    site.cuts = [20_000, 30_000]
+    assert download(remote, target)
+    assert ranges() == [None, 'bytes=20000-', 'bytes=50000-']
     assert target.read_bytes() == CONTENT
-    if not chunked:
-        assert server.asked == [None, 'bytes=20000-', 'bytes=50000-']
 
 
-def test_download_gives_up_and_a_rerun_continues(server, target):
-    server.cuts = [1_000] * 5
+def test_it_gives_up_and_a_rerun_continues(site, remote, ranges, target):
+    site.cuts = [1_000] * 5
     with pytest.raises(
-        DataError, match=r'a broken connection after 5000 bytes.*continues'
+        DataError, match=r'expected the whole file.*after 5000 bytes.*contin'
     ):
-        download(server.url, target, md5=MD5)
+        download(remote, target)
     assert files(target) == ['x.bin.part']
-    assert target.with_name('x.bin.part').read_bytes() == CONTENT[:5_000]
-    assert download(server.url, target, md5=MD5)
-    assert server.asked[-1] == 'bytes=5000-'
+    assert download(remote, target)
+    assert ranges()[-1] == 'bytes=5000-'
     assert target.read_bytes() == CONTENT
 
 
-def test_download_gives_up_when_nothing_arrives(server, target):
-    server.cuts = [0] * 5
-    with pytest.raises(DataError, match='broken connection after 0 bytes'):
-        download(server.url, target)
-    assert len(server.asked) == 1
+def test_it_gives_up_when_nothing_arrives(site, remote, ranges, target):
+    site.cuts = [0] * 5
+    with pytest.raises(DataError, match='after 0 bytes'):
+        download(remote, target)
+    assert len(ranges()) == 1
 
 
-def test_download_starts_over_without_range(server, target, part):
-    server.ranges = False
-    part.write_bytes(CONTENT[:30_000])
-    assert download(server.url, target, md5=MD5)
-    assert server.asked == ['bytes=30000-']
+def test_it_starts_over_without_range(site, remote, ranges, target, part):
+    site.ranges = False
+    site.cuts = [20_000]
+    part.write_bytes(CONTENT[:10_000])
+    assert download(remote, target)
+    assert ranges() == ['bytes=10000-', 'bytes=20000-']
     assert target.read_bytes() == CONTENT
 
 
-def test_download_starts_over_without_range_when_it_breaks(server, target):
-    server.ranges = False
-    server.cuts = [20_000]
-    assert download(server.url, target, md5=MD5)
-    assert server.asked == [None, 'bytes=20000-']
+def test_a_killed_process_leaves_a_part(site, remote, ranges, target):
+    process = multiprocessing.get_context('fork').Process(
+        target=download, args=(remote, target)
+    )
+    site.cuts = [50_000]
+
+    def kill():
+        while not (files(target) and os.path.getsize(f'{target}.part')):
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+
+    site.at_cut = kill
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert files(target) == ['x.bin.part']
+    size = os.path.getsize(f'{target}.part')
+    assert download(remote, target)
+    assert ranges() == [None, f'bytes={size}-']
     assert target.read_bytes() == CONTENT
 
 
-def test_download_discards_what_has_the_wrong_checksum(server, target, part):
+def test_two_at_the_same_time(site, remote, ranges, target, capsys):
+    site.cuts = [50_000]
+    site.at_cut = lambda: time.sleep(0.5)
+    with ThreadPoolExecutor(3) as pool:
+        new = pool.map(lambda _: download(remote, target), range(3))
+    assert sorted(new) == [False, False, True]
+    assert ranges() == [None, 'bytes=50000-']
+    assert target.read_bytes() == CONTENT
+    assert capsys.readouterr().err.count('waiting for another process') == 2
+
+
+def test_it_discards_what_has_the_wrong_checksum(remote, target, part):
     part.write_bytes(b'of another file')
     neighbour = target.with_name('y.bin')
     neighbour.write_bytes(b'good')
     with pytest.raises(
-        DataError, match=f'expected md5 {MD5}, got .* was discarded; run it'
+        DataError,
+        match=r'expected the md5 hash .*, got .* was discarded; run it',
     ):
-        download(server.url, target, md5=MD5)
+        download(remote, target)
     assert files(target) == ['y.bin']
     assert neighbour.read_bytes() == b'good'
-    assert download(server.url, target, md5=MD5)
+    assert download(remote, target)
 
 
-@pytest.mark.parametrize(
-    'expected', [{'md5': MD5}, {'sha256': SHA256}, {'size': len(CONTENT)}]
-)
-def test_download_leaves_a_wrong_file(server, target, expected):
-    target.parent.mkdir()
-    target.write_bytes(b'mine')
+@pytest.mark.parametrize('known', [(WRONG,), (None, 5)])
+def test_it_leaves_a_wrong_file(remote, ranges, target, part, known):
+    target.write_bytes(CONTENT)
     with pytest.raises(DataError, match='It was left as it is; move it'):
-        download(server.url, target, **expected)
-    assert target.read_bytes() == b'mine'
-    assert server.asked == []
+        download(RemoteFile(remote.url, *known), target)
+    assert target.read_bytes() == CONTENT
+    assert ranges() == []
 
 
-def test_download_refuses_an_offer_of_another_size(server, target, part):
+def test_it_refuses_an_offer_of_another_size(remote, target, part):
     part.write_bytes(CONTENT[:10])
     with pytest.raises(DataError, match='expected 5 bytes, got a file of 1'):
-        download(server.url, target, size=5)
+        download(RemoteFile(remote.url, MD5, 5), target)
     assert part.read_bytes() == CONTENT[:10]
 
 
-def test_download_looks_for_room_first(server, target):
-    server.claims = 10**18
+def test_it_looks_for_room_first(site, remote, target):
+    site.claims = 10**18
     with pytest.raises(
         DataError, match=rf'expected {10**18} free bytes .* Free some space'
     ):
-        download(server.url, target)
+        download(remote, target)
     assert files(target) == []
 
 
@@ -260,48 +216,60 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_download_to_a_disk_that_becomes_full(server, target):
+def test_a_disk_that_becomes_full(remote, target):
     with (
         largest_file(40_000),
         pytest.raises(DataError, match='expected room to write, got'),
     ):
-        download(server.url, target)
+        download(remote, target)
     assert files(target) == ['x.bin.part']
-    assert download(server.url, target, md5=MD5)
+    assert download(remote, target)
     assert target.read_bytes() == CONTENT
 
 
-def test_download_without_a_file_a_server_or_an_address(server, target):
-    server.status = 404
+def test_no_file_no_server_and_no_address(site, target):
+    remote = RemoteFile(f'{site.url}/x.bin')
     with pytest.raises(DataError, match='got HTTP 404 Not Found'):
-        download(server.url, target)
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(DataError, match=r'"[^"]*refused[^"]*".*the network'):
-        download(server.url, target)
-    with pytest.raises(DataError, match=r"http://.*got 'file:///etc/passwd'"):
-        download('file:///etc/passwd', target)
+        download(remote, target)
+    site.close()
+    with pytest.raises(DataError, match=r'"[^"]*refused".*the network'):
+        download(remote, target)
+    with pytest.raises(DataError, match=r'adapters .*file:///etc/passwd'):
+        download(RemoteFile('file:///etc/passwd'), target)
     assert files(target) == []
 
 
-def test_verify(tmp_path):
+@pytest.mark.parametrize(
+    ('known', 'message'),
+    [
+        ((SHA256[:20],), None),
+        ((MD5, len(CONTENT)), None),
+        ((WRONG,), f'md5 hash 0{{32}}, got {MD5[4:]}. Help'),
+        ((None, 3), '3 bytes, got 100000. Help'),
+    ],
+)
+def test_verify(tmp_path, known, message):
     path = tmp_path / 'x'
     path.write_bytes(CONTENT)
-    verify(path, md5=MD5, sha256=SHA256, size=len(CONTENT), remedy='')
-    for expected, message in (
-        ({'md5': SHA256}, f'md5 {SHA256}, got {MD5}'),
-        ({'sha256': MD5}, f'sha256 {MD5}, got {SHA256}'),
-        ({'size': 3}, '3 bytes, got 100000. Help'),
-    ):
+    remote = RemoteFile('', *known)
+    if message is None:
+        verify(path, remote, remedy='Help')
+    else:
         with pytest.raises(DataError, match=message):
-            verify(path, **expected, remedy='Help')
+            verify(path, remote, remedy='Help')
     with pytest.raises(DataError, match='a file, got a folder'):
-        verify(tmp_path, md5=MD5, remedy='')
+        verify(tmp_path, remote, remedy='')
 
 
 # ------------------------------------------------------------------ archives
 
 MEMBERS = {'top/a.txt': b'a' * 5_000, 'top/sub/b.txt': CONTENT, 'c.txt': b'c'}
+KINDS = ('x.zip', 'x.tar', 'x.tar.gz')
+
+
+@pytest.fixture(params=KINDS)
+def archive(tmp_path, request):
+    return make_archive(tmp_path / request.param)
 
 
 def make_archive(path, members=MEMBERS):
@@ -311,8 +279,7 @@ def make_archive(path, members=MEMBERS):
             for name, content in members.items():
                 packed.writestr(name, content)
         return path
-    mode = 'w:gz' if path.suffix == '.gz' else 'w'
-    with tarfile.open(path, mode) as tar:
+    with tarfile.open(path, 'w:gz' if path.suffix == '.gz' else 'w') as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -323,9 +290,6 @@ def make_archive(path, members=MEMBERS):
     return path
 
 
-KINDS = ('x.zip', 'x.tar', 'x.tar.gz')
-
-
 def contents(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -334,14 +298,10 @@ def contents(folder):
     }
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_extract(tmp_path, kind):
-    archive = make_archive(tmp_path / kind)
+def test_extract(archive, tmp_path):
     out = tmp_path / 'out'
-    steps = []
-    assert extract(archive, out, progress=lambda *s: steps.append(s)) == 3
+    assert extract(archive, out) == 3
     assert contents(out) == MEMBERS
-    assert steps[-1] == (105_001, None)
     assert not (out / 'top' / 'link').is_symlink()
     assert extract(archive, out) == 0
     (out / 'c.txt').write_bytes(b'')
@@ -349,9 +309,7 @@ def test_extract(tmp_path, kind):
     assert contents(out) == MEMBERS
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_extract_selects_and_renames(tmp_path, kind):
-    archive = make_archive(tmp_path / kind)
+def test_extract_selects_and_renames(archive, tmp_path):
     out = tmp_path / 'out'
 
     def select(name):
@@ -359,6 +317,21 @@ def test_extract_selects_and_renames(tmp_path, kind):
 
     assert extract(archive, out, select=select) == 2
     assert set(contents(out)) == {'a.txt', 'sub/b.txt'}
+
+
+def test_extract_continues_after_an_interrupt(archive, tmp_path):
+    out = tmp_path / 'out'
+
+    def interrupt(name):
+        if name == 'c.txt':
+            raise KeyboardInterrupt
+        return name
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(archive, out, select=interrupt)
+    assert set(contents(out)) == {'top/a.txt', 'top/sub/b.txt'}
+    assert extract(archive, out) == 1
+    assert contents(out) == MEMBERS
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -373,13 +346,12 @@ def test_extract_stays_inside(tmp_path, kind, name):
     assert contents(tmp_path / 'deep') == {'out/a/ok': b'1'}
 
 
-@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('share', [0.03, 0.5, 0.97])
-def test_extract_of_a_truncated_archive(tmp_path, kind, share):
-    archive = make_archive(tmp_path / kind)
+def test_extract_of_a_truncated_archive(archive, tmp_path, share):
     whole = archive.read_bytes()
     # a tar ends in blocks of zeros that say nothing
-    length = whole.rfind(CONTENT[-9:]) if kind == 'x.tar' else len(whole)
+    tar = archive.suffix == '.tar'
+    length = whole.rfind(CONTENT[-9:]) if tar else len(whole)
     archive.write_bytes(whole[: int(length * share)])
     out = tmp_path / 'out'
     with pytest.raises(DataError, match='remove it and run again; else'):
@@ -398,24 +370,10 @@ def test_extract_of_a_damaged_zip(tmp_path):
     assert set(contents(tmp_path / 'out')) == {'top/a.txt'}
 
 
-def test_extract_of_something_else(tmp_path):
+@pytest.mark.parametrize('text', ['', '<html>not found</html>'])
+def test_extract_of_something_else(tmp_path, text):
     path = tmp_path / 'x.zip'
-    path.write_text('<html>not found</html>')
-    with pytest.raises(DataError, match='got 22 bytes that are none'):
+    path.write_text(text)
+    with pytest.raises(DataError, match='expected an archive, got "') as info:
         extract(path, tmp_path / 'out')
-
-
-@pytest.mark.parametrize('kind', KINDS)
-def test_extract_continues_after_an_interrupt(tmp_path, kind):
-    archive = make_archive(tmp_path / kind)
-    out = tmp_path / 'out'
-
-    def interrupt(done, _):
-        if done > 5_000:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        extract(archive, out, progress=interrupt)
-    assert set(contents(out)) == {'top/a.txt', 'top/sub/b.txt'}
-    assert extract(archive, out) == 1
-    assert contents(out) == MEMBERS
+    assert '\n' not in str(info.value)

@@ -3,17 +3,15 @@
 import argparse
 from pathlib import Path
 
-from mmkd.data import voc_check, voc_to_coco
-from mmkd.errors import DataError
-
+from ..download import RemoteFile
+from ..voc import voc_check, voc_to_coco
 from .common import (
-    Archive,
     copy,
     existing,
     fetch,
+    is_there,
     place,
     refuse_links,
-    say,
     unpack,
     write_converted,
 )
@@ -23,10 +21,10 @@ BCCD, microscope photos of blood cells (3 classes; 205 train, 87 val, 72 test
 photos; MIT licence), into ROOT/bccd: BCCD/ in the layout of VOC and
 annotations/{train,val,test}.json.
 
-    python tools/prepare_data.py bccd
-    python tools/prepare_data.py bccd --from /datasets/bccd
+    mmkd prepare bccd
+    mmkd prepare bccd --from /datasets/bccd
 """
-BCCD_ARCHIVE = Archive(
+BCCD_ARCHIVE = RemoteFile(
     'https://github.com/Shenggan/BCCD_Dataset/archive/refs/heads/master.zip'
 )
 BCCD_CLASSES = ('RBC', 'WBC', 'Platelets')
@@ -40,21 +38,20 @@ def prepare_bccd(args: argparse.Namespace) -> None:
         existing(args.source, 'a folder with BCCD/ in it, or its zip')
     if args.source is not None and args.source.is_dir():
         link_bccd(args, folder)
-    else:
-        try:
-            check_bccd(folder, '')
-        except DataError:
-            refuse_links(target, folder)
-            unpack_bccd(args, target)
-        else:
-            say(f'{folder}: already there')
+    elif not is_there(folder, check_bccd, folder):
+        refuse_links(target, folder)
+        archive = args.source or fetch(BCCD_ARCHIVE, args.root)
+        unpack(archive, target, select)
+        check_bccd(folder, f'Remove {archive} and get it again.')
+        if args.delete_archives and args.source is None:
+            archive.unlink()
     for split in BCCD_SPLITS:
-        # labelled with LabelImg: plain coordinates, not VOC's indices
+        # LabelImg wrote plain coordinates, not VOC's indices of pixels.
         converted = voc_to_coco([(folder, split)], BCCD_CLASSES)
         write_converted(target / 'annotations' / f'{split}.json', converted)
 
 
-def check_bccd(folder: Path, remedy: str) -> None:
+def check_bccd(folder: Path, remedy: str = '') -> None:
     for split in BCCD_SPLITS:
         voc_check(folder, split, classes=BCCD_CLASSES, remedy=remedy)
 
@@ -70,14 +67,7 @@ def link_bccd(args: argparse.Namespace, folder: Path) -> None:
         copy(licence, folder.parent / 'LICENSE')
 
 
-def unpack_bccd(args: argparse.Namespace, target: Path) -> None:
-    def select(name: str) -> str | None:
-        inner = name.partition('/')[2]  # below BCCD_Dataset-master/
-        wanted = inner == 'LICENSE' or inner.startswith('BCCD/')
-        return inner if wanted else None
-
-    archive = args.source or fetch(BCCD_ARCHIVE, args.root)
-    unpack(archive, target, select)
-    check_bccd(target / 'BCCD', f'Remove {archive} and get it again.')
-    if args.delete_archives and args.source is None:
-        archive.unlink()
+def select(name: str) -> str | None:
+    inner = name.partition('/')[2]  # below BCCD_Dataset-master/
+    wanted = inner == 'LICENSE' or inner.startswith('BCCD/')
+    return inner if wanted else None

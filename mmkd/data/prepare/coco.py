@@ -4,14 +4,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmkd.data import check_coco_annotations
-from mmkd.errors import DataError
-
+from ..coco import check_coco_annotations
+from ..download import RemoteFile
 from .common import (
-    Archive,
     below,
     existing,
     fetch,
+    is_there,
     place,
     refuse_links,
     say,
@@ -22,26 +21,26 @@ COCO_HELP = """\
 COCO 2017, into ROOT/coco: train2017/, val2017/ and
 annotations/instances_{train,val}2017.json.
 
-    python tools/prepare_data.py coco
-    python tools/prepare_data.py coco --split val
-    python tools/prepare_data.py coco --from /datasets/coco
+    mmkd prepare coco
+    mmkd prepare coco --split val
+    mmkd prepare coco --from /datasets/coco
 """
 COCO_HOST = 'http://images.cocodataset.org'
-COCO_ANNOTATIONS = Archive(
+COCO_ANNOTATIONS = RemoteFile(
     f'{COCO_HOST}/annotations/annotations_trainval2017.zip',
-    md5='f4bbac642086de4f52a3fdda2de5fa2c',
-    size=252907541,
+    'md5:f4bbac642086de4f52a3fdda2de5fa2c',
+    252907541,
 )
 COCO_IMAGES = {
-    'train': Archive(
+    'train': RemoteFile(
         f'{COCO_HOST}/zips/train2017.zip',
-        md5='cced6f7f71b7629ddf16f17bbcfab6b2',
-        size=19336861798,
+        'md5:cced6f7f71b7629ddf16f17bbcfab6b2',
+        19336861798,
     ),
-    'val': Archive(
+    'val': RemoteFile(
         f'{COCO_HOST}/zips/val2017.zip',
-        md5='442b8da7639aecaf257c1dceb8ba8c80',
-        size=815585330,
+        'md5:442b8da7639aecaf257c1dceb8ba8c80',
+        815585330,
     ),
 }
 
@@ -63,12 +62,12 @@ def prepare_coco(args: argparse.Namespace) -> None:
 
 
 def coco_paths(root: Path, split: str) -> tuple[Path, Path]:
-    """Annotation file and folder of images."""
+    """Return the annotation file and the folder of images."""
     labels = root / 'annotations' / f'instances_{split}2017.json'
     return labels, root / f'{split}2017'
 
 
-def check_coco(root: Path, split: str, remedy: str) -> dict[str, int]:
+def check_coco(root: Path, split: str, remedy: str = '') -> dict[str, int]:
     return check_coco_annotations(*coco_paths(root, split), remedy=remedy)
 
 
@@ -91,13 +90,9 @@ def link_coco(
 
 def download_coco(args: argparse.Namespace, target: Path, split: str) -> None:
     labels, images = coco_paths(target, split)
-    try:
-        check_coco(target, split, '')
-    except DataError:
-        refuse_links(target, labels.parent, labels, images)
-    else:
-        say(f'{images}: already there')
+    if is_there(images, check_coco, target, split):
         return
+    refuse_links(target, labels.parent, labels, images)
     if labels.exists():
         check_coco_annotations(labels, remedy='Remove it and run again.')
     else:

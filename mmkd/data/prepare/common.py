@@ -1,79 +1,40 @@
-"""What the data sets of `tools/prepare_data.py` share.
-
-The standard library is enough for it; that tool makes `mmkd.data` importable.
-"""
+"""What the data sets of `mmkd prepare` share."""
 
 import argparse
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mmkd.data import Conversion, data_error, write_json
-from mmkd.data.download import download, extract
+from mmkd.errors import DataError
 
-
-@dataclass(frozen=True)
-class Archive:
-    """A file to download; ``size`` in bytes."""
-
-    url: str
-    md5: str | None = None
-    size: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self.url.rpartition('/')[2]
-
-
-class Bar:
-    """A line of progress: redrawn on a terminal, now and then elsewhere."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.live = sys.stderr.isatty()
-        self.last = time.monotonic()
-        self.end = ''
-
-    def __call__(self, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if now - self.last < (0.1 if self.live else 15) and done != total:
-            return
-        self.last = now
-        text = f'{self.label}: {done / 1e6:.1f}'
-        if total:
-            text += f' of {total / 1e6:.1f} MB ({done / total:.0%})'
-        else:
-            text += ' MB'
-        start, end = ('\r', '') if self.live else ('', '\n')
-        print(start + text, end=end, file=sys.stderr, flush=True)
-        self.end = '\n' if self.live else ''
-
-    def __enter__(self) -> 'Bar':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        print(end=self.end, file=sys.stderr, flush=True)
+from ..coco import CocoAnnotations
+from ..download import RemoteFile, download, extract
+from ..errors import data_error
+from ..files import write_json
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-def fetch(archive: Archive, root: Path) -> Path:
-    """Download into ``root/downloads``, or find it there."""
+def is_there(what: object, check: Callable[..., object], *args: Any) -> bool:
+    """Say so if data are complete; ``check(*args)`` raises if they are not."""
+    try:
+        check(*args)
+    except DataError:
+        return False
+    say(f'{what}: already there')
+    return True
+
+
+def fetch(archive: RemoteFile, root: Path) -> Path:
+    """Download an archive into ``root/downloads``, or find it there."""
     path = root / 'downloads' / archive.name
-    with Bar(archive.name) as bar:
-        new = download(
-            archive.url,
-            path,
-            md5=archive.md5,
-            size=archive.size,
-            progress=bar,
-        )
+    if not path.exists():
+        say(f'{path}: downloading {archive.url}')
+    new = download(archive, path)
     say(f'{path}: {"downloaded" if new else "already there"}')
     return path
 
@@ -81,14 +42,13 @@ def fetch(archive: Archive, root: Path) -> Path:
 def unpack(
     archive: Path, target: Path, select: Callable[[str], str | None]
 ) -> None:
-    with Bar(f'unpacking {archive.name}') as bar:
-        count = extract(archive, target, select=select, progress=bar)
+    count = extract(archive, target, select=select)
     say(f'{archive.name}: {count} files unpacked into {target}')
 
 
-def below(*starts: str) -> Callable[[str], str | None]:
-    """Select the files of an archive whose path starts so."""
-    return lambda name: name if name.startswith(starts) else None
+def below(start: str) -> Callable[[str], str | None]:
+    """Select the files of an archive whose path starts with ``start``."""
+    return lambda name: name if name.startswith(start) else None
 
 
 def place(source: Path, target: Path, args: argparse.Namespace) -> None:
@@ -131,7 +91,7 @@ def file_sizes(path: Path) -> dict[str, int]:
 
 
 def copy(source: Path, target: Path) -> None:
-    # under another name until it is complete; a rerun continues
+    # It has another name until it is complete, and a rerun continues.
     partial = target.with_name(f'{target.name}.partial')
     if source.is_dir():
         shutil.copytree(
@@ -155,7 +115,7 @@ def existing(path: Path, what: str) -> Path:
 
 
 def refuse_links(*paths: Path) -> None:
-    """Nothing may be written into data that is only linked to."""
+    """Refuse to write into data that is only linked to."""
     for path in paths:
         if path.is_symlink():
             got = f'a link to {path.resolve()}, which is incomplete'
@@ -163,10 +123,10 @@ def refuse_links(*paths: Path) -> None:
             raise data_error(path, 'a folder to write into', got, remedy)
 
 
-def write_converted(path: Path, converted: Conversion) -> None:
-    """Write annotations, and tell what is in them and what is not."""
-    new = write_json(path, converted.coco)
-    counts = {key: len(rows) for key, rows in converted.coco.items()}
+def write_converted(path: Path, converted: CocoAnnotations) -> None:
+    """Write annotations, and tell what they hold and what was changed."""
+    new = write_json(path, converted.content)
+    counts = {key: len(rows) for key, rows in converted.content.items()}
     say(
         f'{path}: {"written" if new else "already there"}, '
         f'{counts["images"]} images, {counts["annotations"]} boxes'

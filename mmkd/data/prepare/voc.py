@@ -3,18 +3,16 @@
 import argparse
 from pathlib import Path
 
-from mmkd.data import data_error, voc_check, voc_to_coco
-from mmkd.data.download import verify
-from mmkd.errors import DataError
-
+from ..download import RemoteFile, verify
+from ..errors import data_error
+from ..voc import voc_check, voc_to_coco
 from .common import (
-    Archive,
     below,
     existing,
     fetch,
+    is_there,
     place,
     refuse_links,
-    say,
     unpack,
     write_converted,
 )
@@ -24,49 +22,32 @@ Pascal VOC, into ROOT/VOCdevkit: VOC2007/ and VOC2012/, and in annotations/
 the same as COCO JSON (voc0712_trainval, voc07_test, ...), with file names
 relative to ROOT/VOCdevkit. Objects marked difficult become iscrowd=1.
 
-    python tools/prepare_data.py voc
-    python tools/prepare_data.py voc --from /datasets/VOCdevkit
-    python tools/prepare_data.py voc --parts 07-trainval 07-test \\
+    mmkd prepare voc
+    mmkd prepare voc --from /datasets/VOCdevkit
+    mmkd prepare voc --parts 07-trainval 07-test \\
         --from VOCtrainval_06-Nov-2007.tar VOCtest_06-Nov-2007.tar
 """
 VOC_HOST = 'http://host.robots.ox.ac.uk/pascal/VOC'
 VOC_CLASSES = (
-    'aeroplane',
-    'bicycle',
-    'bird',
-    'boat',
-    'bottle',
-    'bus',
-    'car',
-    'cat',
-    'chair',
-    'cow',
-    'diningtable',
-    'dog',
-    'horse',
-    'motorbike',
-    'person',
-    'pottedplant',
-    'sheep',
-    'sofa',
-    'train',
-    'tvmonitor',
-)
+    'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat',
+    'chair', 'cow', 'diningtable', 'dog', 'horse', 'motorbike', 'person',
+    'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor',
+)  # fmt: skip
 VOC_PARTS = {
-    '07-trainval': Archive(
+    '07-trainval': RemoteFile(
         f'{VOC_HOST}/voc2007/VOCtrainval_06-Nov-2007.tar',
-        md5='c52e279531787c972589f7e41ab4ae64',
-        size=460032000,
+        'md5:c52e279531787c972589f7e41ab4ae64',
+        460032000,
     ),
-    '07-test': Archive(
+    '07-test': RemoteFile(
         f'{VOC_HOST}/voc2007/VOCtest_06-Nov-2007.tar',
-        md5='b6e924de25625d8de591ea690078ad9f',
-        size=451020800,
+        'md5:b6e924de25625d8de591ea690078ad9f',
+        451020800,
     ),
-    '12-trainval': Archive(
+    '12-trainval': RemoteFile(
         f'{VOC_HOST}/voc2012/VOCtrainval_11-May-2012.tar',
-        md5='6cd6e144f989b92b3379bac3b3de84fd',
-        size=1999639040,
+        'md5:6cd6e144f989b92b3379bac3b3de84fd',
+        1999639040,
     ),
 }
 VOC_SETS = {
@@ -75,7 +56,7 @@ VOC_SETS = {
     'voc12_trainval': ('12-trainval',),
     'voc0712_trainval': ('07-trainval', '12-trainval'),
 }
-"""Annotation files, as mmdet's `*_voc0712-cocofmt` configs name them."""
+"""Annotation files, named as in mmdet's `*_voc0712-cocofmt` configs."""
 
 
 def prepare_voc(args: argparse.Namespace) -> None:
@@ -86,13 +67,9 @@ def prepare_voc(args: argparse.Namespace) -> None:
             link_voc(args, path, target)
     for part in args.parts:
         folder, split = voc_part(target, part)
-        try:
-            voc_check(folder, split, classes=VOC_CLASSES)
-        except DataError:
+        if not is_there(f'{folder}, {split}', check, folder, split):
             refuse_links(target, folder)
             unpack_voc(args, part)
-        else:
-            say(f'{folder}: {split} already there')
     for name, parts in VOC_SETS.items():
         if set(parts) <= set(args.parts):
             converted = voc_to_coco(
@@ -104,8 +81,12 @@ def prepare_voc(args: argparse.Namespace) -> None:
             write_converted(target / 'annotations' / f'{name}.json', converted)
 
 
+def check(folder: Path, split: str, remedy: str = '') -> None:
+    voc_check(folder, split, classes=VOC_CLASSES, remedy=remedy)
+
+
 def voc_part(devkit: Path, part: str) -> tuple[Path, str]:
-    """Folder and split of a part."""
+    """Return the folder and the split of a part."""
     year, _, split = part.partition('-')
     return devkit / f'VOC20{year}', split
 
@@ -118,9 +99,8 @@ def link_voc(args: argparse.Namespace, source: Path, target: Path) -> None:
     if not parts:
         expected = 'VOC2007 or VOC2012 in it'
         raise data_error(source, expected, 'neither', 'Check --from.')
-    remedy = 'Ask for other --parts, or complete this folder.'
     for folder, split in parts:
-        voc_check(folder, split, classes=VOC_CLASSES, remedy=remedy)
+        check(folder, split, 'Ask for other --parts, or complete this folder.')
     for folder in dict.fromkeys(folder for folder, _ in parts):
         place(folder, target / folder.name, args)
 
@@ -130,14 +110,13 @@ def unpack_voc(args: argparse.Namespace, part: str) -> None:
     local = [path for path in args.source if path.name == archive.name]
     if args.source and not local:
         given = ', '.join(str(path) for path in args.source)
-        year, _, split = part.partition('-')
-        expected = f'{archive.name}, or a folder with VOC20{year} and {split}'
+        folder, split = voc_part(Path(), part)
+        expected = f'{archive.name}, or a folder with {folder} and {split}'
         remedy = 'Give it too, or ask for other --parts.'
         raise data_error(given, expected, 'neither', remedy)
     if local:
         tar = local[0]
-        remedy = 'Get this file again.'
-        verify(tar, md5=archive.md5, size=archive.size, remedy=remedy)
+        verify(tar, archive, remedy='Get this file again.')
     else:
         tar = fetch(archive, args.root)
     unpack(tar, args.root, below('VOCdevkit/'))
