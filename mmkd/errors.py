@@ -1,25 +1,54 @@
-"""Errors that a user can cause; all of them are an :class:`MMKDError`."""
+"""Errors that a user can cause; all of them are an :class:`MMKDError`.
+
+Each class also has the built-in class that fits as a base, so that
+``except ValueError`` and ``except RuntimeError`` catch it, too.
+"""
 
 
 class MMKDError(Exception):
-    """Something that the user can mend: what, where, expected, got, remedy."""
+    """The base of all errors that a user can cause and can mend.
+
+    The message says what is wrong and where, what was expected and what was
+    found, and how to mend it. The command line prints it without a traceback.
+
+    Example:
+        >>> from mmkd.errors import MMKDError
+        >>> from mmkd.losses import HintLoss
+        >>> try:
+        ...     HintLoss(norm='l3')
+        ... except MMKDError as error:
+        ...     print(error)
+        HintLoss.norm must be one of 'l2', 'l1', got 'l3'.
+    """
 
 
 class ConfigError(MMKDError, ValueError):
-    """A mistake in a config: what, where, expected, got and the remedy."""
+    """An option in a config or a call is wrong, or does not fit the rest."""
+
+
+class ShapeError(MMKDError, ValueError):
+    """Tensors that belong together have shapes that do not fit."""
 
 
 class CheckpointError(MMKDError, RuntimeError):
-    """A checkpoint that cannot be used: which, why, and the remedy."""
+    """A checkpoint cannot be read, written or used."""
 
 
 class TapError(MMKDError, RuntimeError):
-    """A tensor that a method asks for was never produced."""
+    """A tensor that a method asks for was never computed."""
+
+
+class AssignmentError(MMKDError, RuntimeError):
+    """One network's label assignment does not fit the network it is for."""
 
 
 class DataError(MMKDError, ValueError):
-    """Data that cannot be used as it is, told in one line."""
+    """A data set is missing, damaged or empty."""
+
+
+class PictureError(MMKDError, OSError):
+    """A picture cannot be read."""
 
 
 class NonFiniteLossError(MMKDError, RuntimeError):
-    """A distillation loss, or a network's own, is NaN or infinite."""
+    """A distillation loss, or a network's own loss, is NaN or infinite."""
