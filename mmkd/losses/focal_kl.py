@@ -1,29 +1,65 @@
-"""Soft labels whose easy samples weigh less."""
+"""Divergence from soft labels that focuses on where the networks differ."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmkd.errors import ConfigError
 from mmkd.registry import MODELS
 
+from .checks import check_not_negative
 from .kl import sigmoid_kl
-from .reduction import check_reduction, reduce_loss
+from .reduction import Loss
 
 
-@MODELS.register_module()
-class FocalKLLoss(nn.Module):
-    r"""KL divergence of Bernoulli distributions, focused on what differs.
+def focal_kl_loss(
+    pred: Tensor, target: Tensor, *, gamma: float = 0.5
+) -> Tensor:
+    r"""Compute the divergence of binary problems, focused on differences.
 
     .. math::
         L = \left(|p_t - p_s|^2 + 10^{-6}\right)^{\gamma / 2}
             \left(p_t \log \frac{p_t}{p_s}
-                  + (1 - p_t) \log \frac{1 - p_t}{1 - p_s}\right)
+                  + (1 - p_t) \log \frac{1 - p_t}{1 - p_s}\right), \qquad
+        p = \sigma(z)
 
-    with :math:`p = \sigma(z)`, for each entry. The gradient flows through
-    the focusing factor, too.
+    The gradient flows through the focusing factor as well.
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
-    Distillation", WACV 2022 (SoLAD), with the smoothing 1e-6 of its official
-    code.
+    Distillation", WACV 2022, https://arxiv.org/abs/2108.10520 (SoLAD). The
+    paper has no :math:`10^{-6}`; it comes from the official code, and keeps
+    the gradient finite where both networks agree.
+
+    Args:
+        pred: The student's logits, any shape.
+        target: The teacher's logits, same shape; they get no gradient.
+        gamma: Exponent of the focusing factor, at least 0. With 0 the loss is
+            :func:`~mmkd.losses.sigmoid_kl`.
+
+    Returns:
+        The loss of each element in nats, at least 0, float32.
+
+    Raises:
+        ConfigError: If ``gamma`` is below 0.
+        ShapeError: If the shapes differ.
+
+    Example:
+        The probabilities are 1/2 and 3/4, so that the factor is 1/4 and the
+        divergence is 3/4 log(3/2) + 1/4 log(1/2).
+
+        >>> import torch
+        >>> from mmkd.losses import focal_kl_loss
+        >>> student, teacher = torch.zeros(1), torch.tensor([3.0]).log()
+        >>> focal_kl_loss(student, teacher, gamma=1)
+        tensor([0.0327])
+    """
+    check_not_negative('focal_kl_loss', gamma=gamma)
+    divergence = sigmoid_kl(pred, target)
+    p, p_t = pred.float().sigmoid(), target.detach().float().sigmoid()
+    focus = ((p_t - p) ** 2 + 1e-6) ** (gamma / 2)
+    return focus * divergence
+
+
+@MODELS.register_module()
+class FocalKLLoss(Loss):
+    """Weight and reduce :func:`focal_kl_loss`, which SoLAD uses.
 
     Args:
         gamma: Exponent of the focusing factor, at least 0.
@@ -32,6 +68,13 @@ class FocalKLLoss(nn.Module):
 
     Raises:
         ConfigError: If an option is outside its range.
+
+    Example:
+        >>> import torch
+        >>> from mmkd.losses import FocalKLLoss
+        >>> loss = FocalKLLoss(gamma=1.0, loss_weight=10.0)
+        >>> loss(torch.zeros(4, 80), torch.full((4, 80), 3.0).log())
+        tensor(0.3270)
     """
 
     def __init__(
@@ -41,13 +84,9 @@ class FocalKLLoss(nn.Module):
         reduction: str = 'mean',
         loss_weight: float = 1.0,
     ) -> None:
-        super().__init__()
-        if gamma < 0:
-            raise ConfigError(
-                f'FocalKLLoss.gamma must be at least 0, got {gamma}'
-            )
-        self.gamma, self.loss_weight = gamma, loss_weight
-        self.reduction = check_reduction(reduction)
+        super().__init__(reduction=reduction, loss_weight=loss_weight)
+        check_not_negative('FocalKLLoss', gamma=gamma)
+        self.gamma = gamma
 
     def forward(
         self,
@@ -57,19 +96,17 @@ class FocalKLLoss(nn.Module):
         avg_factor: float | Tensor | None = None,
         reduction_override: str | None = None,
     ) -> Tensor:
-        """The loss between two sets of logits.
+        """Compare the student's logits with the teacher's.
 
         Args:
             pred: The student's logits, any shape.
-            target: The teacher's logits, same shape; no gradient flows to
-                them.
+            target: The teacher's logits, same shape; they get no gradient.
             weight: Weights that broadcast to the shape.
-            avg_factor: Divides the sum, instead of the number of entries.
-            reduction_override: Takes the place of ``reduction``.
+            avg_factor: Divides the sum, in place of the number of elements.
+            reduction_override: Replaces the configured reduction.
+
+        Returns:
+            A scalar, or the shape of ``pred`` without reduction.
         """
-        p, p_t = pred.float().sigmoid(), target.detach().float().sigmoid()
-        focus = ((p_t - p) ** 2 + 1e-6) ** (self.gamma / 2)
-        loss = focus * sigmoid_kl(pred, target)
-        return self.loss_weight * reduce_loss(
-            loss, weight, avg_factor, reduction_override or self.reduction
-        )
+        loss = focal_kl_loss(pred, target, gamma=self.gamma)
+        return self.reduce(loss, weight, avg_factor, reduction_override)

@@ -1,31 +1,68 @@
 """Distance between a student's adapted feature and the teacher's."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmkd.registry import MODELS
 
-from .reduction import check_reduction, reduce_loss
+from .checks import check_choice, check_same_shape
+from .reduction import Loss
 
 NORMS = ('l2', 'l1')
 
 
-@MODELS.register_module()
-class HintLoss(nn.Module):
-    r"""Squared (or absolute) distance of features.
+def hint_loss(pred: Tensor, target: Tensor, *, norm: str = 'l2') -> Tensor:
+    r"""Compute the squared or absolute distance of two features.
 
     .. math::
-        L_{hint} = \frac{1}{n} \sum_i (V_i - Z_i)^2
-        \quad\text{or}\quad \frac{1}{n} \sum_i |V_i - Z_i|
+        L_i = (V_i - Z_i)^2 \quad\text{or}\quad L_i = |V_i - Z_i|
 
     with :math:`V` the student's feature behind its adaptation layer and
     :math:`Z` the teacher's.
 
     Source: Chen, Choi, Yu, Han, Chandraker, "Learning Efficient Object
     Detection Models with Knowledge Distillation", NeurIPS 2017, eq. 6, after
-    Romero et al., "FitNets", ICLR 2015. The paper writes the squared norm;
-    here it is the mean over elements, so that the weight does not depend on
-    the size of the image.
+    Romero et al., "FitNets", ICLR 2015, https://arxiv.org/abs/1412.6550. The
+    papers write the squared norm, a sum over the elements; :class:`HintLoss`
+    takes their mean by default, so that its weight does not depend on the
+    size of the image.
+
+    Args:
+        pred: The student's adapted feature, any shape.
+        target: The teacher's feature, same shape; it gets no gradient.
+        norm: ``'l2'`` for squared, ``'l1'`` for absolute differences.
+
+    Returns:
+        The distance of each element in the feature's units (squared for
+        ``'l2'``), float32.
+
+    Raises:
+        ConfigError: If the norm is unknown.
+        ShapeError: If the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from mmkd.losses import hint_loss
+        >>> student, teacher = torch.tensor([3.0, 1.0]), torch.zeros(2)
+        >>> hint_loss(student, teacher)
+        tensor([9., 1.])
+        >>> hint_loss(student, teacher, norm='l1')
+        tensor([3., 1.])
+    """
+    check_choice('hint_loss', NORMS, norm=norm)
+    check_same_shape(
+        'hint_loss',
+        'Adapt the width and resize the map first.',
+        pred=pred,
+        target=target,
+    )
+    distance = F.mse_loss if norm == 'l2' else F.l1_loss
+    return distance(pred.float(), target.detach().float(), reduction='none')
+
+
+@MODELS.register_module()
+class HintLoss(Loss):
+    """Weight and reduce :func:`hint_loss`, which FeatureHint uses.
 
     Args:
         norm: ``'l2'`` for squared, ``'l1'`` for absolute differences.
@@ -33,9 +70,11 @@ class HintLoss(nn.Module):
         loss_weight: Factor of the result.
 
     Raises:
-        ValueError: If an option is outside its range.
+        ConfigError: If an option is outside its range.
 
     Example:
+        >>> import torch
+        >>> from mmkd.losses import HintLoss
         >>> HintLoss()(torch.full((1, 2, 4, 4), 3.0), torch.ones(1, 2, 4, 4))
         tensor(4.)
     """
@@ -47,12 +86,9 @@ class HintLoss(nn.Module):
         reduction: str = 'mean',
         loss_weight: float = 1.0,
     ) -> None:
-        super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f'norm must be one of {NORMS}, got {norm!r}')
+        super().__init__(reduction=reduction, loss_weight=loss_weight)
+        check_choice('HintLoss', NORMS, norm=norm)
         self.norm = norm
-        self.reduction = check_reduction(reduction)
-        self.loss_weight = loss_weight
 
     def forward(
         self,
@@ -66,25 +102,13 @@ class HintLoss(nn.Module):
 
         Args:
             pred: The student's adapted feature, (B, C, H, W) or (N, C).
-            target: The teacher's feature, same shape; gets no gradient.
-            weight: Weight of each element, broadcast to ``pred``.
-            avg_factor: Divides the sum instead of the number of elements.
+            target: The teacher's feature, same shape; it gets no gradient.
+            weight: Weights that broadcast to ``pred``.
+            avg_factor: Divides the sum, in place of the number of elements.
             reduction_override: Replaces the configured reduction.
 
         Returns:
             A scalar, or the shape of ``pred`` without reduction.
         """
-        if pred.shape != target.shape:
-            raise ValueError(
-                'student and teacher features must have the same shape, got '
-                f'{tuple(pred.shape)} and {tuple(target.shape)}: adapt the '
-                'width and resize the map first'
-            )
-        reduction = check_reduction(reduction_override or self.reduction)
-        distance = F.mse_loss if self.norm == 'l2' else F.l1_loss
-        loss = distance(
-            pred.float(), target.detach().float(), reduction='none'
-        )
-        return self.loss_weight * reduce_loss(
-            loss, weight, avg_factor, reduction
-        )
+        loss = hint_loss(pred, target, norm=self.norm)
+        return self.reduce(loss, weight, avg_factor, reduction_override)

@@ -3,72 +3,220 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+
+from mmkd.registry import MODELS
+
+from .checks import check_positive, check_same_shape
+from .reduction import Loss
+
+REMEDY = 'For class logits, select the classes that both networks have first.'
 
 
 def softmax_kl(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0
+    pred: Tensor, target: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    r"""Divergence of two softmax distributions, each sample's.
+    r"""Compute the divergence of two softmax distributions, by sample.
 
     .. math::
         T^2 \sum_c p_{t,c} (\log p_{t,c} - \log p_{s,c}), \qquad
         p = \mathrm{softmax}(z / T)
 
+    The last axis may hold classes, the bins of a box side (as in LD), or the
+    positions of a channel (as in CWD).
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural
+    Network", 2015, https://arxiv.org/abs/1503.02531. The factor :math:`T^2`
+    keeps the gradient at about the same size at all temperatures.
+    MMDetection's ``KnowledgeDistillationKLDivLoss`` takes the mean over c
+    in place of the sum.
+
     Args:
-        student: Logits, (..., C).
-        teacher: Logits, (..., C); gets no gradient.
+        pred: The student's logits, (..., C).
+        target: The teacher's logits, (..., C); they get no gradient.
         temperature: T, above 0.
 
     Returns:
-        (...), float32, at least 0; 0 where both give the same.
+        The divergence of each sample in nats times :math:`T^2`, (...), at
+        least 0 and 0 where both distributions are equal, float32.
+
+    Raises:
+        ConfigError: If the temperature is not above 0.
+        ShapeError: If the shapes differ.
 
     Example:
+        >>> import torch
+        >>> from mmkd.losses import softmax_kl
         >>> softmax_kl(torch.zeros(2), torch.tensor([0.0, 100.0]))  # log 2
         tensor(0.6931)
     """
-    ours = (student.float() / temperature).log_softmax(-1)
-    theirs = (teacher.detach().float() / temperature).log_softmax(-1)
+    check_positive('softmax_kl', temperature=temperature)
+    check_same_shape('softmax_kl', REMEDY, pred=pred, target=target)
+    ours = (pred.float() / temperature).log_softmax(-1)
+    theirs = (target.detach().float() / temperature).log_softmax(-1)
     divergence = F.kl_div(ours, theirs, reduction='none', log_target=True)
     return divergence.sum(-1) * temperature**2
 
 
 def sigmoid_kl(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0
+    pred: Tensor, target: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    r"""Divergence of independent binary problems, each element's.
+    r"""Compute the divergence of independent binary problems, by element.
 
     .. math::
         T^2 \left(p_t \log\frac{p_t}{p_s}
         + (1 - p_t) \log\frac{1 - p_t}{1 - p_s}\right), \qquad
         p = \sigma(z / T)
 
+    It is the binary cross-entropy with the teacher's probabilities minus its
+    least value, so that equal networks have the loss 0.
+
+    Source: as :func:`softmax_kl`, carried over to heads whose classes are
+    binary problems, which the paper does not treat.
+
     Args:
-        student: Logits of any shape.
-        teacher: Logits of the same shape; gets no gradient.
+        pred: The student's logits, any shape.
+        target: The teacher's logits, same shape; they get no gradient.
         temperature: T, above 0.
 
     Returns:
-        The shape of ``student``, float32.
+        The divergence of each element in nats times :math:`T^2`, at least 0
+        but for rounding, float32.
+
+    Raises:
+        ConfigError: If the temperature is not above 0.
+        ShapeError: If the shapes differ.
 
     Example:
+        >>> import torch
+        >>> from mmkd.losses import sigmoid_kl
         >>> sigmoid_kl(torch.zeros(1), torch.tensor([100.0]))  # log 2
         tensor([0.6931])
     """
-    ours, theirs = student.float(), teacher.detach().float()
+    check_positive('sigmoid_kl', temperature=temperature)
+    check_same_shape('sigmoid_kl', REMEDY, pred=pred, target=target)
+    ours, theirs = pred.float(), target.detach().float()
     if temperature == 1:
         return _SigmoidKL.apply(ours, theirs)
     divergence = _SigmoidKL.apply(ours / temperature, theirs / temperature)
     return divergence * temperature**2
 
 
-class _SigmoidKL(torch.autograd.Function):
-    """At temperature 1, with few passes over what may be 10^7 logits.
+class _KLLoss(Loss):
+    """The options that both divergences have."""
 
-    The difference of two cross-entropies, softplus(z) - p_t z; its gradient
-    is p_s - p_t.
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        reduction: str = 'mean',
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(reduction=reduction, loss_weight=loss_weight)
+        check_positive(type(self).__name__, temperature=temperature)
+        self.temperature = temperature
+
+
+@MODELS.register_module()
+class SoftmaxKLLoss(_KLLoss):
+    """Weight and reduce :func:`softmax_kl`, which KD and LD use.
+
+    Args:
+        temperature: T, above 0.
+        reduction: ``'none'``, ``'mean'`` or ``'sum'`` over the samples.
+        loss_weight: Factor of the result.
+
+    Raises:
+        ConfigError: If an option is outside its range.
+
+    Example:
+        The distributions of four box sides over 17 bins, as in LD, which
+        divides by the numbers of sides and bins. The student knows nothing,
+        the teacher is sure of one bin: the loss is log(17) / 17.
+
+        >>> import torch
+        >>> from mmkd.losses import SoftmaxKLLoss
+        >>> student, teacher = torch.zeros(1, 4, 17), torch.zeros(1, 4, 17)
+        >>> teacher[..., 3] = 100
+        >>> SoftmaxKLLoss()(student, teacher, avg_factor=4 * 17)
+        tensor(0.1667)
+    """
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """Compare the student's distributions with the teacher's.
+
+        Args:
+            pred: The student's logits, (N, C) or (..., C).
+            target: The teacher's logits, same shape; they get no gradient.
+            weight: Weight of each sample, (N,) or (...).
+            avg_factor: Divides the sum, in place of the number of samples.
+            reduction_override: Replaces the configured reduction.
+
+        Returns:
+            A scalar, or (N,) or (...) without reduction.
+        """
+        loss = softmax_kl(pred, target, self.temperature)
+        return self.reduce(loss, weight, avg_factor, reduction_override)
+
+
+@MODELS.register_module()
+class SigmoidKLLoss(_KLLoss):
+    """Weight and reduce :func:`sigmoid_kl`, which KD uses.
+
+    Args:
+        temperature: T, above 0.
+        reduction: ``'none'``, ``'mean'`` or ``'sum'`` over the elements.
+        loss_weight: Factor of the result.
+
+    Raises:
+        ConfigError: If an option is outside its range.
+
+    Example:
+        >>> import torch
+        >>> from mmkd.losses import SigmoidKLLoss
+        >>> student, teacher = torch.zeros(6, 80), torch.full((6, 80), 100.0)
+        >>> SigmoidKLLoss()(student, teacher, avg_factor=6)  # 80 log 2
+        tensor(55.4518)
+    """
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """Compare the student's binary problems with the teacher's.
+
+        Args:
+            pred: The student's logits, any shape.
+            target: The teacher's logits, same shape; they get no gradient.
+            weight: Weights that broadcast to the shape.
+            avg_factor: Divides the sum, in place of the number of elements.
+            reduction_override: Replaces the configured reduction.
+
+        Returns:
+            A scalar, or the shape of ``pred`` without reduction.
+        """
+        loss = sigmoid_kl(pred, target, self.temperature)
+        return self.reduce(loss, weight, avg_factor, reduction_override)
+
+
+class _SigmoidKL(Function):
+    """The divergence at temperature 1, in few passes over up to 10^7 logits.
+
+    It is the difference of two cross-entropies, softplus(z) - p_t z; its
+    gradient is p_s - p_t.
     """
 
     @staticmethod
@@ -85,25 +233,39 @@ class _SigmoidKL(torch.autograd.Function):
 
 
 class BinaryProblems:
-    r"""A network's independent binary problems, for all who learn from it.
+    r"""The binary problems of a network, for all that learn from it.
 
-    K networks that learn from each other take K sigmoids, logarithms and
-    products of their logits, not K (K - 1); as
+    K networks that learn from each other need K sigmoids, logarithms and
+    products of their logits, not K (K - 1). Because of
 
     .. math::
         \frac{1}{n} \sum_b \mathrm{KL}(p_b \| p)
             = H\Bigl(\frac{1}{n} \sum_b p_b,\, p\Bigr)
               - \frac{1}{n} \sum_b H(p_b),
 
-    with the cross-entropy H(q, p) and the entropy H(p), the average of the
-    others is all that a network needs of them.
+    with the cross-entropy H(q, p) and the entropy H(p), a network needs only
+    the averages of the others' probabilities and entropies.
 
     Args:
-        logits: (..., C).
+        logits: The network's logits, (..., C).
         temperature: T, above 0.
+
+    Raises:
+        ConfigError: If the temperature is not above 0.
+
+    Example:
+        The student's probability is 1/2, the others' are 3/4 and 1/4.
+
+        >>> import torch
+        >>> from mmkd.losses import BinaryProblems
+        >>> odds = torch.tensor([[1.0], [3.0], [1 / 3]])
+        >>> student, *others = (BinaryProblems(z) for z in odds.log())
+        >>> student.kl_from(others)  # 3/4 log(3/2) + 1/4 log(1/2)
+        tensor(0.1308)
     """
 
     def __init__(self, logits: Tensor, temperature: float = 1.0) -> None:
+        check_positive('BinaryProblems', temperature=temperature)
         self.temperature = temperature
         self.logits = logits.float()
         if temperature != 1:
@@ -114,14 +276,15 @@ class BinaryProblems:
         self.entropy = self.normaliser - _dot(self.probabilities, fixed)
 
     def kl_from(self, targets: Sequence['BinaryProblems']) -> Tensor:
-        """The mean of :func:`sigmoid_kl` from each target, summed over C.
+        """Compute the mean over targets of :func:`sigmoid_kl`, summed over C.
 
         Args:
-            targets: At least one; they get no gradient.
+            targets: At least one network; they get no gradient.
 
         Returns:
-            (...), float32. 0 where all are equal, up to rounding, which may
-            leave it slightly negative.
+            The divergence of each sample in nats times T squared, (...),
+            float32. Where all networks agree it is 0 up to rounding, which
+            may leave it slightly negative.
         """
         first, *others = (target.probabilities for target in targets)
         mean = sum(others, first) / len(targets) if others else first
@@ -133,8 +296,8 @@ class BinaryProblems:
         return (cross - entropy) * self.temperature**2
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """sum_c softplus(z) - q z; its gradient is p - q."""
+class _CrossEntropy(Function):
+    """The cross-entropy sum_c softplus(z) - q z, with the gradient p - q."""
 
     @staticmethod
     def forward(

@@ -4,8 +4,16 @@ import math
 
 import pytest
 import torch
+from mmdet.models.losses import KnowledgeDistillationKLDivLoss
 
-from mmkd.losses.kl import BinaryProblems, sigmoid_kl, softmax_kl
+from mmkd.errors import ConfigError, ShapeError
+from mmkd.losses import (
+    BinaryProblems,
+    SigmoidKLLoss,
+    SoftmaxKLLoss,
+    sigmoid_kl,
+    softmax_kl,
+)
 
 
 def kl(p, q):
@@ -163,3 +171,41 @@ def test_binary_problems_of_a_background_lose_few_digits():
     assert learner.kl_from([known]).sum().item() == pytest.approx(
         exact, rel=1e-3
     )
+
+
+@pytest.mark.parametrize(
+    ('module', 'divergence'),
+    [(SoftmaxKLLoss, softmax_kl), (SigmoidKLLoss, sigmoid_kl)],
+)
+def test_modules(logits, module, divergence):
+    each = divergence(*logits, 2.0)
+    loss = module(temperature=2.0, loss_weight=0.5)
+    close = torch.testing.assert_close
+    close(loss(*logits), 0.5 * each.mean())
+    close(loss(*logits, avg_factor=3), 0.5 * each.sum() / 3)
+
+
+def test_softmax_module_is_mmdetections_but_for_the_mean_over_classes(logits):
+    theirs = KnowledgeDistillationKLDivLoss(T=4)(*logits)
+    ours = SoftmaxKLLoss(temperature=4.0)(*logits)
+    torch.testing.assert_close(ours / logits[0].shape[1], theirs)
+
+
+@pytest.mark.parametrize('divergence', [softmax_kl, sigmoid_kl])
+def test_what_is_refused(divergence):
+    name, z = divergence.__name__, torch.zeros(2, 3)
+    with pytest.raises(ConfigError, match=rf'{name}\.temperature must be ab'):
+        divergence(z, z, 0)
+    with pytest.raises(
+        ShapeError, match=rf'{name} compares .* \(2, 3\), targ'
+    ):
+        divergence(z, z[:, :2])
+
+
+def test_temperatures_that_modules_refuse():
+    for module in (SoftmaxKLLoss, SigmoidKLLoss):
+        message = rf'{module.__name__}\.temperature must be above 0, got 0'
+        with pytest.raises(ConfigError, match=message):
+            module(temperature=0)
+    with pytest.raises(ConfigError, match=r'BinaryProblems\.temperature must'):
+        BinaryProblems(torch.zeros(2), -1.0)

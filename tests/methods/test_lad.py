@@ -13,9 +13,9 @@ from mmengine.structures import InstanceData
 from mmkd.core.distiller import build_distiller
 from mmkd.detectors.record import StepRecord, intercepted
 from mmkd.errors import ConfigError
-from mmkd.losses import FocalKLLoss
 from tests.helpers import tiny_dense as dense
 from tests.helpers import tiny_detectors as tiny
+from tests.helpers.loss_references import focal_kl
 
 LAD = 'mmkd.LabelAssignmentDistillation'
 HEADS = dict(paa=dense.paa, **dense.DYNAMIC)
@@ -498,58 +498,6 @@ def test_two_methods_that_steer():
 # -- soft labels --------------------------------------------------------------
 
 
-def bernoulli(z_t, z_s, gamma):
-    """The focal KL of two logits, in floats."""
-    p, q = (1 / (1 + math.exp(-z)) for z in (z_t, z_s))
-    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    return ((p - q) ** 2 + 1e-6) ** (gamma / 2) * kl
-
-
-class TestFocalKL:
-    def test_values(self):
-        ours = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64)
-        theirs = torch.tensor([1.0, 0.5, -1.0], dtype=torch.float64)
-        loss = FocalKLLoss(gamma=0.5, reduction='none')(ours, theirs)
-        expected = [
-            bernoulli(t, s, 0.5)
-            for t, s in zip(theirs.tolist(), ours.tolist(), strict=True)
-        ]
-        assert loss.tolist() == pytest.approx(expected, rel=1e-5)
-
-    def test_gamma_0_is_the_plain_divergence(self):
-        loss = FocalKLLoss(gamma=0.0)(torch.zeros(1), torch.ones(1))
-        assert loss.item() == pytest.approx(bernoulli(1, 0, 0), rel=1e-6)
-
-    def test_equal_is_zero_without_gradient(self):
-        z = torch.linspace(-9, 9, 7, requires_grad=True)
-        loss = FocalKLLoss(reduction='sum')(z, z.detach().clone())
-        loss.backward()
-        assert loss.abs().item() < 1e-7
-        assert z.grad.abs().max() < 1e-6
-
-    def test_extreme_half_precision(self):
-        z = torch.tensor([-60.0, 60.0, 40.0]).half().requires_grad_()
-        target = torch.tensor([60.0, -60.0, 40.0]).half()
-        loss = FocalKLLoss(reduction='sum')(z, target)
-        loss.backward()
-        assert loss.isfinite()
-        assert z.grad.isfinite().all()
-
-    def test_the_gradient_flows_through_the_factor(self):
-        z = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-        target = torch.tensor(2.0, dtype=torch.float64)
-        FocalKLLoss()(z, target).backward()
-        step = 1e-4
-        slope = (
-            bernoulli(2.0, 0.3 + step, 0.5) - bernoulli(2.0, 0.3 - step, 0.5)
-        ) / (2 * step)
-        assert z.grad.item() == pytest.approx(slope, rel=1e-4)
-
-    def test_bad_options(self):
-        with pytest.raises(ConfigError, match='gamma'):
-            FocalKLLoss(gamma=-1)
-
-
 def soft_reference(pair, batch, cls_weight, iou_weight, box_weight, min_iou):
     """The formula, anchor by anchor in floats."""
     inputs, samples = batch
@@ -586,7 +534,7 @@ def soft_reference(pair, batch, cls_weight, iou_weight, box_weight, min_iou):
             for zs, zt in zip(
                 rows[0][0][a].tolist(), rows[1][0][a].tolist(), strict=True
             ):
-                total['soft_cls'] += bernoulli(zt, zs, 0.5)
+                total['soft_cls'] += focal_kl(zt, zs, 0.5)
             best = max(
                 (
                     iou(boxes[1][a].tolist(), gt)
@@ -597,7 +545,7 @@ def soft_reference(pair, batch, cls_weight, iou_weight, box_weight, min_iou):
             if best <= min_iou:
                 continue
             average += best
-            total['soft_iou'] += bernoulli(
+            total['soft_iou'] += focal_kl(
                 rows[1][2][a].item(), rows[0][2][a].item(), 0.5
             )
             total['soft_bbox'] += best * (
