@@ -27,7 +27,7 @@ from mmkd.detectors.towers import (
     tower_path,
 )
 from mmkd.errors import ConfigError
-from mmkd.losses.kl import softmax_kl
+from mmkd.losses import soft_focal_loss, softmax_kl
 from mmkd.registry import METHODS
 from mmkd.teachers.view import DENSE, FEATURES, NETWORK, TeacherView
 
@@ -188,7 +188,7 @@ class CrossKD(Method):
         confidence = scores.amax(-1) * (targets.weights > 0)
         losses = {}
         if self.cls_weight:
-            focal = soft_focal(logits, scores, self.beta).sum(-1)
+            focal = soft_focal_loss(logits, scores, beta=self.beta).sum(-1)
             total = (targets.weights * focal).sum() / targets.number
             losses['cls'] = self.cls_weight * total
         if self.box_weight != 0:
@@ -306,14 +306,6 @@ def _moments(
     variance = (weights * (maps - mean).square()).sum(axes, keepdim=True)
     # A root without epsilon has no gradient on a map of one position.
     return mean, (variance + EPSILON**2).sqrt()
-
-
-def soft_focal(logits: Tensor, scores: Tensor, beta: float) -> Tensor:
-    """Quality focal loss towards probabilities, each element's."""
-    entropy = F.binary_cross_entropy_with_logits(
-        logits, scores, reduction='none'
-    )
-    return (logits.sigmoid() - scores).abs().pow(beta) * entropy
 
 
 def _quality_loss(

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from mmkd.data.batch import Batch
 from mmkd.detectors.record import StepRecord
-from mmkd.losses.kl import softmax_kl
+from mmkd.losses import cwd_loss
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
 
-from .feature_base import OUTSIDE, FeatureMethod, position_weights
+from .feature_base import FeatureMethod, position_weights
 
 
 @METHODS.register_module()
@@ -64,31 +64,12 @@ class CWD(FeatureMethod):
         batch: Batch,
     ) -> dict[str, Tensor]:
         losses = [
-            channel_divergence(
-                s, t, position_weights(batch.data_samples, t), self.temperature
-            )
+            cwd_loss(
+                s,
+                t,
+                position_weights(batch.data_samples, t),
+                temperature=self.temperature,
+            ).mean()  # of (B, C)
             for s, t in self.pairs(student, teacher)
         ]
         return {'cwd': torch.stack(losses).sum()}
-
-
-def channel_divergence(
-    student: Tensor, teacher: Tensor, weights: Tensor, temperature: float
-) -> Tensor:
-    """KL(teacher || student) of each channel's softmax, times T squared.
-
-    Args:
-        student: (B, C, H, W).
-        teacher: (B, C, H, W).
-        weights: (B, 1, H, W), 0 on padding.
-        temperature: Divides both.
-
-    Returns:
-        The mean over images and channels.
-    """
-    padding = weights == 0
-    ours, theirs = (
-        maps.float().masked_fill(padding, OUTSIDE).flatten(2)
-        for maps in (student, teacher)
-    )
-    return softmax_kl(ours, theirs, temperature).mean()  # of (B, C)

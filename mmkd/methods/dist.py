@@ -8,13 +8,11 @@ from mmkd.core.method import Method
 from mmkd.data.batch import Batch
 from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
+from mmkd.losses import inter_class_loss, intra_class_loss
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
 
 from .class_logits import CLASS_LOGITS, check_class_logits, class_logits
-
-EPSILON = 1e-8
-"""The official code's, added to the product of two norms."""
 
 
 @METHODS.register_module()
@@ -97,11 +95,14 @@ class DIST(Method):
                 pair = pair.objects()
             ours = self._probabilities(pair.student, pair.sigmoid)
             theirs = self._probabilities(pair.teacher, pair.sigmoid).detach()
-            inter = inter_class(ours, theirs, pair.weights)
+            inter = (pair.weights * inter_class_loss(ours, theirs)).sum()
+            inter = inter / reduce_mean(pair.weights.sum()).clamp(min=1)
             groups, number = pair.images, len(batch.data_samples)
             if not self.per_image:
                 groups, number = torch.zeros_like(groups), 1
-            intra = intra_class(ours, theirs, pair.weights, groups, number)
+            intra = intra_class_loss(
+                ours, theirs, pair.weights, groups, number
+            )
             scale = pair.scale * self.temperature**2
             losses[f'{pair.prefix}inter'] = self.beta * scale * inter
             losses[f'{pair.prefix}intra'] = self.gamma * scale * intra
@@ -110,68 +111,3 @@ class DIST(Method):
     def _probabilities(self, logits: Tensor, sigmoid: bool) -> Tensor:
         logits = logits.float() / self.temperature
         return logits.sigmoid() if sigmoid else logits.softmax(-1)
-
-
-def inter_class(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """The weighted average of the boxes' distances 1 - correlation.
-
-    Args:
-        student: Probabilities, (M, C).
-        teacher: Probabilities, (M, C).
-        weights: (M,) of the boxes.
-
-    Returns:
-        A scalar from 0 to 2.
-    """
-    ours, theirs = (p - p.mean(1, keepdim=True) for p in (student, teacher))
-    correlation = _ratio(
-        (ours * theirs).sum(1), ours.square().sum(1), theirs.square().sum(1)
-    )
-    number = reduce_mean(weights.sum()).clamp(min=1)
-    return (weights * (1 - correlation)).sum() / number
-
-
-def intra_class(
-    student: Tensor,
-    teacher: Tensor,
-    weights: Tensor,
-    groups: Tensor,
-    number: int,
-) -> Tensor:
-    """The average distance 1 - correlation of each group's columns.
-
-    Args:
-        student: Probabilities, (M, C).
-        teacher: Probabilities, (M, C).
-        weights: (M,) of the boxes.
-        groups: (M,) the group that each box belongs to, 0..G-1.
-        number: G.
-
-    Returns:
-        A scalar from 0 to 2: the mean over classes, and over those groups
-        that have boxes.
-    """
-
-    def total(values: Tensor) -> Tensor:
-        """(M, C) to the weighted sums of the groups, (G, C)."""
-        zeros = values.new_zeros(number, values.shape[1])
-        return zeros.index_add(0, groups, weights[:, None] * values)
-
-    count = total(torch.ones_like(weights)[:, None])
-    ours, theirs = (
-        p - (total(p) / count.clamp(min=EPSILON))[groups]
-        for p in (student, teacher)
-    )
-    correlation = _ratio(
-        total(ours * theirs), total(ours.square()), total(theirs.square())
-    )
-    filled = (count[:, 0] > 0).float()
-    distance = (1 - correlation).mean(1)
-    return (filled * distance).sum() / filled.sum().clamp(min=1)
-
-
-def _ratio(both: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    """Correlation from the sum of products and the two sums of squares."""
-    # clamp: the root has no gradient at 0
-    norms = [s.clamp(min=EPSILON**2).sqrt() for s in (ours, theirs)]
-    return both / (norms[0] * norms[1] + EPSILON)

@@ -6,7 +6,7 @@ from mmkd.core.method import Method
 from mmkd.data.batch import Batch
 from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
-from mmkd.losses.kl import sigmoid_kl, softmax_kl
+from mmkd.losses import dkd_parts
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
 
@@ -89,40 +89,16 @@ class DKD(Method):
         for pair in class_logits(student, teacher, batch.data_samples):
             self._check_others(pair)
             pair = pair.objects() if pair.sigmoid else pair.labelled()
-            target, others = self._parts(pair)
+            target, others = dkd_parts(
+                pair.student,
+                pair.teacher,
+                pair.labels,
+                temperature=self.temperature,
+                use_sigmoid=pair.sigmoid,
+            )
             losses[f'{pair.prefix}target'] = self.alpha * pair.average(target)
             losses[f'{pair.prefix}others'] = self.beta * pair.average(others)
         return losses
-
-    def _parts(self, pair: ClassLogits) -> tuple[Tensor, Tensor]:
-        """TCKD and NCKD of each box, (M,) each."""
-        (p_s, q_s), (p_t, q_t) = (
-            self._split(z.float(), pair.labels[:, None], pair.sigmoid)
-            for z in (pair.student, pair.teacher)
-        )
-        return (
-            sigmoid_kl(p_s, p_t, self.temperature)[:, 0],
-            softmax_kl(q_s, q_t, self.temperature),
-        )
-
-    def _split(
-        self, logits: Tensor, label: Tensor, sigmoid: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The target's binary logit (M, 1), and all others' logits (M, C).
-
-        Args:
-            logits: (M, C) of one network.
-            label: (M, 1), 0..C-1.
-            sigmoid: Whether the logits are binary ones.
-        """
-        target = logits.gather(1, label)
-        # Out of the softmax, and finite: the difference of two is needed.
-        others = logits.scatter(1, label, -1e4 * self.temperature)
-        if not sigmoid:
-            # softmax's p_y is the sigmoid of z_y - log sum exp of the others
-            log_sum = (others / self.temperature).logsumexp(1, keepdim=True)
-            target = target - self.temperature * log_sum
-        return target, others
 
     def _check_others(self, pair: ClassLogits) -> None:
         columns = pair.student.shape[1]

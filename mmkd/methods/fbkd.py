@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmkd.data.batch import Batch
 from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
+from mmkd.losses.maps import standardize
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
 
@@ -18,7 +19,6 @@ from .feature_base import (
     channel_attention,
     position_weights,
     spatial_attention,
-    standardize,
 )
 
 EPS = 1e-5

@@ -17,14 +17,9 @@ from mmkd.detectors.adapters import (
 from mmkd.detectors.facts import DetectorFacts
 from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
+from mmkd.losses.maps import OUTSIDE, full_weights
 from mmkd.teachers.class_map import ClassMap
 from mmkd.teachers.view import FEATURES, TeacherView
-
-OUTSIDE = -1e30
-"""A logit of padding: its softmax is 0, and differences of it are finite."""
-FLAT = 1e-5
-"""Channels whose deviation is a smaller part of their mean are constant but
-for rounding."""
 
 
 class FeatureMethod(Method):
@@ -290,46 +285,7 @@ def position_weights(
 ) -> Tensor:
     """:func:`image_weights`, (B, 1, H, W), also where nothing is padded."""
     weights = image_weights(data_samples, maps)
-    if weights is None:
-        images, _, height, width = maps.shape
-        weights = maps.new_full(
-            (images, 1, height, width),
-            1 / (height * width),
-            dtype=torch.float32,
-        )
-    return weights
-
-
-def standardize(
-    maps: Tensor, weights: Tensor, *, per_image: bool, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Give every channel mean 0 and variance 1 over its positions.
-
-    A channel that is constant, but for rounding, gives 0 and no gradient.
-
-    Args:
-        maps: (B, C, H, W).
-        weights: Of :func:`position_weights`, (B, 1, H, W).
-        per_image: Over each image's positions instead of over those of the
-            whole batch, which all count alike.
-        eps: What the variance is increased by.
-
-    Returns:
-        The maps in float32, and the weights (B, 1, H, W) by which they were
-        averaged: 0 on padding, with a sum of 1 over the batch or image.
-    """
-    over: tuple[int, ...] = (2, 3)
-    if not per_image:
-        over = (0, 2, 3)
-        inside = (weights > 0).float()
-        weights = inside / inside.sum()
-    maps = maps.float()
-    mean = (maps * weights).sum(over, keepdim=True)
-    centred = maps - mean
-    variance = (centred.square() * weights).sum(over, keepdim=True)
-    scale = (variance + eps).rsqrt()
-    scale = scale.where(variance > FLAT**2 * mean.square(), 0.0)
-    return centred * scale, weights
+    return full_weights(maps) if weights is None else weights
 
 
 def spatial_attention(

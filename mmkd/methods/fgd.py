@@ -11,11 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmkd.data.batch import Batch
 from mmkd.detectors.record import StepRecord, as_tensor
+from mmkd.losses.maps import OUTSIDE
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
 
 from .feature_base import (
-    OUTSIDE,
     FeatureMethod,
     channel_attention,
     position_weights,

@@ -3,18 +3,15 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmkd.data.batch import Batch
 from mmkd.detectors.record import StepRecord
+from mmkd.losses import pkd_loss
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
 
-from .feature_base import FeatureMethod, position_weights, standardize
-
-EPS = 1e-12
-"""Added to variances; channels that are constant learn nothing anyway."""
+from .feature_base import FeatureMethod, position_weights
 
 
 @METHODS.register_module()
@@ -71,32 +68,12 @@ class PKD(FeatureMethod):
         batch: Batch,
     ) -> dict[str, Tensor]:
         losses = [
-            anticorrelation(
+            pkd_loss(
                 s,
                 t,
                 position_weights(batch.data_samples, t),
                 per_image=self.per_image,
-            )
+            ).mean()
             for s, t in self.pairs(student, teacher)
         ]
         return {'pkd': torch.stack(losses).sum()}
-
-
-def anticorrelation(
-    student: Tensor, teacher: Tensor, weights: Tensor, *, per_image: bool
-) -> Tensor:
-    """1 - r, the mean over channels (and images).
-
-    Args:
-        student: (B, C, H, W).
-        teacher: (B, C, H, W).
-        weights: (B, 1, H, W), of each image's average; 0 on padding.
-        per_image: Correlate within each image instead of over the batch.
-    """
-    ours, averaging = standardize(
-        student, weights, per_image=per_image, eps=EPS
-    )
-    theirs, _ = standardize(teacher, weights, per_image=per_image, eps=EPS)
-    distance = F.mse_loss(ours, theirs, reduction='none') * averaging
-    over = (2, 3) if per_image else (0, 2, 3)
-    return distance.sum(over).mean() / 2

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from mmkd.data.batch import Batch
 from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
+from mmkd.losses.maps import OUTSIDE, standardize
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
 
-from .feature_base import OUTSIDE, FeatureMethod, position_weights, standardize
+from .feature_base import FeatureMethod, position_weights
 
 THETAS = ('identity', 'conv')
 SOFTMAXES = ('student', 'teacher')

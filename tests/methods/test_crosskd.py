@@ -9,7 +9,7 @@ import torch
 from mmkd.detectors.blank import blank_pass
 from mmkd.detectors.towers import from_layer
 from mmkd.errors import ConfigError
-from mmkd.methods.crosskd import align_moments, soft_focal
+from mmkd.methods.crosskd import align_moments
 from mmkd.registry import METHODS
 from mmkd.utils import build_checked
 from tests.helpers import tiny_dense, toy
@@ -474,18 +474,6 @@ def test_a_map_of_one_position_has_a_finite_gradient():
     torch.testing.assert_close(result, theirs)
     result.sum().backward()
     assert ours.grad.isfinite().all()
-
-
-def test_the_focal_loss_by_hand():
-    """Logit 0 against 3/4: |1/2 - 3/4| log 2."""
-    z = torch.zeros(1)
-    assert soft_focal(z, torch.tensor([0.75]), 1.0).item() == pytest.approx(
-        0.25 * math.log(2)
-    )
-    assert soft_focal(z, torch.tensor([0.5]), 1.0).item() == 0
-    assert soft_focal(z, torch.tensor([0.75]), 0.0).item() == pytest.approx(
-        math.log(2)
-    )
 
 
 @pytest.mark.parametrize('name', ['gfl', 'retinanet'])

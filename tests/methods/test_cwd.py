@@ -1,88 +1,23 @@
 """Channel-wise distillation."""
 
-import math
-
 import pytest
-import torch
 
 from mmkd.errors import ConfigError
-from mmkd.methods.cwd import channel_divergence
 from tests.helpers import tiny_dense
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import (
     Pair,
     images_of,
     pointwise,
-    random_maps,
     twin,
-    weights_of,
 )
 from tests.helpers.logit_pair import Pair as ClassPair
+from tests.helpers.loss_references import channel_kl
 
 
 @pytest.fixture(autouse=True)
 def untrained(recwarn):
     """Teachers here have random weights, of which a warning tells."""
-
-
-def reference(ours, theirs, temperature):
-    """The KL of the channels of the maps of one image, value by value."""
-    total = 0.0
-    for s, t in zip(ours, theirs, strict=True):
-        s, t = (
-            [v / temperature for v in channel.flatten().tolist()]
-            for channel in (s, t)
-        )
-        sum_s, sum_t = (sum(map(math.exp, values)) for values in (s, t))
-        for a, b in zip(s, t, strict=True):
-            p, q = math.exp(a) / sum_s, math.exp(b) / sum_t
-            total += q * math.log(q / p)
-    return temperature**2 * total / len(ours)
-
-
-def test_by_hand():
-    """Odds of 1:1 in the student against 3:1 in the teacher."""
-    student = torch.zeros(1, 1, 1, 2)
-    teacher = torch.tensor([[[[math.log(3.0), 0.0]]]])
-    loss = channel_divergence(student, teacher, weights_of([(1, 2)], 1, 2), 1)
-    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert loss.item() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize('temperature', [0.5, 1.0, 4.0])
-def test_the_formula(temperature):
-    student, teacher = (random_maps(3, 4, 5, 6, seed=n) for n in (1, 2))
-    sizes = [(5, 6), (3, 6), (2, 1)]
-    loss = channel_divergence(
-        student, teacher, weights_of(sizes, 5, 6), temperature
-    )
-    each = [
-        reference(s[:, :h, :w], t[:, :h, :w], temperature)
-        for s, t, (h, w) in zip(student, teacher, sizes, strict=True)
-    ]
-    assert loss.item() == pytest.approx(sum(each) / 3, rel=1e-5)
-
-
-def test_a_shift_of_a_channel_is_no_difference():
-    teacher = random_maps(2, 4, 5, 6)
-    student = teacher + random_maps(2, 4, 1, 1, seed=3)
-    weights = weights_of([(5, 6), (4, 4)], 5, 6)
-    assert channel_divergence(student, teacher, weights, 1).abs() < 1e-6
-    assert channel_divergence(2 * student, teacher, weights, 1) > 1e-2
-
-
-def test_the_gradient_is_that_of_the_formula():
-    student, teacher = (random_maps(1, 2, 2, 3, seed=n) for n in (1, 2))
-    student.requires_grad_()
-    weights = weights_of([(2, 2)], 2, 3)
-    channel_divergence(student, teacher, weights, 2.0).backward()
-    p, q = (
-        (m[..., :2] / 2).flatten(2).softmax(-1).view(1, 2, 2, 2)
-        for m in (student.detach(), teacher)
-    )
-    expected = torch.zeros_like(student)
-    expected[..., :2] = 2**2 * (p - q) / 2 / 2  # T^2 / T / C
-    assert torch.allclose(student.grad, expected, atol=1e-6)
 
 
 def test_on_detectors():
@@ -92,7 +27,7 @@ def test_on_detectors():
     losses = pair.step(sizes=((96, 128), (64, 96)))
     ours, theirs = pair.features()
     each = [
-        reference(s, t, 2.0)
+        channel_kl(s, t, 2.0)
         for s, t in zip(
             images_of(ours[1], pair.samples),
             images_of(theirs[1], pair.samples),

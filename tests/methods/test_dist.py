@@ -4,15 +4,14 @@ import math
 
 import pytest
 import torch
-from scipy.stats import pearsonr
 
 from mmkd.errors import ConfigError
-from mmkd.methods.dist import inter_class, intra_class
 from mmkd.registry import METHODS
 from mmkd.utils import build_checked
 from tests.helpers import tiny_dense, toy
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.logit_pair import Pair, rows, seen_targets
+from tests.helpers.loss_references import distances
 
 
 @pytest.fixture(autouse=True)
@@ -20,78 +19,8 @@ def untrained(recwarn):
     """Teachers here have random weights, of which a warning tells."""
 
 
-def distances(ours, theirs):
-    """1 - Pearson's correlation of the rows."""
-    return [
-        1 - pearsonr(a, b).statistic for a, b in zip(ours, theirs, strict=True)
-    ]
-
-
 def mean(values):
     return sum(values) / len(values)
-
-
-@pytest.fixture
-def probabilities():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.rand(8, 5, generator=generator) for _ in range(2)]
-
-
-def test_between_classes(probabilities):
-    s, t = probabilities
-    weights = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1])
-    chosen = weights > 0
-    expected = mean(distances(s[chosen].tolist(), t[chosen].tolist()))
-    assert inter_class(s, t, weights).item() == pytest.approx(expected)
-
-
-def test_within_classes(probabilities):
-    s, t = probabilities
-    weights = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1])
-    chosen = weights > 0
-    expected = mean(distances(s[chosen].T.tolist(), t[chosen].T.tolist()))
-    zeros = torch.zeros(8).long()
-    assert intra_class(s, t, weights, zeros, 1).item() == pytest.approx(
-        expected, rel=1e-5
-    )
-
-
-def test_within_classes_image_by_image(probabilities):
-    """The third image has no boxes."""
-    s, t = probabilities
-    images = torch.tensor([0, 0, 1, 0, 3, 3, 3, 1])
-    weights = torch.ones(8)
-    weights[7] = 0
-    weights[2] = 0
-    expected = []
-    for image in (0, 3):
-        chosen = (images == image) & (weights > 0)
-        expected += distances(s[chosen].T.tolist(), t[chosen].T.tolist())
-    assert intra_class(s, t, weights, images, 4).item() == pytest.approx(
-        mean(expected), rel=1e-5
-    )
-
-
-def test_by_hand():
-    """Rows (1, 2, 3) and (1, 3, 2) correlate by 1/2, and by -1 reversed."""
-    row = torch.tensor([[0.1, 0.2, 0.3]])
-    one = torch.ones(1)
-    half = torch.tensor([[0.1, 0.3, 0.2]])
-    assert inter_class(row, half, one).item() == pytest.approx(0.5, rel=1e-4)
-    assert inter_class(row, -row, one).item() == pytest.approx(2, rel=1e-4)
-    assert inter_class(row, 0.5 * row + 0.1, one).item() == pytest.approx(
-        0, abs=1e-5
-    )
-
-
-def test_constant_probabilities_have_a_finite_gradient():
-    s = torch.full((3, 4), 0.25, requires_grad=True)
-    t = torch.rand(3, 4)
-    ones, zeros = torch.ones(3), torch.zeros(3).long()
-    loss = inter_class(s, t, ones) + intra_class(s, t, ones, zeros, 1)
-    loss.backward()
-    assert loss.isfinite()
-    assert s.grad.isfinite().all()
 
 
 HEADS = {

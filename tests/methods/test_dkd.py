@@ -1,120 +1,20 @@
 """Decoupled knowledge distillation on real detectors."""
 
-import math
-
 import pytest
 import torch
 
 from mmkd.errors import ConfigError
-from mmkd.methods import DKD
-from mmkd.methods.class_logits import ClassLogits
 from mmkd.registry import METHODS
 from mmkd.utils import build_checked
 from tests.helpers import tiny_dense, toy
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.logit_pair import Pair, rows, seen_targets
+from tests.helpers.loss_references import decoupled
 
 
 @pytest.fixture(autouse=True)
 def untrained(recwarn):
     """Teachers here have random weights, of which a warning tells."""
-
-
-def softmax(logits, temperature):
-    top = max(logits)
-    powers = [math.exp((z - top) / temperature) for z in logits]
-    return [power / sum(powers) for power in powers]
-
-
-def kl(p, q):
-    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-
-
-def two(p):
-    return [p, 1 - p]
-
-
-def decoupled(student, teacher, y, temperature, *, sigmoid):
-    """TCKD and NCKD of one box as the paper writes them."""
-    if sigmoid:
-        p, p_t = (
-            1 / (1 + math.exp(-z[y] / temperature)) for z in (student, teacher)
-        )
-    else:
-        p, p_t = (softmax(z, temperature)[y] for z in (student, teacher))
-    others, others_t = (
-        softmax([v for c, v in enumerate(z) if c != y], temperature)
-        for z in (student, teacher)
-    )
-    return (
-        temperature**2 * kl(two(p_t), two(p)),
-        temperature**2 * kl(others_t, others),
-    )
-
-
-def pair_of(student, teacher, labels, *, sigmoid=False):
-    return ClassLogits(
-        prefix='',
-        student=student,
-        teacher=teacher,
-        sigmoid=sigmoid,
-        labels=torch.tensor(labels),
-        weights=torch.ones(len(labels)),
-        images=torch.zeros(len(labels)).long(),
-        avg_factor=float(len(labels)),
-        classes=student.shape[1],
-    )
-
-
-@pytest.mark.parametrize('sigmoid', [False, True])
-@pytest.mark.parametrize('temperature', [1.0, 4.0])
-def test_the_two_parts(sigmoid, temperature):
-    generator = torch.Generator().manual_seed(0)
-    z, z_t = (5 * torch.randn(6, 4, generator=generator) for _ in range(2))
-    labels = [0, 1, 2, 3, 0, 2]
-    parts = DKD(temperature=temperature)._parts(
-        pair_of(z, z_t, labels, sigmoid=sigmoid)
-    )
-    for row, y in enumerate(labels):
-        expected = decoupled(
-            z[row].tolist(),
-            z_t[row].tolist(),
-            y,
-            temperature,
-            sigmoid=sigmoid,
-        )
-        found = [part[row].item() for part in parts]
-        assert found == pytest.approx(list(expected), rel=1e-4, abs=1e-6)
-
-
-def test_together_they_are_kd():
-    """Eq. 7 of the paper: KD = TCKD + (1 - p^t_y) NCKD."""
-    generator = torch.Generator().manual_seed(1)
-    z, z_t = (torch.randn(5, 4, generator=generator) for _ in range(2))
-    labels = [3, 0, 2, 1, 1]
-    target, others = DKD(temperature=2.0)._parts(pair_of(z, z_t, labels))
-    for row, y in enumerate(labels):
-        p, p_t = (softmax(x[row].tolist(), 2.0) for x in (z, z_t))
-        combined = target[row] + (1 - p_t[y]) * others[row]
-        assert combined.item() == pytest.approx(4 * kl(p_t, p), rel=1e-4)
-
-
-def test_by_hand():
-    """Target 3/4 against 1/2; the others 1/2, 1/2 in both."""
-    z = torch.tensor([[math.log(2.0), 0.0, 0.0]])
-    z_t = torch.tensor([[math.log(6.0), 0.0, 0.0]])
-    target, others = DKD(temperature=1.0)._parts(pair_of(z, z_t, [0]))
-    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert target.item() == pytest.approx(expected)
-    assert others.item() == pytest.approx(0, abs=1e-7)
-
-
-def test_the_targets_logit_does_not_enter_the_other_part():
-    z = torch.tensor([[3.0, 1.0, 0.0]], requires_grad=True)
-    _, others = DKD()._parts(pair_of(z, torch.tensor([[0.0, 0.0, 1.0]]), [0]))
-    others.sum().backward()
-    assert z.grad[0, 0] == 0
-    assert z.grad[0, 1] > 0 > z.grad[0, 2]
 
 
 HEADS = {
@@ -224,15 +124,6 @@ def test_images_without_objects():
 def test_zero_weight_is_the_stock_loss(config):
     pair = Pair('DKD', config, loss_weight=0.0)
     assert toy.same(pair.step(), pair.stock_losses())
-
-
-def test_half_precision():
-    """Masked logits stay within the range of the computation."""
-    z, z_t = (torch.randn(4, 5).half() for _ in range(2))
-    target, others = DKD()._parts(pair_of(z, z_t, [0, 1, 2, 3]))
-    assert target.isfinite().all()
-    assert others.isfinite().all()
-    assert target.dtype == torch.float32
 
 
 # ------------------------------------------------------------------ refusals
