@@ -1,4 +1,4 @@
-"""Small helpers without knowledge of detectors."""
+"""Small helpers that know nothing of detectors."""
 
 import difflib
 import inspect
@@ -14,13 +14,19 @@ from mmengine.registry import Registry
 from mmkd.errors import ConfigError
 
 ATTACHED = 'distillation'
-"""Name of the module on the student, prefix of its keys, checkpoint key."""
+"""The name of the module on the student, the prefix of its keys, and the key
+in the checkpoint."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The sentence that helps with a misspelt ``name``.
+    """Return a sentence that helps with a misspelt ``name``.
+
+    Args:
+        name: What was given.
+        known: The names that exist.
 
     Example:
+        >>> from mmkd.utils import nearest
         >>> nearest('lenght', ['length', 'width'])
         'Did you mean "length"? Known: length, width.'
     """
@@ -33,7 +39,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def check_options(
     where: str, given: Iterable[str], known: Iterable[str]
 ) -> None:
-    """Raise :class:`ConfigError` for the first unknown option in ``given``."""
+    """Check that all options are known.
+
+    Args:
+        where: The place in the config, for the message.
+        given: The names of the options that were given.
+        known: The names of the options that exist.
+
+    Raises:
+        ConfigError: At the first unknown option; names the nearest known one.
+
+    Example:
+        >>> from mmkd.utils import check_options
+        >>> check_options('KD', ['beta'], ['temperature'])
+        Traceback (most recent call last):
+            ...
+        mmkd.errors.ConfigError: KD has no option "beta". Known: temperature.
+    """
     known = list(known)
     for name in given:
         if name not in known:
@@ -45,17 +67,27 @@ def check_options(
 def build_checked(
     registry: Registry, cfg: Mapping[str, Any], where: str
 ) -> Any:
-    """Build ``cfg`` from ``registry``, with errors that name what is meant.
+    """Build an object from its config, with errors that say what is meant.
 
     Args:
         registry: The registry that holds ``cfg['type']``.
         cfg: The ``type`` and the keyword options of the class.
         where: The place in the config, for messages.
 
+    Returns:
+        An object of the class that ``type`` names.
+
     Raises:
-        ConfigError: If ``type`` is missing or unknown, an option is unknown
-            (the message says the nearest known name), missing, or refused
-            by the class.
+        ConfigError: If ``type`` is missing or unknown, or an option is
+            unknown, missing, or refused by the class. Where a name is
+            unknown, the message proposes the nearest known one.
+
+    Example:
+        >>> from mmkd.registry import MODELS
+        >>> from mmkd.utils import build_checked
+        >>> cfg = dict(type='mmkd.HintLoss', norm='l1')
+        >>> build_checked(MODELS, cfg, 'FeatureHint.loss').norm
+        'l1'
     """
     if not isinstance(cfg, Mapping) or 'type' not in cfg:
         raise ConfigError(
@@ -64,7 +96,7 @@ def build_checked(
         )
     options = dict(cfg)
     cls = options.pop('type')
-    options.pop('_scope_', None)  # of configs with a base in another package
+    options.pop('_scope_', None)  # from a base config in another package
     cls = find_class(registry, cls, where)
     known = option_names(cls)
     if known is not None:
@@ -79,9 +111,9 @@ def build_checked(
 
 
 def option_names(cls: Callable[..., Any]) -> set[str] | None:
-    """What a class can be built with; None where it takes anything.
+    """Return the names of a class's options; None if it takes any.
 
-    A class that ends in ``**options`` hands these on to its base.
+    A class whose options end in ``**options`` passes these on to its base.
     """
     names: set[str] = set()
     for base in inspect.getmro(cls)[:-1] if isinstance(cls, type) else (cls,):
@@ -100,10 +132,15 @@ def _known_types(registry: Registry) -> list[str]:
 def find_class(
     registry: Registry, name: str | Callable[..., Any], where: str
 ) -> Callable[..., Any]:
-    """The registered class of a config's ``type``.
+    """Return the registered class that a config's ``type`` names.
+
+    Args:
+        registry: The registry that holds the class.
+        name: The ``type``; a class is returned as it is.
+        where: The place in the config, for messages.
 
     Raises:
-        ConfigError: If there is none; says the nearest name.
+        ConfigError: If there is none; the message proposes the nearest name.
     """
     if not isinstance(name, str):
         return name
@@ -127,11 +164,22 @@ def find_class(
 def isolated_random_state(seed: int | None = None) -> Iterator[None]:
     """Leave every global random state as it was, whatever happens within.
 
-    Two-stage samplers, dropout and weight initialisation of the student draw
-    from the global generators: what distillation adds must not shift them.
+    Two-stage samplers, dropout and the initialisation of the student draw
+    from the global generators. What distillation adds must not shift them.
 
     Args:
-        seed: Seeds the generators within the context.
+        seed: A seed for the generators within the context; by default they
+            continue from where they are.
+
+    Example:
+        >>> import torch
+        >>> from mmkd.utils import isolated_random_state
+        >>> state = torch.get_rng_state()
+        >>> with isolated_random_state(seed=0):
+        ...     torch.rand(1)
+        tensor([0.4963])
+        >>> torch.equal(torch.get_rng_state(), state)
+        True
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()

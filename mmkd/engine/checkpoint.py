@@ -1,8 +1,8 @@
-"""Checkpoint files: reading them safely and keeping them stock.
+"""Find the checkpoint to resume, and keep checkpoints stock.
 
 A distilled checkpoint is a stock one: ``state_dict`` (and, with EMA,
 ``ema_state_dict``) hold the student under its stock names and nothing else.
-What belongs to distillation lies under the separate key ``distillation``.
+What belongs to the distillation is under the separate key ``distillation``.
 """
 
 import logging
@@ -19,17 +19,20 @@ from mmkd.utils import ATTACHED
 
 
 def latest_checkpoint(folder: str) -> str | None:
-    """The checkpoint of a training run that is to be resumed.
+    """Find the checkpoint from which a training run resumes.
 
-    It is the one that the file ``last_checkpoint`` names. Where that is
-    missing or empty, or its checkpoint is damaged, it is the newest whole one
-    in the folder.
+    It is the one that the file ``last_checkpoint`` names. If this file is
+    missing or empty, or its checkpoint is damaged, it is the newest complete
+    checkpoint in the folder, and a warning says so.
+
+    Args:
+        folder: The folder of the run.
 
     Returns:
-        Its path; None in a folder without any.
+        The path of the checkpoint; None if the folder has none.
 
     Raises:
-        CheckpointError: If there are checkpoints, but none is whole.
+        CheckpointError: If there are checkpoints, but none is complete.
     """
     pointer = Path(folder, 'last_checkpoint')
     named = pointer.read_text().strip() if pointer.is_file() else ''
@@ -46,8 +49,8 @@ def latest_checkpoint(folder: str) -> str | None:
             if path != named:
                 print_log(
                     f'{pointer} {"is wrong" if named else "is missing"}'
-                    f'{"".join(f"; {d}" for d in damages)}: the newest whole '
-                    f'checkpoint is taken instead, {path}',
+                    f'{"".join(f"; {d}" for d in damages)}. The run resumes '
+                    f'from the newest complete checkpoint instead, {path}.',
                     'current',
                     logging.WARNING,
                 )
@@ -55,18 +58,34 @@ def latest_checkpoint(folder: str) -> str | None:
         damages.append(f'{path} {problem}')
     if damages:
         raise CheckpointError(
-            f'nothing in {folder} can be resumed: {"; ".join(damages)}. '
-            'Bring a whole checkpoint back, or empty the folder to start '
-            'anew.'
+            f'no checkpoint in {folder} can be resumed: '
+            f'{"; ".join(damages)}. Restore a complete checkpoint, or empty '
+            'the folder to start from the beginning.'
         )
     return None
 
 
 def split_checkpoint(checkpoint: dict[str, Any]) -> None:
-    """Move distillation's weights out of the networks' state dicts.
+    """Move the distillation's weights out of the student's state dicts.
 
-    Changes ``checkpoint`` in place: ``state_dict`` and ``ema_state_dict``
-    become stock, ``checkpoint['distillation']`` takes the rest.
+    The function changes the checkpoint in place: ``state_dict`` and
+    ``ema_state_dict`` become stock, and ``checkpoint['distillation']`` takes
+    the rest.
+
+    Args:
+        checkpoint: A checkpoint of a student with its distillation.
+
+    Example:
+        >>> import torch
+        >>> from mmkd.engine.checkpoint import split_checkpoint
+        >>> weight = torch.ones(1)
+        >>> states = {'conv.weight': weight, 'distillation.a.weight': weight}
+        >>> checkpoint = {'state_dict': states}
+        >>> split_checkpoint(checkpoint)
+        >>> list(checkpoint['state_dict'])
+        ['conv.weight']
+        >>> list(checkpoint['distillation']['state_dict'])
+        ['distillation.a.weight']
     """
     kept = checkpoint.setdefault(ATTACHED, {})
     for key, prefix in _prefixes(checkpoint):
@@ -84,18 +103,20 @@ def join_checkpoint(
     *,
     resume: bool,
 ) -> None:
-    """Put distillation's weights into the networks' state dicts, in place.
+    """Put the distillation's weights into the student's state dicts.
+
+    The function changes the checkpoint in place.
 
     Args:
         checkpoint: A checkpoint that :func:`split_checkpoint` has changed, or
             a stock one.
-        own: The weights of the run that loads it, by their names in
-            ``state_dict``. They stand in for those that the checkpoint does
-            not have in their shape.
-        resume: Let nothing stand in.
+        own: The distillation's weights in the run that loads the checkpoint,
+            by their names in ``state_dict``. They are used where the
+            checkpoint has no weight of the same name and shape.
+        resume: Require that the checkpoint has all of them.
 
     Raises:
-        CheckpointError: If the checkpoint to be resumed has other weights.
+        CheckpointError: If the run resumes and the weights differ.
     """
     kept = checkpoint.get(ATTACHED, {})
     for key, prefix in _prefixes(checkpoint):

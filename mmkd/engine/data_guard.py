@@ -1,8 +1,9 @@
-"""Data errors said before training, in the words of the user's folders.
+"""Report errors in the data before training, in terms of the user's files.
 
-MMDetection meets a missing folder as a bare ``FileNotFoundError``, a cut-off
-annotation file as a ``JSONDecodeError`` and a missing image hours later in a
-worker. Here they are found when the data sets are built.
+MMDetection raises a bare ``FileNotFoundError`` for a missing folder, a
+``JSONDecodeError`` for a truncated annotation file, and fails hours later in
+a worker for a missing image. The checks here find all of them when the data
+sets are built.
 """
 
 import os
@@ -36,24 +37,24 @@ PREPARED = {
 }
 """Folder to the data set of ``tools/prepare_data.py`` that makes it."""
 EMPTY = (
-    'the data set is empty: expected at least one image, got none behind '
-    'filter_cfg (images without objects are dropped). Check the classes in '
+    'the data set is empty: expected at least one image, got none after '
+    'filter_cfg (which drops images without objects). Check the classes in '
     'metainfo and the annotation file.'
 )
 
 
 @contextmanager
 def explain_data_error(cfg: Config, split: str) -> Iterator[None]:
-    """Turn an error of building a split's loop into one that helps.
+    """Explain an error that occurs while a split's loop is built.
 
     Args:
         cfg: The config with ``<split>_dataloader`` and ``<split>_evaluator``.
         split: ``'train'``, ``'val'`` or ``'test'``.
 
     Raises:
-        DataError: If the data are missing or malformed: which file, what was
-            expected and found, and the command that prepares it. Any other
-            error passes as it is.
+        DataError: If the data is missing or malformed. The message says which
+            file, what was expected and found, and which command prepares it.
+            Any other error passes unchanged.
     """
     try:
         yield
@@ -79,7 +80,10 @@ def explain_data_error(cfg: Config, split: str) -> Iterator[None]:
 
 
 def diagnose(dataset: Mapping[str, Any]) -> None:
-    """Check the files of a data set's config, also of those it wraps.
+    """Check the files that a data set's config names, and those it wraps.
+
+    Args:
+        dataset: The config of the data set.
 
     Raises:
         DataError: At the first problem.
@@ -107,8 +111,10 @@ def check_annotations(
 
     Args:
         path: The file.
-        images: Folder of the images that a .json names; None checks none.
-        voc: Folder of the ``Annotations`` that a .txt names; None checks none.
+        images: Folder of the images that a .json file names; with None the
+            images are not checked.
+        voc: Folder of the ``Annotations`` that a .txt file names; with None
+            they are not checked.
 
     Raises:
         DataError: At the first problem.
@@ -129,7 +135,7 @@ def check_annotations(
 
 
 def remedy_for(path: str) -> str:
-    """The sentence that says how to get the data at ``path``."""
+    """Return a sentence that says how to get the data at ``path``."""
     for part in Path(path).parts:
         if part in PREPARED:
             return (
@@ -142,11 +148,15 @@ def remedy_for(path: str) -> str:
 def check_images(dataset: Dataset) -> None:
     """Check that a built data set has images and that their files exist.
 
-    Each folder is listed once; no image is opened. Images of other storage
-    (``backend_args``) are not looked for.
+    Each folder is listed once, and no image is opened. Images that are not in
+    the file system (``backend_args``) are not checked.
+
+    Args:
+        dataset: The data set.
 
     Raises:
-        DataError: Names the first missing files and how many there are.
+        DataError: If images are missing. The message says how many, and names
+            the first ones.
     """
     count = len(dataset)  # type: ignore[arg-type]
     if not count:

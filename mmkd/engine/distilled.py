@@ -1,4 +1,4 @@
-"""How hooks find what a run distils."""
+"""Find what a run distils, for hooks."""
 
 from mmengine.runner import Runner
 
@@ -7,10 +7,10 @@ from mmkd.errors import ConfigError
 
 
 def distiller_of(runner: Runner) -> Distiller:
-    """Return the distiller that a hook of mmkd works on.
+    """Return the distiller of a run.
 
     Raises:
-        ConfigError: If the runner does not distil.
+        ConfigError: If the run does not distil.
     """
     distiller = getattr(runner, 'distiller', None)
     if distiller is None:

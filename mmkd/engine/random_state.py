@@ -1,8 +1,8 @@
 """Random states of the training process and of its data-loading workers.
 
-MMEngine resumes weights and optimisers, not random numbers: the samplers of
-two-stage detectors and the augmentations then draw other ones than the
-uninterrupted run. With these states a resumed run is that run.
+MMEngine resumes weights and optimisers, but not random numbers: after a
+resume, the samplers of two-stage detectors and the augmentations draw other
+numbers than the uninterrupted run. With these states they draw the same.
 """
 
 import pickle
@@ -15,14 +15,23 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 ROW_BYTES = 16384
-"""Room for one worker's pickled states (about 10,700 bytes)."""
+"""Enough for the pickled states of one worker (about 10,700 bytes)."""
 
 
 def capture() -> dict[str, Any]:
-    """The states of Python's, NumPy's and PyTorch's global generators.
+    """Return the states of Python's, NumPy's and PyTorch's generators.
 
-    They are numbers and bytes: a checkpoint holds them as they are, and no
-    code is run to read them.
+    The states consist of numbers and bytes, so that a checkpoint can hold
+    them and reading it runs no code.
+
+    Example:
+        >>> import random
+        >>> from mmkd.engine.random_state import capture, restore
+        >>> states = capture()
+        >>> first = random.random()
+        >>> restore(states)
+        >>> random.random() == first
+        True
     """
     name, keys, *rest = np.random.get_state(legacy=True)
     states = {
@@ -36,7 +45,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Put states from :func:`capture` back."""
+    """Set the global generators to states from :func:`capture`."""
     random.setstate(states['python'])
     name, keys, *rest = states['numpy']
     np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
@@ -50,22 +59,25 @@ def _as_tensor(state: bytes) -> torch.Tensor:
 
 
 class WorkerStates:
-    """Records the random states of a loader's workers.
+    """The random states of a loader's workers, for checkpoints.
 
-    Workers draw on from epoch to epoch, and work ahead of the training. Each
-    writes its states behind every batch into memory that it shares with the
-    main process; as many batches are kept as it can be ahead. A loader that
-    is resumed with :attr:`initial` starts its workers from there.
+    The workers' random numbers continue from epoch to epoch, and the workers
+    run ahead of the training. After every batch each worker writes its states
+    into memory that it shares with the main process, which keeps the states
+    of as many batches as a worker can be ahead. A resumed loader starts its
+    workers from :attr:`initial`.
 
     Args:
         loader: A loader with workers. Its ``collate_fn`` and
             ``worker_init_fn`` are wrapped.
-        endless: It is iterated over once, whatever is trained (iteration
-            based), instead of once an epoch.
+        endless: True for training by iterations, which iterates over the
+            loader once; False for training by epochs, which does so once per
+            epoch.
 
     Attributes:
-        initial: States to start the workers from, as :meth:`read` gives them.
-        taken: The batches that training has taken.
+        initial: States to start the workers from, as :meth:`read` returns
+            them.
+        taken: The number of batches that the training has taken.
     """
 
     def __init__(self, loader: DataLoader, *, endless: bool) -> None:
@@ -83,7 +95,7 @@ class WorkerStates:
         loader.worker_init_fn = self.init_worker
 
     def collate(self, batch: list[Any]) -> Any:
-        """Collate in the worker, then record its states."""
+        """Collate a batch in the worker, then record the worker's states."""
         result = self._collate(batch)
         info = get_worker_info()
         assert info is not None  # loaders without workers are not watched
@@ -91,7 +103,7 @@ class WorkerStates:
         return result
 
     def init_worker(self, worker_id: int) -> None:
-        """Seed a worker as configured, or from the resumed states."""
+        """Seed a worker as configured, or set it to the resumed states."""
         if self._init is not None:
             self._init(worker_id)
         if self.initial:
@@ -99,17 +111,21 @@ class WorkerStates:
         self._record(worker_id, 0)
 
     def read(self) -> list[dict[str, Any]] | None:
-        """The workers' states behind the last batch that was taken.
+        """Return the workers' states after the last batch that was taken.
 
-        In the order in which resumed workers take over: an endless loader
-        goes on with the worker whose turn it is. None before the start.
+        They are in the order in which the resumed workers take over, because
+        an endless loader continues with the worker whose turn it is.
+
+        Returns:
+            The states of each worker; before the first batch
+            :attr:`initial`.
         """
         if not self.taken:
             return self.initial
         while (self.done < 0).any():
             time.sleep(0.01)  # a worker is still starting
         workers = range(len(self.rows))
-        if not self.endless:  # an epoch is over: they rest
+        if not self.endless:  # the epoch is over and the workers are idle
             return [self._states(i, int(self.done[i])) for i in workers]
         turn = self.taken % len(workers)
         return [

@@ -1,4 +1,4 @@
-"""What makes a resumed run the uninterrupted one, bit for bit."""
+"""Make a resumed run equal to the uninterrupted one, bit for bit."""
 
 from typing import Any
 
@@ -17,14 +17,15 @@ from . import random_state
 
 
 class ExactResumeHook(Hook):
-    """Records all random states for checkpoints, and continues from them.
+    """Record all random states in checkpoints, and continue from them.
 
     A checkpoint is written before the validation that follows it. A resumed
-    run validates first: the result belongs to the run, and may be the best.
+    run therefore begins with this validation: its result belongs to the run,
+    and may be the best.
 
     A loader draws a number from PyTorch's global generator whenever it
-    starts; one that the interrupted run had already started must not draw it
-    again.
+    starts. A loader that the interrupted run had already started must not
+    draw it again.
     """
 
     priority = 'LOWEST'
@@ -35,14 +36,14 @@ class ExactResumeHook(Hook):
         self._validating = False
 
     def watch(self, loop: BaseLoop) -> None:
-        """Record the random states of a new train loop's workers."""
+        """Start to record the random states of a training loop's workers."""
         endless = isinstance(loop, IterBasedTrainLoop)
         loader = loop.dataloader
         if loader.num_workers and (endless or loader.persistent_workers):
             self._workers = random_state.WorkerStates(loader, endless=endless)
 
     def capture(self, runner: Runner) -> dict[str, Any]:
-        """This process' states, to be saved."""
+        """Return the random states of this process, to be saved."""
         val_loader = getattr(runner._val_loop, 'dataloader', None)
         return {
             **random_state.capture(),
@@ -55,14 +56,20 @@ class ExactResumeHook(Hook):
     def resume(
         self, runner: Runner, saved: list[dict[str, Any]] | None
     ) -> None:
-        """Continue from the states of all processes of a checkpoint.
+        """Continue from the random states of a checkpoint.
 
-        Says in a warning where that is not exact.
+        A warning says why, if the resumed run will not be exact.
+
+        Args:
+            runner: The runner, which has loaded the checkpoint.
+            saved: The states of each process; None or empty if the checkpoint
+                has none.
         """
         gaps = _gaps(runner, saved)
         if gaps:
             runner.logger.warning(
-                'The resumed run is not the uninterrupted one bit for bit: '
+                'The resumed run will not equal the uninterrupted one bit for '
+                'bit: '
                 f'{"; ".join(gaps)}.'
             )
         if not saved or len(saved) != get_world_size():
@@ -108,7 +115,7 @@ class ExactResumeHook(Hook):
 
 
 def _draws_no_more(loader: DataLoader | None) -> bool:
-    """Whether a loader keeps its workers and has started them."""
+    """Return whether a loader keeps its workers and has started them."""
     return (
         isinstance(loader, DataLoader)
         and loader.persistent_workers
@@ -117,7 +124,7 @@ def _draws_no_more(loader: DataLoader | None) -> bool:
 
 
 def _validation_due(loop: BaseLoop) -> bool:
-    """Whether the train loop validates at the point where it is now."""
+    """Return whether the training loop validates where it is now."""
     if isinstance(loop, EpochBasedTrainLoop):
         done, last = loop.epoch, loop.max_epochs
         if loop.iter != done * len(loop.dataloader):
@@ -137,7 +144,7 @@ def _loading(loader: DataLoader) -> list[int]:
 
 
 def _gaps(runner: Runner, saved: list[dict[str, Any]] | None) -> list[str]:
-    """Why the resumed run will differ from the uninterrupted one."""
+    """Return the reasons why a resumed run will not be exact."""
     if not saved:
         return ['the checkpoint holds no random states']
     if len(saved) != get_world_size():
@@ -146,8 +153,8 @@ def _gaps(runner: Runner, saved: list[dict[str, Any]] | None) -> list[str]:
     loader = loop.dataloader
     if saved[0]['loading'] != _loading(loader):
         gaps.append(
-            'num_workers or persistent_workers of train_dataloader is '
-            'another one'
+            'the checkpoint was saved with another num_workers or '
+            'persistent_workers of train_dataloader'
         )
     if isinstance(loop, EpochBasedTrainLoop):
         if loop.iter != loop.epoch * len(loader):
@@ -166,7 +173,7 @@ def _gaps(runner: Runner, saved: list[dict[str, Any]] | None) -> list[str]:
 
 
 def _skips_exactly(loop: BaseLoop) -> bool:
-    """Whether an iteration-based loop takes up its loader where it was."""
+    """Return whether a loop by iterations continues its loader exactly."""
     loader = loop.dataloader
     return (
         isinstance(loop, IterBasedTrainLoop)
@@ -183,7 +190,7 @@ def _skips_exactly(loop: BaseLoop) -> bool:
 
 
 def _transforms(dataset: Any) -> list[Any]:
-    """The transforms of a data set and of those that it wraps."""
+    """Return the transforms of a data set and of those that it wraps."""
     pipeline = getattr(dataset, 'pipeline', ())
     found = list(getattr(pipeline, 'transforms', pipeline))
     inner = [getattr(dataset, 'dataset', None)]

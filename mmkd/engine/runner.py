@@ -42,24 +42,29 @@ from .resume import ExactResumeHook
 
 @RUNNERS.register_module()
 class DistillationRunner(Runner):
-    """Trains ``model`` with ``distillation``, both of the config.
+    """Train the config's ``model`` with its ``distillation``.
 
     The model is the stock student. :meth:`train` builds the teacher, the
     methods and their adapters and attaches them before the optimiser is
-    built; :meth:`val` and :meth:`test` know nothing of them. Beside that it
+    built; :meth:`val` and :meth:`test` know nothing of them. In addition, the
+    runner
 
     * keeps checkpoints stock (``distillation`` is a key of its own), writes
-      them atomically and removes old ones only after the new one is whole;
-    * shows its progress in a terminal, and what came of it at the end;
-    * resumes exactly: random states, of the loader's workers too, and the
-      validation that follows a checkpoint, which is run again;
-    * starts distributed training also on the CPU (gloo).
+      them atomically and removes an old one only after the new one is
+      complete;
+    * shows its progress in a terminal, and a summary at the end;
+    * resumes exactly: it restores all random states, those of the loader's
+      workers too, and repeats the validation that follows a checkpoint;
+    * starts distributed training on machines without a GPU as well (gloo).
 
-    Without ``distillation`` it is MMEngine's runner with the same four.
+    Without ``distillation`` it is MMEngine's runner with these four additions.
 
     Example:
-        >>> config = Config.fromfile('configs/faster_rcnn_kd_r50.py')
-        >>> config.work_dir = 'work_dirs/kd'
+        >>> from mmengine.config import Config
+        >>> from mmkd.engine.runner import DistillationRunner
+        >>> path = 'configs/faster_rcnn_kd_r50.py'
+        >>> # This needs COCO in data/coco and takes many hours.
+        >>> config = Config.fromfile(path)  # doctest: +SKIP
         >>> DistillationRunner.from_cfg(config).train()  # doctest: +SKIP
     """
 
@@ -107,7 +112,9 @@ class DistillationRunner(Runner):
     def _attach(self) -> None:
         cfg = self.cfg.get('distillation')
         if cfg is None or self._train_loop is None:
-            self.logger.info('No `distillation` in the config: plain training')
+            self.logger.info(
+                'The config has no `distillation`: this is plain training'
+            )
             return
         classes = self.train_loop.dataloader.dataset.metainfo.get('classes')
         if not classes:
@@ -127,7 +134,7 @@ class DistillationRunner(Runner):
             self._register_once(PeerValidationHook)
 
     def _detach(self) -> None:
-        """Take the distiller from the student and its average (EMA)."""
+        """Remove the distiller from the student and its average (EMA)."""
         averages = [getattr(hook, 'ema_model', None) for hook in self.hooks]
         for model in (self._student(), *averages):
             attached = getattr(getattr(model, 'module', model), ATTACHED, None)
@@ -142,7 +149,7 @@ class DistillationRunner(Runner):
         return getattr(self._student(), ATTACHED, None)
 
     def register_hook(self, hook: Hook | dict, priority: Any = None) -> None:
-        """Register a hook; mmkd's own are checked for unknown options."""
+        """Register a hook; check the options of mmkd's own hooks."""
         name = str(hook.get('type')) if isinstance(hook, dict) else ''
         if name.startswith('mmkd.'):
             options = dict(hook)
@@ -169,7 +176,7 @@ class DistillationRunner(Runner):
             )
 
     def _init_model_weights(self) -> None:
-        """Initialise the student alone: adapters have their weights."""
+        """Initialise only the student: the adapters already have weights."""
         student = self._student()
         attached = student._modules.pop(ATTACHED, None)
         try:
@@ -181,7 +188,7 @@ class DistillationRunner(Runner):
     # -- distributed start -------------------------------------------------
 
     def setup_env(self, env_cfg: dict) -> None:
-        """Start the processes' group, on machines without GPU too."""
+        """Start the process group, on machines without a GPU as well."""
         if (
             self._launcher == 'pytorch'
             and not torch.cuda.is_available()
@@ -203,7 +210,7 @@ class DistillationRunner(Runner):
     ) -> nn.Module:
         """Move the model to its device; :meth:`_wrap` wraps it later.
 
-        Adapters come before the wrapper, which must know every parameter.
+        The adapters come first, because the wrapper must know every parameter.
         """
         if not self.distributed or is_model_wrapper(model):
             return super().wrap_model(model_wrapper_cfg, model)
@@ -232,7 +239,7 @@ class DistillationRunner(Runner):
     # -- peers -------------------------------------------------------------
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """Build the optimiser; peers' parameters join with their settings."""
+        """Build the optimiser, with the peers' parameters and settings."""
         if self.distiller is None or not self._peers:
             return super().build_optim_wrapper(optim_wrapper)
         if isinstance(optim_wrapper, OptimWrapper):
@@ -259,7 +266,7 @@ class DistillationRunner(Runner):
     # -- checkpoints -------------------------------------------------------
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """MMEngine's default hooks, with a safer checkpoint hook."""
+        """Register MMEngine's default hooks, with a safer checkpoint hook."""
         hooks = dict(hooks or {})
         checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook'))
         if isinstance(checkpoint, dict) and checkpoint['type'] in (
@@ -274,7 +281,11 @@ class DistillationRunner(Runner):
         super().register_default_hooks(hooks)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
-        """Call the hooks; checkpoints are stock outside, joined within."""
+        """Call the hooks; convert checkpoints between file and memory.
+
+        In a file ``state_dict`` is stock; in memory it also holds the weights
+        of the distillation.
+        """
         if fn_name == 'after_load_checkpoint' and self._attached is not None:
             own = self._attached.state_dict(prefix=f'{ATTACHED}.')
             join_checkpoint(kwargs['checkpoint'], own, resume=self._resume)
@@ -303,12 +314,13 @@ class DistillationRunner(Runner):
     def save_checkpoint(
         self, out_dir: str, filename: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Save whole or not at all; see :meth:`Runner.save_checkpoint`.
+        """Save completely or not at all; see :meth:`Runner.save_checkpoint`.
 
         Raises:
-            CheckpointError: If the disk is full or the folder not writable.
+            CheckpointError: If the disk is full or the folder is not
+                writable.
         """
-        # Every process takes part here; MMEngine's method is the first's.
+        # Every process takes part in this, and only the first in MMEngine's.
         self._random_states = all_gather_object(self._exact.capture(self))
         save = super().save_checkpoint
         if '://' in out_dir or not is_main_process():
@@ -326,9 +338,9 @@ class DistillationRunner(Runner):
             save_peers(out_dir, filename, self._peers, self._saved)
         except OSError as error:
             raise CheckpointError(
-                f'{path} could not be written: {error}. The checkpoints '
-                'before it are intact: mend the disk and continue with '
-                '--resume.'
+                f'{path} could not be written: {error}. The earlier '
+                'checkpoints are intact: make room on the disk, or give the '
+                'folder the rights to write, and continue with --resume.'
             ) from error
         finally:
             self._saved = {}
@@ -336,7 +348,7 @@ class DistillationRunner(Runner):
     # -- exact resuming ----------------------------------------------------
 
     def build_train_loop(self, loop: dict | BaseLoop) -> BaseLoop:
-        """Build the loop; its workers' random states are recorded."""
+        """Build the training loop, and record its workers' random states."""
         if isinstance(loop, BaseLoop):
             return loop
         with explain_data_error(self.cfg, 'train'):
@@ -360,7 +372,7 @@ class DistillationRunner(Runner):
         return built
 
     def _find_resumed(self) -> None:
-        """Settle what is resumed, and its seed, before all is built."""
+        """Find what to resume, and its seed, before anything is built."""
         if not self._resume:
             return
         if self._load_from is None:
@@ -376,13 +388,13 @@ class DistillationRunner(Runner):
             )
             if not meta:
                 raise CheckpointError(
-                    f'{self._load_from} holds weights alone, and nothing to '
-                    'resume. Start from them with load_from and without '
-                    'resume.'
+                    f'{self._load_from} holds only weights, and no state of a '
+                    'training to resume. Start from them with load_from and '
+                    'without resume.'
                 )
             seed = meta.get('seed')
             if seed is not None and self._randomness_cfg.get('seed') is None:
-                # MMEngine takes it over when the samplers have another one.
+                # MMEngine would set it after the samplers have another one.
                 self._randomness_cfg.update(seed=seed)
                 self.set_randomness(**self._randomness_cfg)
 
@@ -399,10 +411,10 @@ class DistillationRunner(Runner):
             if 'parameter group' not in str(error):
                 raise
             raise CheckpointError(
-                f'{filename} was saved with other trained parameters than '
-                f'the config has: {error}. Resume with the config it was '
-                'saved with, or start from its weights with load_from and '
-                'without resume.'
+                f'the parameters that were trained when {filename} was saved '
+                f'differ from those of the config: {error}. Resume with the '
+                'config it was saved with, or start from its weights with '
+                'load_from and without resume.'
             ) from error
         self._exact.resume(self, self._random_states)
         if self.distiller is not None:
@@ -411,7 +423,7 @@ class DistillationRunner(Runner):
 
 
 def _described(distiller: Distiller) -> str:
-    """What is distilled, in a line of the log."""
+    """Describe in one line of the log what is distilled."""
 
     def sized(model: nn.Module) -> str:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""Hooks around distillation."""
+"""Hooks for distillation."""
 
 from .batched_paa import BatchedPAAHook
 from .ensemble_validation import EnsembleValidationHook

@@ -1,4 +1,4 @@
-"""Plain PAA training with the batched assignment."""
+"""Train plain PAA with the batched assignment."""
 
 from contextlib import ExitStack
 
@@ -18,16 +18,20 @@ from mmkd.registry import HOOKS
 
 @HOOKS.register_module()
 class BatchedPAAHook(Hook):
-    """Separates the candidates of all objects at once, on the GPU.
+    """Assign the candidates of all objects at once, on the GPU.
 
-    For PAA without distillation, with any runner. MMDetection fits one
-    mixture an object with scikit-learn on the CPU, which is slow, and which
-    current versions of scikit-learn end with an error where an object's
-    costs are close together.
+    The hook is for PAA without distillation and works with any runner.
+    MMDetection fits one mixture per object with scikit-learn on the CPU. That
+    is slow, and current versions of scikit-learn raise an error where an
+    object's costs are close together.
 
     Args:
-        keep_single: An object's only candidate is positive, as in the
-            official code of LAD; MMDetection leaves such an object without.
+        keep_single: Make the only candidate of an object positive, as the
+            official code of LAD does. MMDetection leaves such an object
+            without a positive.
+
+    Raises:
+        ConfigError: If the detector's head is not PAA's.
 
     Example:
         >>> custom_hooks = [dict(type='mmkd.BatchedPAAHook')]

@@ -1,4 +1,4 @@
-"""How good the networks that train together are as an ensemble."""
+"""Evaluate the networks that train together as an ensemble."""
 
 from collections.abc import Sequence
 
@@ -16,24 +16,26 @@ from .peer_validation import evaluate
 
 @HOOKS.register_module()
 class EnsembleValidationHook(Hook):
-    """Evaluates the ensemble of networks at each validation.
+    """Evaluate the ensemble of networks at each validation.
 
-    Its metrics are logged as ``ensemble/<metric>`` beside the student's;
-    ``save_best`` may name one; the files of all networks are then kept.
+    Its metrics are logged as ``ensemble/<metric>`` beside the student's.
+    ``save_best`` may name one of them: it then keeps the files of all
+    networks.
 
     Args:
-        members: Names of peers, and ``'student'``; by default all of them. A
-            peer that teaches is best left out.
+        members: Names of peers, and ``'student'``; by default all networks.
+            It is best to leave out a peer that teaches.
         fusion: ``'boxes'`` or ``'logits'``, see
             :class:`~mmkd.peers.ensemble.EnsembleDetector`.
-        iou_threshold: Boxes with a larger IoU are one; None: what the
-            members' own NMS suggests.
+        iou_threshold: Boxes whose IoU is larger are merged. By default the
+            threshold follows from the members' own NMS.
 
     Raises:
-        ConfigError: If there is no such network, or the members do not fit.
+        ConfigError: If a member does not exist, or the members do not fit
+            together.
     """
 
-    priority = 'ABOVE_NORMAL'  # before averaged weights (EMA) are taken back
+    priority = 'ABOVE_NORMAL'  # while the averaged weights (EMA) are in place
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Distillation losses that are not finite, or always 0."""
+"""Watch for losses that are not finite, or that are always 0."""
 
 import torch
 from mmengine.hooks import Hook
@@ -14,25 +14,30 @@ from mmkd.registry import HOOKS
 
 @HOOKS.register_module()
 class LossCheckHook(Hook):
-    """Stops at a non-finite distillation loss, warns of one that stays 0.
+    """Stop at a distillation loss that is not finite; warn if one stays 0.
 
-    Where networks train together their own losses are watched, too: one that
-    diverges is named.
+    Where networks train together, their own losses are watched as well, and
+    the network that diverges is named.
 
-    The stop comes before the optimiser's step, so the weights and the last
-    checkpoint are intact. On a GPU the flags travel to the host while the
-    backward pass is queued: the check waits for no kernel of its own.
+    Training stops before the optimiser's step, so that the weights and the
+    last checkpoint are intact. On a GPU the result of the check is copied to
+    the host while the backward pass runs, and costs no waiting of its own.
 
     Args:
-        patience: Iterations after which a loss that was exactly 0 every time
-            is reported, once.
+        patience: After this number of iterations, at least 1, the hook warns
+            once of each loss that was exactly 0 in all of them.
+
+    Raises:
+        ConfigError: If ``patience`` is below 1.
     """
 
     priority = 'VERY_LOW'
 
     def __init__(self, *, patience: int = 50) -> None:
         if patience < 1:
-            raise ConfigError(f'patience must be at least 1, got {patience}')
+            raise ConfigError(
+                f'LossCheckHook.patience must be at least 1, got {patience}.'
+            )
         self.patience = patience
         self._peers: tuple[str, ...] = ()
         self._names: list[str] = []
@@ -54,7 +59,12 @@ class LossCheckHook(Hook):
     def observe(
         self, task: Losses, distilled: dict[str, dict[str, Tensor]]
     ) -> None:
-        """Note this step's losses without waiting for them."""
+        """Record the losses of a step without waiting for their values.
+
+        Args:
+            task: The networks' own losses, by name.
+            distilled: Each method's losses, by name.
+        """
         losses = {k: v for part in distilled.values() for k, v in part.items()}
         own = task if self._peers else {}
         for name, loss in own.items():
@@ -78,10 +88,10 @@ class LossCheckHook(Hook):
                 self._largest[name] = torch.maximum(largest, value)
 
     def check(self) -> None:
-        """Raise if a loss of the last step is not finite.
+        """Check the losses of the last step.
 
         Raises:
-            NonFiniteLossError: Names the losses.
+            NonFiniteLossError: If one is not finite; the message names it.
         """
         if self._finite is None:
             return
@@ -97,13 +107,13 @@ class LossCheckHook(Hook):
             raise NonFiniteLossError(self._explained(broken))
 
     def _owner(self, name: str) -> str:
-        """The network whose own loss it is."""
+        """Return the network whose own loss has this name."""
         peer = name.partition('.')[0]
         return peer if peer in self._peers else 'student'
 
     def _explained(self, broken: list[str]) -> str:
         own = [name for name in broken if name in self._owners]
-        # What it taught the others is broken by it.
+        # A broken network also breaks the losses of those it teaches.
         names = own or broken
         remedy = (
             'Lower the learning rate or the loss_weight of '
@@ -114,8 +124,8 @@ class LossCheckHook(Hook):
             networks = dict.fromkeys(self._owners[name] for name in own)
             listed = ', '.join(f'"{network}"' for network in networks)
             remedy = (
-                f'It is {listed} that diverged: lower its learning rate (for '
-                'a peer its optim_wrapper) or clip gradients.'
+                f'It is {listed} that diverged: lower its learning rate (that '
+                'of a peer is in its own optim_wrapper) or clip gradients.'
             )
         return (
             f'{", ".join(names)} is NaN or infinite; training stopped before '
@@ -135,7 +145,7 @@ class LossCheckHook(Hook):
                     runner.logger.warning(
                         f'{name} was exactly 0 in each of the first '
                         f'{self.patience} iterations: it teaches nothing. Is '
-                        'the teacher the student itself, worse than it, or '
-                        'is its loss_weight 0?'
+                        'the teacher the same network as the student, or a '
+                        'worse one, or is a weight in the config 0?'
                     )
             self._largest.clear()

@@ -1,4 +1,4 @@
-"""The metrics of the networks that train beside the student."""
+"""Evaluate the networks that train beside the student."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +16,16 @@ from mmkd.utils import isolated_random_state
 
 @HOOKS.register_module()
 class PeerValidationHook(Hook):
-    """Evaluates every peer at each validation of the student.
+    """Evaluate every peer at each validation of the student.
 
-    The metrics are logged beside the student's, as ``<peer>/<metric>``:
-    ``save_best`` may name one, and the best weights of the peer are then in
-    its folder. Where the evaluator writes results (``outfile_prefix``), each
-    peer's files are ``<prefix>.<peer>...``. The runner registers the hook
-    where there are peers.
+    The metrics are logged beside the student's, as ``<peer>/<metric>``.
+    ``save_best`` may name one of them: the best weights of the peer are then
+    in its folder. Where the evaluator writes results (``outfile_prefix``),
+    each peer's files are named ``<prefix>.<peer>…``. The runner registers the
+    hook if there are peers.
     """
 
-    priority = 'ABOVE_NORMAL'  # before averaged weights (EMA) are taken back
+    priority = 'ABOVE_NORMAL'  # while the averaged weights (EMA) are in place
 
     def after_val_epoch(
         self, runner: Runner, metrics: dict[str, float] | None = None
@@ -42,7 +42,16 @@ class PeerValidationHook(Hook):
 
 @torch.no_grad()
 def evaluate(runner: Runner, model: Any, name: str) -> dict[str, float]:
-    """Metrics of a detector, which has a name, on the validation data."""
+    """Evaluate a detector on the validation data of a run.
+
+    Args:
+        runner: The runner, with a validation loop.
+        model: The detector. Its modes of training are left as they were.
+        name: The detector's name, for the names of files.
+
+    Returns:
+        The metrics by name.
+    """
     loop = runner.val_loop
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

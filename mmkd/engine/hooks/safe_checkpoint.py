@@ -1,4 +1,4 @@
-"""Checkpoints that survive being killed at any moment."""
+"""Save checkpoints so that a run can be killed at any moment."""
 
 import os.path as osp
 from collections import deque
@@ -14,14 +14,15 @@ from mmkd.registry import HOOKS
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """MMEngine's checkpoint hook that never holds fewer files than it should.
+    """A checkpoint hook that keeps the old file until the new one is complete.
 
-    MMEngine removes the oldest and the former best checkpoint *before* it
-    writes the new one and rewrites ``last_checkpoint`` in place: killed in
-    between, a run with ``max_keep_ckpts=1`` has nothing left. Here the order
-    is save, point to it, remove, each step atomic. Options are those of
-    :class:`mmengine.hooks.CheckpointHook`;
-    :class:`~mmkd.engine.runner.DistillationRunner` puts it in its place.
+    MMEngine's hook removes the oldest checkpoint and the former best one
+    *before* it writes the new one, and rewrites ``last_checkpoint`` in place.
+    If a run with ``max_keep_ckpts=1`` is killed in between, nothing is left.
+    This hook saves the new checkpoint, points to it, then removes the old
+    one, and each step is atomic. The options are those of
+    :class:`mmengine.hooks.CheckpointHook`, which
+    :class:`~mmkd.engine.runner.DistillationRunner` replaces by this one.
     """
 
     keep_ckpt_ids: deque[int]
@@ -33,7 +34,7 @@ class SafeCheckpointHook(CheckpointHook):
         if step not in kept:
             kept.append(step)
         if self.max_keep_ckpts > 0:
-            # With those to be removed: a run that resumes removes them.
+            # It lists those to be removed, too: a resumed run removes them.
             runner.message_hub.update_info('keep_ckpt_ids', kept)
         filename = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
@@ -87,6 +88,6 @@ class SafeCheckpointHook(CheckpointHook):
 
 
 def peers_of(runner: Runner) -> list[str]:
-    """The networks whose checkpoints lie beside the student's."""
+    """Return the names of the networks that train beside the student."""
     distiller = getattr(runner, 'distiller', None)
     return list(distiller.peers) if distiller is not None else []

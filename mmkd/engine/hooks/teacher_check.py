@@ -1,4 +1,4 @@
-"""How good is the teacher on the student's own validation data?"""
+"""Evaluate the teachers on the student's own validation data."""
 
 import copy
 
@@ -18,23 +18,32 @@ from mmkd.utils import isolated_random_state
 
 @HOOKS.register_module()
 class TeacherCheckHook(Hook):
-    """Evaluates each teacher before training, as the student will be.
+    """Evaluate each teacher before training, in the way the student will be.
 
-    It sees the first ``evaluate`` validation images through the student's
-    pipeline and its own normalisation; its classes are mapped to the
-    student's by name. An AP far from the published one, or 0, tells of a
-    wrong checkpoint, class order or channel order before the long run.
-    That the checkpoint fits the config exactly is checked in any case.
+    The teacher sees the first ``evaluate`` validation images through the
+    student's pipeline and its own normalisation. Its classes are mapped to
+    the student's by name. If its AP is 0 or far from the published one, the
+    checkpoint, the order of the classes or that of the channels is wrong: you
+    know before the long run. With or without this hook, a checkpoint has to
+    fit its config exactly.
 
     Args:
-        evaluate: Number of images, at least 1; all, where there are fewer.
+        evaluate: The number of images, at least 1; fewer if the data set has
+            fewer.
+
+    Raises:
+        ConfigError: If ``evaluate`` is below 1, or the config has no
+            validation.
     """
 
     priority = 'VERY_HIGH'
 
     def __init__(self, *, evaluate: int = 100) -> None:
         if evaluate < 1:
-            raise ConfigError(f'evaluate must be at least 1, got {evaluate}')
+            raise ConfigError(
+                'TeacherCheckHook.evaluate must be at least 1, got '
+                f'{evaluate}.'
+            )
         self.evaluate = evaluate
 
     def before_train(self, runner: Runner) -> None:
@@ -61,9 +70,17 @@ class TeacherCheckHook(Hook):
 def evaluate_teacher(
     runner: Runner, teacher: FrozenDetector, images: int
 ) -> dict[str, float]:
-    """Metrics of the teacher on the first validation images.
+    """Evaluate a teacher on the first validation images of a run.
 
     Every process of a distributed run takes its share.
+
+    Args:
+        runner: The runner, whose config has a validation.
+        teacher: The teacher.
+        images: How many images it is evaluated on.
+
+    Returns:
+        The metrics by name.
     """
     cfg = copy.deepcopy(runner.cfg.val_dataloader)
     cfg.update(num_workers=0, persistent_workers=False)
@@ -75,7 +92,7 @@ def evaluate_teacher(
     ids = [dataset.get_data_info(i)['img_id'] for i in range(len(dataset))]
     for metric in evaluator.metrics:
         if isinstance(metric, CocoMetric):
-            metric.img_ids = ids  # the objects of other images are not missed
+            metric.img_ids = ids  # objects in other images are not counted
     for batch in loader:
         results = teacher.model.test_step(batch)
         for sample in results:
@@ -89,7 +106,7 @@ def evaluate_teacher(
 def in_student_classes(
     instances: InstanceData, classes: ClassMap
 ) -> InstanceData:
-    """Predictions with the student's labels, of the shared classes alone."""
+    """Keep predictions of the shared classes, with the student's labels."""
     if classes.identical:
         return instances
     labels = classes.to_student[instances.labels]

@@ -1,4 +1,4 @@
-"""Does distillation pull the student where its task wants it?"""
+"""Measure whether distillation and the task pull the same way."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,25 +17,31 @@ from mmkd.utils import ATTACHED
 
 @HOOKS.register_module()
 class TelemetryHook(Hook):
-    """Logs each method's loss, gradient norm and cosine with the task's.
+    """Log each method's loss, and how its gradient relates to the task's.
 
-    Every ``interval`` iterations the gradients of the task losses and of each
-    method with respect to the student's parameters are taken apart (one more
-    backward pass each, on that iteration only) and written to the log and to
-    every visualiser of the config, as ``distillation/<method>/loss``,
-    ``…/grad_norm``, ``…/cosine`` and ``distillation/task/grad_norm``. A
-    cosine near -1 says that the method works against the task. Training
-    itself is not changed.
+    Every ``interval`` iterations the hook computes separately the gradients
+    of the task losses and of each method with respect to the student's
+    parameters, which takes one more backward pass for each in that iteration.
+    It writes to the log and to every visualiser of the config:
+    ``distillation/<method>/loss``, ``…/grad_norm``, ``…/cosine`` (with the
+    task's gradient) and ``distillation/task/grad_norm``. A cosine near -1
+    means that the method works against the task. The training itself does
+    not change.
 
     Args:
         interval: Iterations between two measurements, at least 1.
+
+    Raises:
+        ConfigError: If ``interval`` is below 1.
     """
 
     priority = 'LOW'
 
     def __init__(self, *, interval: int = 50) -> None:
         if interval < 1:
-            raise ConfigError(f'interval must be at least 1, got {interval}')
+            raise ConfigError(
+                f'TelemetryHook.interval must be at least 1, got {interval}.'
+            )
         self.interval = interval
         self._parameters: Sequence[Tensor] = ()
         self._due = False
@@ -54,7 +60,12 @@ class TelemetryHook(Hook):
     def observe(
         self, task: Losses, distilled: dict[str, dict[str, Tensor]]
     ) -> None:
-        """Take the gradients apart, if it is time."""
+        """Compute the gradients separately if a measurement is due.
+
+        Args:
+            task: The student's own losses, by name.
+            distilled: Each method's losses, by name.
+        """
         if not self._due:
             return
         counted = [v for k, v in task.items() if 'loss' in k]
@@ -87,7 +98,7 @@ class TelemetryHook(Hook):
 
 
 def student_parameters(student: nn.Module) -> list[nn.Parameter]:
-    """The student's own trainable parameters, without adapters."""
+    """Return the student's own trainable parameters, without adapters."""
     return [
         parameter
         for name, parameter in student.named_parameters()
@@ -98,7 +109,15 @@ def student_parameters(student: nn.Module) -> list[nn.Parameter]:
 def gradient(
     losses: Iterable[Tensor], parameters: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The gradient of the sum of losses; None where it does not reach."""
+    """Compute the gradient of the sum of losses.
+
+    Args:
+        losses: Losses of any shape, of which the means are added.
+        parameters: What the gradient is taken with respect to.
+
+    Returns:
+        The gradient of each parameter; None for those it does not reach.
+    """
     total = sum(loss.mean() for loss in losses)
     if not isinstance(total, Tensor) or not total.requires_grad:
         return [None] * len(parameters)
@@ -110,13 +129,27 @@ def gradient(
 
 
 def norm(gradients: Iterable[Tensor | None]) -> Tensor:
-    """The Euclidean norm over all tensors together."""
+    """Compute the Euclidean norm over all tensors together.
+
+    Example:
+        >>> import torch
+        >>> from mmkd.engine.hooks.telemetry import norm
+        >>> norm([torch.tensor([3.0]), None, torch.tensor([4.0])])
+        tensor(5.)
+    """
     norms = [g.float().norm() for g in gradients if g is not None]
     return torch.stack(norms).norm() if norms else torch.tensor(0.0)
 
 
 def cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
-    """The cosine of two gradients; 0 where one is 0."""
+    """Compute the cosine between two gradients; 0 where one of them is 0.
+
+    Example:
+        >>> import torch
+        >>> from mmkd.engine.hooks.telemetry import cosine
+        >>> cosine([torch.tensor([3.0, 4.0])], [torch.tensor([-6.0, -8.0])])
+        tensor(-1.)
+    """
     dot = sum(
         (x * y).sum()
         for x, y in zip(a, b, strict=True)

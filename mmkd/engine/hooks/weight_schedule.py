@@ -1,4 +1,4 @@
-"""Schedules of the methods' weights."""
+"""Change the weights of methods during training."""
 
 import math
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ DECAYS = ('none', 'linear', 'cosine')
 
 @HOOKS.register_module()
 class WeightScheduleHook(Hook):
-    r"""Scales the weight of methods over time.
+    r"""Scale the weights of methods over time.
 
-    At time :math:`t` (iterations, or epochs with their fraction) the weight
-    is multiplied by
+    At time :math:`t` (in iterations, or in epochs and fractions of them) the
+    weight is multiplied by
 
     .. math::
         \min(1, t / \text{warmup}) \cdot d(t), \qquad
@@ -29,30 +29,36 @@ class WeightScheduleHook(Hook):
             (1 + \cos \pi p) / 2 & \text{cosine}
         \end{cases}
 
-    with :math:`p` running from 0 at the end of the warm-up to 1 at
-    ``stop_at`` (by default the end of training), and by 0 from ``stop_at``
-    on, where the teacher is no longer run.
+    where :math:`p` runs from 0 at the end of the warm-up to 1 at ``stop_at``
+    (by default the end of training). From ``stop_at`` on the weight is 0 and
+    the teacher no longer runs.
 
-    With ``every`` = N the methods run in the iterations 0, N, 2N, ... alone,
-    with N times the weight, so that they pull as strongly on average; in
-    between, iterations are stock ones and the teacher is not run. Factors of
-    the student's own losses, where a method has some, apply in the
-    iterations with the method, as at its full weight.
+    With ``every`` = N the methods run only in the iterations 0, N, 2N, …,
+    with N times the weight, so that they pull as strongly on average. The
+    iterations in between are stock ones, in which the teacher does not run.
+    Where a method scales the student's own losses, it does so in the
+    iterations in which it runs, as at its full weight.
 
     Args:
         methods: Names of the methods (or one name); all by default.
-        warmup: Length of the linear warm-up.
+        warmup: Length of the linear warm-up, at least 0.
         decay: ``'none'``, ``'linear'`` or ``'cosine'``.
         stop_at: When the methods are switched off; never by default.
-        by_epoch: Count in epochs instead of iterations; not for ``every``.
-        every: Run the methods in each so many iterations once, at least 1.
+        by_epoch: Count in epochs, not in iterations; ``every`` always counts
+            iterations.
+        every: Run the methods only every Nth iteration, at least 1.
 
     Raises:
         ConfigError: If an option is outside its range or a method unknown.
 
     Example:
-        >>> custom_hooks = [dict(type='mmkd.WeightScheduleHook', warmup=500,
-        ...                      decay='cosine')]
+        >>> from mmkd.engine.hooks import WeightScheduleHook
+        >>> custom_hooks = [
+        ...     dict(type='mmkd.WeightScheduleHook', warmup=2, decay='linear')
+        ... ]
+        >>> hook = WeightScheduleHook(warmup=2, decay='linear')
+        >>> [hook.factor(time, end=10) for time in (0, 1, 2, 6, 10)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
     """
 
     def __init__(
@@ -71,15 +77,18 @@ class WeightScheduleHook(Hook):
                 f'{nearest(str(decay), DECAYS)}'
             )
         if warmup < 0:
-            raise ConfigError(f'warmup must be at least 0, got {warmup}')
+            raise ConfigError(
+                f'WeightScheduleHook.warmup must be at least 0, got {warmup}.'
+            )
         if stop_at is not None and stop_at < warmup:
             raise ConfigError(
-                f'stop_at ({stop_at}) must not come before the end of the '
-                f'warm-up ({warmup})'
+                f'WeightScheduleHook.stop_at ({stop_at}) must not come before '
+                f'the end of the warm-up ({warmup}).'
             )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError(
-                f'every must be a whole number of at least 1, got {every!r}'
+                'WeightScheduleHook.every must be a whole number of at least '
+                f'1, got {every!r}.'
             )
         self.every = every
         self.methods = [methods] if isinstance(methods, str) else methods
@@ -87,7 +96,7 @@ class WeightScheduleHook(Hook):
         self.stop_at, self.by_epoch = stop_at, by_epoch
 
     def factor(self, time: float, end: float) -> float:
-        """The factor at ``time`` of a training that ends at ``end``."""
+        """Return the factor at ``time`` in a training that ends at ``end``."""
         if self.stop_at is not None:
             if time >= self.stop_at:
                 return 0.0
@@ -107,7 +116,7 @@ class WeightScheduleHook(Hook):
         for name in self.methods or ():
             if name not in known:
                 raise ConfigError(
-                    f'WeightScheduleHook: no method "{name}". '
+                    f'WeightScheduleHook: there is no method "{name}". '
                     f'{nearest(name, known)}'
                 )
 
