@@ -1,12 +1,9 @@
 """The student's classes and pixels as the teacher knows them."""
 
-import doctest
-
 import pytest
 import torch
 
 from mmkd.errors import ConfigError
-from mmkd.teachers import class_map as teacher_view
 from mmkd.teachers.class_map import ClassMap
 from mmkd.teachers.renormalize import Renormalize
 from tests.helpers import tiny_detectors as tiny
@@ -100,8 +97,3 @@ def test_teacher_sees_its_own_preprocessing(of_student, of_teacher):
 def test_other_padding_granularity_needs_no_conversion():
     ours, theirs = preprocessor('pytorch', 32), preprocessor('pytorch', 1)
     assert not Renormalize(ours, theirs).needed
-
-
-def test_the_examples_run():
-    failed, tried = doctest.testmod(teacher_view)
-    assert (failed, bool(tried)) == (0, True)
