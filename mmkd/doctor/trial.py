@@ -26,7 +26,7 @@ from mmkd.detectors.shrink import (
     small_model,
 )
 from mmkd.detectors.source import class_names, load_config
-from mmkd.errors import ConfigError
+from mmkd.errors import ConfigError, MMKDError
 
 ITERATIONS = 2
 TEACHER_SEED = 1  # the student's is 0
@@ -50,7 +50,7 @@ WORKS, UNFIT, FAILS = 'works', 'does not fit', 'fails'
 Report = Callable[[str, dict[str, Any]], None]
 
 
-class TrialError(RuntimeError):
+class TrialError(MMKDError, RuntimeError):
     """A step that ran, but did not distil."""
 
 

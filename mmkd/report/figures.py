@@ -12,6 +12,8 @@ import cv2
 import matplotlib
 import numpy as np
 
+from mmkd.errors import PictureError
+
 from .attention import Attention
 from .evaluation import Objects, Picture, match_by_class
 from .summary import SCORE, lower_limit
@@ -162,7 +164,10 @@ def photo(picture: Picture) -> tuple[str, int, int]:
     """A photo as a data URI, and its height and width in the file."""
     image = cv2.imread(str(picture.path))
     if image is None:
-        raise OSError(f'{picture.path} could not be read')
+        raise PictureError(
+            f'{picture.path} could not be read as a picture. Bring the file '
+            'back, or take it out of the annotations.'
+        )
     height, width = image.shape[:2]
     if width > WIDTH:
         size = (WIDTH, max(round(height * WIDTH / width), 1))

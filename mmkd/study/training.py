@@ -23,6 +23,8 @@ from typing import Any, Protocol
 
 from mmengine.config import Config, DictAction
 
+from mmkd.errors import MMKDError
+
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS = {'teacher': [], 'student': [], 'distilled': ['teacher']}
 """Each network, and those that have to be trained before it."""
@@ -33,7 +35,7 @@ PACKAGES = (
 LIBC = ctypes.CDLL(None)
 
 
-class DemoError(Exception):
+class DemoError(MMKDError):
     """Why the demo cannot go on, and what helps."""
 
 

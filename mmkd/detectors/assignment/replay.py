@@ -16,6 +16,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmkd.detectors.record import replaced
+from mmkd.errors import AssignmentError
 
 Recorded = dict[str, list[tuple[InstanceData, AssignResult]]]
 """Attribute of the assigner to each image's predictions and assignment."""
@@ -159,7 +160,7 @@ class _Player:
         if gt_instances is None:
             gt_instances = args[0]
         if len(predicted.priors) != len(pred_instances.priors):
-            raise RuntimeError(
+            raise AssignmentError(
                 f'{self.name}: the assignment is of '
                 f'{len(predicted.priors)} priors, the trained head has '
                 f'{len(pred_instances.priors)} on this image. Give both '
