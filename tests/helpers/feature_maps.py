@@ -55,7 +55,7 @@ def pointwise(width=16):
     return model
 
 
-class Pair:
+class FeaturePair:
     """A student, a teacher and one method between them."""
 
     def __init__(self, method, student=None, teacher=None, **options):

@@ -19,7 +19,7 @@ from mmkd.teachers.frozen import FrozenDetector
 from tests.helpers import tiny_detectors as tiny
 
 
-class Pair:
+class RCNNPair:
     """A student and a teacher, and their distiller for one method."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Pair:
             return self.network.extract_feat(inputs)
 
 
-class Seen:
+class SeenLosses:
     """What MMDetection's own loss functions are given in a step."""
 
     def __init__(self, pair, monkeypatch, seed=0):

@@ -12,7 +12,7 @@ SIZES = ((96, 128), (128, 96))
 """Two images that pad each other."""
 
 
-class Pair:
+class LogitPair:
     """One method between two tiny detectors with random weights."""
 
     def __init__(

@@ -7,7 +7,7 @@ import torch
 
 from mmkd.errors import ConfigError, ShapeError
 from mmkd.losses import CWDLoss, cwd_loss
-from tests.helpers.feature_maps import Pair, random_maps, weights_of
+from tests.helpers.feature_maps import FeaturePair, random_maps, weights_of
 from tests.helpers.loss_references import channel_kl
 
 
@@ -96,8 +96,8 @@ def test_the_module_makes_feature_hint_the_method(name, recwarn):
     """On images with padding; both average over images and channels."""
     options = dict(per_image=True) if name == 'PKD' else {}
     loss = dict(type=f'mmkd.{name}Loss', **options)
-    method = Pair(name, levels=[1], loss_weight=1.0, **options)
-    hint = Pair('FeatureHint', levels=[1], adapt=None, loss=loss)
+    method = FeaturePair(name, levels=[1], loss_weight=1.0, **options)
+    hint = FeaturePair('FeatureHint', levels=[1], adapt=None, loss=loss)
     sizes = ((96, 128), (64, 96))
     (expected,) = method.step(sizes=sizes).values()
     assert expected > 0

@@ -14,7 +14,7 @@ from mmkd.registry import METHODS
 from mmkd.utils import build_checked
 from tests.helpers import tiny_dense, toy
 from tests.helpers import tiny_detectors as tiny
-from tests.helpers.logit_pair import Pair, seen_targets
+from tests.helpers.logit_pair import LogitPair, seen_targets
 
 DEEP = dict(bbox_head__stacked_convs=2)
 HEADS = {
@@ -226,7 +226,7 @@ def decoded(pair, own, values):
 @pytest.mark.parametrize('layer', [1, 2])
 def test_the_cross_head_losses(name, layer):
     config, *names = HEADS[name]
-    pair = Pair('CrossKD', config, layer=layer)
+    pair = LogitPair('CrossKD', config, layer=layer)
     losses = pair.losses()
     expected = reference(pair, names, layer)
     assert min(expected.values()) > 1e-4
@@ -243,7 +243,7 @@ def test_points_and_anchors(student, teacher):
     config, *names = HEADS[teacher]
     learner = copy.deepcopy(HEADS[student][0])
     learner.data_preprocessor = config.data_preprocessor
-    pair = Pair('CrossKD', learner, config, layer=1)
+    pair = LogitPair('CrossKD', learner, config, layer=1)
     losses = pair.losses()
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(
         reference(pair, names, 1), rel=1e-3
@@ -255,7 +255,7 @@ def test_points_and_anchors(student, teacher):
 def test_alignments(how, layer):
     """From the neck's maps on there is no activation."""
     config, *names = HEADS['gfl']
-    pair = Pair('CrossKD', config, layer=layer, align=how)
+    pair = LogitPair('CrossKD', config, layer=layer, align=how)
     losses = pair.losses()
     expected = reference(pair, names, layer, how)
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(
@@ -272,7 +272,7 @@ def test_other_widths_and_classes():
         bbox_head__num_classes=4,
     )
     config, *names = HEADS['gfl']
-    pair = Pair(
+    pair = LogitPair(
         'CrossKD',
         config,
         wide,
@@ -306,7 +306,7 @@ WIDE = dict(
 )
 def test_a_tower_of_weight_0_is_left_out(options, kept, layer):
     """Its adapter would get no gradient, for which DDP waits."""
-    pair = Pair(
+    pair = LogitPair(
         'CrossKD', tiny.gfl(), tiny.gfl(**WIDE), layer=layer, **options
     )
     towers = {'box': 'reg_convs', 'cls': 'cls_convs'}
@@ -321,7 +321,7 @@ def test_a_tower_of_weight_0_is_left_out(options, kept, layer):
         handle.remove()
         assert runs[name] == 5 * (1 + (name in kept))
     assert list(losses) == kept
-    full = Pair('CrossKD', tiny.gfl(), tiny.gfl(**WIDE), layer=layer)
+    full = LogitPair('CrossKD', tiny.gfl(), tiny.gfl(**WIDE), layer=layer)
     for name in kept:
         adapter = pair.method.adapters[towers[name]]
         adapter.load_state_dict(
@@ -351,7 +351,7 @@ def test_a_tower_of_weight_0_is_left_out(options, kept, layer):
 def test_the_quality_alone(config, tower):
     """Reads one tower, which depends on the head."""
     options = dict(layer=1, cls_weight=0, box_weight=0, quality_weight=2.0)
-    pair = Pair('CrossKD', config(), config(**WIDE), **options)
+    pair = LogitPair('CrossKD', config(), config(**WIDE), **options)
     assert list(pair.method.adapters) == [tower]
     losses = pair.losses()
     assert losses.keys() == {'quality'}
@@ -377,7 +377,7 @@ def test_the_teacher_is_tapped_where_it_is_read():
 
 def test_weights_and_quality():
     config, *names = HEADS['atss']
-    pair = Pair(
+    pair = LogitPair(
         'CrossKD',
         config,
         layer=1,
@@ -404,7 +404,7 @@ def test_weights_and_quality():
 
 def test_gradients_reach_the_student_alone():
     """Its tower up to layer i, but neither its predictors nor the teacher."""
-    pair = Pair('CrossKD', tiny.gfl(), layer=1)
+    pair = LogitPair('CrossKD', tiny.gfl(), layer=1)
     sum(pair.losses().values()).backward()
     head = pair.student.bbox_head
     for tower in (head.cls_convs, head.reg_convs):
@@ -417,14 +417,14 @@ def test_gradients_reach_the_student_alone():
 
 @pytest.mark.parametrize('name', HEADS)
 def test_an_equal_student_has_nothing_to_learn(name):
-    pair = Pair('CrossKD', HEADS[name][0], layer=2)
+    pair = LogitPair('CrossKD', HEADS[name][0], layer=2)
     pair.equal()
     for loss in pair.losses().values():
         assert loss.item() == pytest.approx(0, abs=1e-4)
 
 
 def test_the_teachers_head_is_left_as_it_was():
-    pair = Pair('CrossKD', tiny.gfl(), layer=1)
+    pair = LogitPair('CrossKD', tiny.gfl(), layer=1)
     head = pair.teacher.bbox_head
     before = dict(head._modules), copy.deepcopy(head.state_dict())
     pair.losses()
@@ -478,17 +478,19 @@ def test_a_map_of_one_position_has_a_finite_gradient():
 
 @pytest.mark.parametrize('name', ['gfl', 'retinanet'])
 def test_images_without_objects(name):
-    losses = Pair('CrossKD', HEADS[name][0], layer=1).losses(objects=(0, 0))
+    losses = LogitPair('CrossKD', HEADS[name][0], layer=1).losses(
+        objects=(0, 0)
+    )
     assert all(loss.isfinite() and loss > 0 for loss in losses.values())
 
 
 def test_zero_weight_is_the_stock_loss():
-    pair = Pair('CrossKD', tiny.gfl(), layer=1, loss_weight=0.0)
+    pair = LogitPair('CrossKD', tiny.gfl(), layer=1, loss_weight=0.0)
     assert toy.same(pair.step(), pair.stock_losses())
 
 
 def test_the_stock_losses_are_untouched():
-    pair = Pair('CrossKD', tiny.gfl(), layer=1)
+    pair = LogitPair('CrossKD', tiny.gfl(), layer=1)
     losses = pair.step()
     stock = pair.stock_losses()
     assert toy.same({name: losses[name] for name in stock}, stock)
@@ -548,4 +550,4 @@ def test_bad_options(options, message):
 )
 def test_pairs_that_do_not_fit(student, teacher, options, message):
     with pytest.raises(ConfigError, match=message):
-        Pair('CrossKD', student, teacher, **options)
+        LogitPair('CrossKD', student, teacher, **options)

@@ -6,12 +6,12 @@ from mmkd.errors import ConfigError
 from tests.helpers import tiny_dense
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import (
-    Pair,
+    FeaturePair,
     images_of,
     pointwise,
     twin,
 )
-from tests.helpers.logit_pair import Pair as ClassPair
+from tests.helpers.logit_pair import LogitPair as ClassPair
 from tests.helpers.loss_references import channel_kl
 
 
@@ -21,7 +21,7 @@ def untrained(recwarn):
 
 
 def test_on_detectors():
-    pair = Pair(
+    pair = FeaturePair(
         'CWD', tiny.faster_rcnn(), temperature=2.0, loss_weight=3.0, levels=[1]
     )
     losses = pair.step(sizes=((96, 128), (64, 96)))
@@ -40,21 +40,21 @@ def test_on_detectors():
 
 def test_levels_are_summed():
     levels = [
-        Pair('CWD', levels=chosen).step()['cwd'].item()
+        FeaturePair('CWD', levels=chosen).step()['cwd'].item()
         for chosen in ([0], [1], [0, 1])
     ]
     assert levels[0] + levels[1] == pytest.approx(levels[2], rel=1e-5)
 
 
 def test_the_teacher_itself_is_the_minimum():
-    pair = Pair('CWD')
+    pair = FeaturePair('CWD')
     assert pair.step()['cwd'] > 0
     twin(pair)
     assert pair.step()['cwd'].abs() < 1e-5
 
 
 def test_class_scores():
-    pair = Pair('CWD', tiny.retinanet(), source='bbox_head.retina_cls')
+    pair = FeaturePair('CWD', tiny.retinanet(), source='bbox_head.retina_cls')
     assert len(pair.method.adapters) == 5
     assert pair.step()['cwd'] > 0
 
@@ -111,10 +111,10 @@ def test_other_features_know_no_classes(source):
 @pytest.mark.parametrize('temperature', [0, -1.0, float('nan')])
 def test_temperatures_that_cannot_be(temperature):
     with pytest.raises(ConfigError, match=r'CWD\.temperature must be above 0'):
-        Pair('CWD', pointwise(), temperature=temperature)
+        FeaturePair('CWD', pointwise(), temperature=temperature)
 
 
 def test_defaults():
-    method = Pair('CWD').method
+    method = FeaturePair('CWD').method
     assert (method.temperature, method.loss_weight) == (1.0, 10.0)
     assert (method.source, method.adapt) == ('neck', None)

@@ -10,7 +10,7 @@ from mmkd.registry import METHODS
 from mmkd.utils import build_checked
 from tests.helpers import tiny_dense, toy
 from tests.helpers import tiny_detectors as tiny
-from tests.helpers.logit_pair import Pair, rows, seen_targets
+from tests.helpers.logit_pair import LogitPair, rows, seen_targets
 from tests.helpers.loss_references import distances
 
 
@@ -33,7 +33,7 @@ HEADS = {
 
 @pytest.mark.parametrize('name', HEADS)
 def test_the_positives_of_a_dense_head(name):
-    pair = Pair('DIST', HEADS[name], beta=2.0, gamma=3.0, temperature=2.0)
+    pair = LogitPair('DIST', HEADS[name], beta=2.0, gamma=3.0, temperature=2.0)
     losses = pair.losses()
     labels, _, _ = seen_targets(pair)
     positive = (labels >= 0) & (labels < 3)
@@ -53,8 +53,8 @@ def test_the_positives_of_a_dense_head(name):
 
 def test_image_by_image():
     """With objects in one image, both are the same; in two, they differ."""
-    alone = Pair('DIST', tiny.gfl(), per_image=True)
-    joint = Pair('DIST', tiny.gfl())
+    alone = LogitPair('DIST', tiny.gfl(), per_image=True)
+    joint = LogitPair('DIST', tiny.gfl())
     assert torch.equal(
         alone.losses(objects=(3, 0))['intra'],
         joint.losses(objects=(3, 0))['intra'],
@@ -76,7 +76,7 @@ def test_image_by_image():
 
 def test_the_rois_of_a_two_stage_detector():
     """Softmax with the background, on two of the three classes."""
-    pair = Pair(
+    pair = LogitPair(
         'DIST', tiny.faster_rcnn(), teacher_classes=('cow', 'sky', 'cat')
     )
     found, head = [], pair.student.roi_head.bbox_head
@@ -106,7 +106,7 @@ def test_the_rois_of_a_two_stage_detector():
 
 @pytest.mark.parametrize('config', [tiny.gfl(), tiny.retinanet()])
 def test_an_equal_student_has_nothing_to_learn(config):
-    pair = Pair('DIST', config)
+    pair = LogitPair('DIST', config)
     for module in pair.teacher.bbox_head.children():
         if isinstance(module, torch.nn.Conv2d):
             # Scores of .01 are so small that the epsilon is felt.
@@ -117,14 +117,14 @@ def test_an_equal_student_has_nothing_to_learn(config):
 
 
 def test_images_without_objects():
-    losses = Pair('DIST', tiny.gfl()).losses(objects=(0, 0))
+    losses = LogitPair('DIST', tiny.gfl()).losses(objects=(0, 0))
     assert [loss.item() for loss in losses.values()] == [0, 0]
     assert not any(math.isnan(loss) for loss in losses.values())
 
 
 @pytest.mark.parametrize('config', [tiny.gfl(), tiny.faster_rcnn()])
 def test_zero_weight_is_the_stock_loss(config):
-    pair = Pair('DIST', config, loss_weight=0.0)
+    pair = LogitPair('DIST', config, loss_weight=0.0)
     assert toy.same(pair.step(), pair.stock_losses())
 
 
@@ -145,7 +145,7 @@ def test_bad_options(options, message):
 
 
 def test_one_class_has_no_relations():
-    pair = Pair('DIST', tiny.gfl(), teacher_classes=('cat', 'sky', 'sea'))
+    pair = LogitPair('DIST', tiny.gfl(), teacher_classes=('cat', 'sky', 'sea'))
     with pytest.raises(
         ConfigError, match=r'networks share 1 and no background'
     ):
@@ -156,4 +156,4 @@ def test_pairs_that_do_not_fit():
     with pytest.raises(
         ConfigError, match=r'DIST: the priors of the two dense'
     ):
-        Pair('DIST', tiny.retinanet(), tiny.gfl())
+        LogitPair('DIST', tiny.retinanet(), tiny.gfl())

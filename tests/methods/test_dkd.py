@@ -8,7 +8,7 @@ from mmkd.registry import METHODS
 from mmkd.utils import build_checked
 from tests.helpers import tiny_dense, toy
 from tests.helpers import tiny_detectors as tiny
-from tests.helpers.logit_pair import Pair, rows, seen_targets
+from tests.helpers.logit_pair import LogitPair, rows, seen_targets
 from tests.helpers.loss_references import decoupled
 
 
@@ -27,7 +27,7 @@ HEADS = {
 
 @pytest.mark.parametrize('name', HEADS)
 def test_the_positives_of_a_dense_head(name):
-    pair = Pair('DKD', HEADS[name], alpha=2.0, beta=3.0, temperature=4.0)
+    pair = LogitPair('DKD', HEADS[name], alpha=2.0, beta=3.0, temperature=4.0)
     losses = pair.losses()
     labels, weights, avg_factor = seen_targets(pair)
     ours, theirs = (
@@ -65,7 +65,9 @@ def test_the_positives_of_a_dense_head(name):
 )
 def test_the_rois_of_a_two_stage_detector(teacher_classes, columns):
     """The background counts; RoIs of what the teacher does not know don't."""
-    pair = Pair('DKD', tiny.faster_rcnn(), teacher_classes=teacher_classes)
+    pair = LogitPair(
+        'DKD', tiny.faster_rcnn(), teacher_classes=teacher_classes
+    )
     found, head = [], pair.student.roi_head.bbox_head
     original = head.loss_and_target
 
@@ -110,19 +112,19 @@ def test_the_rois_of_a_two_stage_detector(teacher_classes, columns):
 
 @pytest.mark.parametrize('config', [tiny.gfl(), tiny.retinanet()])
 def test_an_equal_student_has_nothing_to_learn(config):
-    pair = Pair('DKD', config)
+    pair = LogitPair('DKD', config)
     pair.equal()
     assert [loss.item() for loss in pair.losses().values()] == [0, 0]
 
 
 def test_images_without_objects():
-    losses = Pair('DKD', tiny.gfl()).losses(objects=(0, 0))
+    losses = LogitPair('DKD', tiny.gfl()).losses(objects=(0, 0))
     assert [loss.item() for loss in losses.values()] == [0, 0]
 
 
 @pytest.mark.parametrize('config', [tiny.gfl(), tiny.faster_rcnn()])
 def test_zero_weight_is_the_stock_loss(config):
-    pair = Pair('DKD', config, loss_weight=0.0)
+    pair = LogitPair('DKD', config, loss_weight=0.0)
     assert toy.same(pair.step(), pair.stock_losses())
 
 
@@ -145,17 +147,17 @@ def test_bad_options(options, message):
 def test_too_few_classes():
     """One class against the background is KD, a sigmoid's two classes too."""
     one = ('cat', 'sky', 'sea')
-    pair = Pair('DKD', tiny.faster_rcnn(), teacher_classes=one)
+    pair = LogitPair('DKD', tiny.faster_rcnn(), teacher_classes=one)
     with pytest.raises(
         ConfigError,
         match=r'two classes beside the target, the networks share 1 and a ba',
     ):
         pair.losses()
-    pair = Pair('DKD', tiny.gfl(), teacher_classes=('cat', 'cow', 'sea'))
+    pair = LogitPair('DKD', tiny.gfl(), teacher_classes=('cat', 'cow', 'sea'))
     with pytest.raises(ConfigError, match=r'share 2 and no background column'):
         pair.losses()
 
 
 def test_pairs_that_do_not_fit():
     with pytest.raises(ConfigError, match=r'DKD: the priors of the two dense'):
-        Pair('DKD', tiny.retinanet(), tiny.gfl())
+        LogitPair('DKD', tiny.retinanet(), tiny.gfl())

@@ -16,8 +16,8 @@ from mmkd.utils import build_checked
 from tests.helpers import frcnn_reference
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.frcnn_reference import (
-    Pair,
-    Seen,
+    RCNNPair,
+    SeenLosses,
     bounded,
     decode,
     encode,
@@ -131,7 +131,7 @@ def pairs():
     def pair(name):
         if name not in made:
             student, teacher, options = PAIRS[name]
-            made[name] = Pair(student, teacher, **options)
+            made[name] = RCNNPair(student, teacher, **options)
         return made[name]
 
     return pair
@@ -148,7 +148,7 @@ UNIT = dict(
 def test_every_part_is_the_papers_formula(name, pairs, monkeypatch):
     pair = pairs(name)
     losses, method = pair.distil(**UNIT)
-    expected = expected_parts(pair, Seen(pair, monkeypatch), method)
+    expected = expected_parts(pair, SeenLosses(pair, monkeypatch), method)
     parts = {
         key.removeprefix('kd.loss_'): loss.item()
         for key, loss in losses.items()
@@ -169,7 +169,7 @@ def test_every_part_is_the_papers_formula(name, pairs, monkeypatch):
 def test_both_sides_of_the_gate_occur(pairs, monkeypatch):
     """Or the test above would prove less than it says."""
     pair = pairs('fpn')
-    seen = Seen(pair, monkeypatch)
+    seen = SeenLosses(pair, monkeypatch)
     _, gated = rcn_reference(pair, seen, 0)
     monkeypatch.setattr(
         frcnn_reference,
@@ -182,7 +182,7 @@ def test_both_sides_of_the_gate_occur(pairs, monkeypatch):
 
 def test_a_batch_without_any_roi(pairs):
     """No proposals and no objects: the stock loss has no ``loss_cls``."""
-    pair = Pair(FRCNN(**NO_ROI), FRCNN(), objects=0)
+    pair = RCNNPair(FRCNN(**NO_ROI), FRCNN(), objects=0)
     losses, _ = pair.distil()
     assert 'loss_cls' not in losses
     for part in ('rcn_soft', 'rcn_bounded'):
@@ -264,7 +264,7 @@ def test_the_total_is_the_formula(name, pairs, monkeypatch):
         bounded=dict(type='mmkd.TeacherBoundedRegressionLoss', loss_weight=nu),
         hint=dict(type='mmkd.FeatureHint', loss_weight=gamma),
     )
-    seen = Seen(pair, monkeypatch)
+    seen = SeenLosses(pair, monkeypatch)
     parts = expected_parts(pair, seen, method)
     stock = {k: tiny_sum(v) for k, v in seen.losses.items()}
     expected = 0.0
@@ -410,7 +410,7 @@ def test_gradients_reach_the_student_and_never_the_teacher(pairs):
 
 def test_a_student_equal_to_its_teacher():
     """Hint and bounded loss are 0, the soft loss is at its minimum."""
-    pair = Pair(FRCNN(), FRCNN())
+    pair = RCNNPair(FRCNN(), FRCNN())
     pair.student.load_state_dict(pair.network.state_dict())
     pair.student.eval()  # as the teacher: running statistics
     losses, _ = pair.distil(
@@ -516,7 +516,7 @@ OTHER_ANCHORS = dict(rpn_head__anchor_generator__scales=[4])
 
 
 def test_other_anchors_do_not_matter_without_the_rpn():
-    pair = Pair(FRCNN(), FRCNN(**OTHER_ANCHORS))
+    pair = RCNNPair(FRCNN(), FRCNN(**OTHER_ANCHORS))
     losses, _ = pair.distil(rpn=False)
     assert losses['kd.loss_rcn_soft'] > 0
     prepare(FRCNN(), FRCNN(**OTHER_ANCHORS), rpn=False)

@@ -9,7 +9,7 @@ from mmkd.errors import ConfigError
 from mmkd.methods.fbkd import NonLocal
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import (
-    Pair,
+    FeaturePair,
     images_of,
     pointwise,
     random_maps,
@@ -147,7 +147,7 @@ def level_squares(layers, ours, theirs, options):
 )
 def test_the_formula(options):
     width = 16 if options.get('channel_mask') else 8
-    pair = Pair(
+    pair = FeaturePair(
         'FBKD',
         pointwise(),
         pointwise(width),
@@ -185,7 +185,7 @@ def test_norms_by_hand():
     """Errors of 3 and 4 in two images: 5 together, 3.5 on average."""
     differences = torch.tensor([[3.0], [-4.0]])
     norms = [
-        Pair('FBKD', per_image=choice).method._norm(differences)
+        FeaturePair('FBKD', per_image=choice).method._norm(differences)
         for choice in (False, True)
     ]
     assert norms == [5.0, 3.5]
@@ -233,7 +233,7 @@ def test_memory_is_linear_in_the_number_of_positions():
 
 def test_the_teacher_itself_is_the_minimum():
     """With layers that pass on what they are given."""
-    pair = Pair('FBKD')
+    pair = FeaturePair('FBKD')
     assert all(loss > 0 for loss in pair.step().values())
     for layers in pair.method.layers:
         for layer in (layers.feature, layers.relation, layers.spatial):
@@ -250,7 +250,7 @@ def test_the_teacher_itself_is_the_minimum():
 
 
 def test_the_mask_gets_no_gradient():
-    pair = Pair('FBKD', levels=[1])
+    pair = FeaturePair('FBKD', levels=[1])
     student = random_maps(2, 16, 6, 8).requires_grad_()
     teacher = random_maps(2, 16, 6, 8, seed=1)
     weights = weights_of([(6, 8), (3, 8)], 6, 8)
@@ -264,7 +264,7 @@ def test_the_mask_gets_no_gradient():
 
 
 def test_the_last_pooling_holds_for_what_follows():
-    pair = Pair('FBKD', tiny.faster_rcnn())
+    pair = FeaturePair('FBKD', tiny.faster_rcnn())
     blocks = [layers.student_block for layers in pair.method.layers]
     assert [block.pooling for block in blocks] == [8, 4, 2, 2, 2]
     hidden = [block.theta.out_channels for block in blocks]
@@ -290,10 +290,10 @@ def test_the_last_pooling_holds_for_what_follows():
 )
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ConfigError, match=message):
-        Pair('FBKD', pointwise(), **options)
+        FeaturePair('FBKD', pointwise(), **options)
 
 
 def test_defaults_are_the_official_ones():
-    method = Pair('FBKD').method
+    method = FeaturePair('FBKD').method
     assert (method.temperature, method.channel_mask) == (0.5, False)
     assert list(method.weights.values()) == [7e-5, 4e-3, 4e-3, 7e-5]

@@ -14,7 +14,7 @@ from mmkd.methods.feature_hint import FeatureHint
 from mmkd.registry import METHODS
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import (
-    Pair,
+    FeaturePair,
     own,
     pointwise,
     randomized,
@@ -64,7 +64,7 @@ DETECTORS = {
 @pytest.mark.parametrize('name', DETECTORS)
 @pytest.mark.parametrize('method', ALL)
 def test_any_detector_learns_from_it(method, name):
-    pair = Pair(method, DETECTORS[name])
+    pair = FeaturePair(method, DETECTORS[name])
     losses = pair.step(sizes=((96, 128), (64, 96)))
     assert losses
     sum(losses.values()).backward()
@@ -81,7 +81,7 @@ def test_any_detector_learns_from_it(method, name):
 def test_zero_weight_is_the_stock_step(method):
     losses = []
     for options in (dict(loss_weight=0.0), None):
-        pair = Pair(method, tiny.faster_rcnn(), **(options or {}))
+        pair = FeaturePair(method, tiny.faster_rcnn(), **(options or {}))
         inputs, samples = tiny.batch_for(pair.student)
         if options is None:
             step = tiny.seeded_loss(pair.student, inputs, samples)
@@ -113,7 +113,7 @@ def test_no_global_random_number_is_drawn(method):
     """So the samplers of the next step draw what they would without it."""
     states = []
     for weight in (0.0, 1.0):
-        pair = Pair(method, tiny.faster_rcnn(), loss_weight=weight)
+        pair = FeaturePair(method, tiny.faster_rcnn(), loss_weight=weight)
         inputs, samples = tiny.batch_for(pair.student)
         losses = pair.losses(inputs, samples)
         assert bool(own(losses)) == bool(weight)
@@ -124,7 +124,7 @@ def test_no_global_random_number_is_drawn(method):
 @pytest.mark.parametrize('method', ALL)
 def test_padding_and_company_do_not_matter(method):
     """Beside a larger image, a smaller one is padded."""
-    pair = Pair(method, pointwise(), pointwise(24), **ALONE[method])
+    pair = FeaturePair(method, pointwise(), pointwise(24), **ALONE[method])
     randomized(pair.method)
     alone = [pair.images(n) for n in range(4)]
     for numbers in [(0, 1), (1, 2), (3, 0), (2, 1, 0, 3)]:
@@ -138,7 +138,7 @@ def test_padding_and_company_do_not_matter(method):
 @pytest.mark.parametrize('method', ALL)
 def test_what_lies_on_padding_does_not_matter(method):
     """Also where statistics span the batch, as the papers have it."""
-    pair = Pair(method, pointwise(), pointwise(24))
+    pair = FeaturePair(method, pointwise(), pointwise(24))
     randomized(pair.method)
     inputs, samples = tiny.batch_for(
         pair.student, sizes=((96, 128), (64, 96), (70, 90))
@@ -163,7 +163,7 @@ def test_what_lies_on_padding_does_not_matter(method):
 @pytest.mark.parametrize('method', ALL)
 def test_half_precision_is_safe(method, dtype):
     """Features as large as float16 holds give a finite loss and gradient."""
-    pair = Pair(method)
+    pair = FeaturePair(method)
     maps = {}
     for role, seed in (('student', 1), ('teacher', 2)):
         generator = torch.Generator().manual_seed(seed)
@@ -204,8 +204,8 @@ def test_levels_of_other_strides_are_refused(method):
         match=rf'{method} on "neck": level 0 is \(80, 80\) in the student '
         r'and \(40, 40\) in the teacher.*`teacher_levels`, or set resize',
     ):
-        Pair(method, tiny.faster_rcnn(), tiny.retinanet())
-    pair = Pair(
+        FeaturePair(method, tiny.faster_rcnn(), tiny.retinanet())
+    pair = FeaturePair(
         method,
         tiny.faster_rcnn(),
         tiny.retinanet(),
@@ -221,7 +221,7 @@ def test_maps_that_differ_by_rounding_are_resized(method):
     """A stride of 8 by pooling drops the rest that padding rounds up."""
     ceil = pointwise()
     ceil.backbone.update(type='RoundingUpMaps')
-    pair = Pair(method, pointwise(), ceil)
+    pair = FeaturePair(method, pointwise(), ceil)
     losses = pair.step(sizes=((100, 120), (100, 120)))
     ours, theirs = pair.features()
     assert [m.shape[-2:] for m in ours] != [m.shape[-2:] for m in theirs]
@@ -230,7 +230,7 @@ def test_maps_that_differ_by_rounding_are_resized(method):
 
 @pytest.mark.parametrize('method', ALL)
 def test_resizing_on_demand(method):
-    pair = Pair(
+    pair = FeaturePair(
         method, tiny.faster_rcnn(), levels=[1], teacher_levels=[2], resize=True
     )
     assert all(loss > 0 for loss in pair.step().values())
@@ -240,7 +240,7 @@ def test_resizing_on_demand(method):
 @pytest.mark.parametrize('method', [*ALL, 'FeatureHint'])
 def test_several_maps_an_image_are_refused(method, numbers):
     """TridentNet's branches, in training, in images without padding."""
-    pair = Pair(method)
+    pair = FeaturePair(method)
     _, samples = tiny.batch_for(pair.student, sizes=((96, 128), (96, 128)))
     student, teacher = (
         Fixed([torch.rand(n, 16, 12, 16), torch.rand(n, 16, 6, 8)])
@@ -280,13 +280,13 @@ def test_several_maps_an_image_are_refused(method, numbers):
 @pytest.mark.parametrize('method', ALL)
 def test_options_that_cannot_be(method, options, message):
     with pytest.raises(ConfigError, match=message):
-        Pair(method, tiny.faster_rcnn(), **options)
+        FeaturePair(method, tiny.faster_rcnn(), **options)
 
 
 @pytest.mark.parametrize('method', ['CWD', 'PKD', 'MGD', 'FGD'])
 def test_adapters_are_where_widths_differ(method):
     def kinds(**options):
-        pair = Pair(method, pointwise(), **options)
+        pair = FeaturePair(method, pointwise(), **options)
         return {type(a).__name__ for a in pair.method.adapters}
 
     assert kinds() == {'Identity'}

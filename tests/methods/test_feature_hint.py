@@ -24,7 +24,7 @@ def untrained(recwarn):
     """Teachers here have random weights, of which a warning tells."""
 
 
-class Pair:
+class HintPair:
     """A student, a teacher and one FeatureHint between them."""
 
     def __init__(self, student, teacher=None, **options):
@@ -94,7 +94,7 @@ DETECTORS = {
 
 @pytest.mark.parametrize('name', DETECTORS)
 def test_the_necks_of_any_detector(name):
-    pair = Pair(DETECTORS[name])
+    pair = HintPair(DETECTORS[name])
     losses = pair.step()
     with torch.no_grad():
         ours = pair.student.extract_feat(pair.inputs)
@@ -112,7 +112,7 @@ def test_the_necks_of_any_detector(name):
 
 def test_between_detectors_of_different_kinds():
     """FCOS teaches RetinaNet: their levels have the same strides."""
-    pair = Pair(tiny.retinanet(), tiny.fcos())
+    pair = HintPair(tiny.retinanet(), tiny.fcos())
     losses = pair.step()
     with torch.no_grad():
         ours = pair.student.extract_feat(pair.inputs)
@@ -128,7 +128,7 @@ def test_a_backbone_layer_of_another_width():
     wide = tiny.faster_rcnn(
         backbone__base_channels=16, neck__in_channels=[16, 32, 64, 128]
     )
-    pair = Pair(tiny.faster_rcnn(), wide, source='backbone', levels=[1, 3])
+    pair = HintPair(tiny.faster_rcnn(), wide, source='backbone', levels=[1, 3])
     shapes = [tuple(a.weight.shape[:2]) for a in pair.method.adapters]
     assert shapes == [(32, 16), (128, 64)]
     hint = pair.hint()
@@ -142,7 +142,7 @@ def test_a_backbone_layer_of_another_width():
 
 
 def test_without_adaptation_the_features_meet_as_they_are():
-    pair = Pair(tiny.faster_rcnn(), adapt=False)
+    pair = HintPair(tiny.faster_rcnn(), adapt=False)
     assert not list(pair.method.parameters())
     hint = pair.hint()
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_without_adaptation_the_features_meet_as_they_are():
 
 
 def test_another_loss():
-    pair = Pair(
+    pair = HintPair(
         tiny.faster_rcnn(),
         adapt=False,
         levels=[2],
@@ -178,8 +178,8 @@ def test_levels_of_other_strides_are_paired_by_hand():
         match=r'FeatureHint on "neck": level 0 is \(80, 80\) in the student '
         r'and \(40, 40\) in the teacher.*`teacher_levels`, or set resize',
     ):
-        Pair(tiny.faster_rcnn(), tiny.retinanet())
-    pair = Pair(
+        HintPair(tiny.faster_rcnn(), tiny.retinanet())
+    pair = HintPair(
         tiny.faster_rcnn(),
         tiny.retinanet(),
         levels=[1, 2, 3],
@@ -195,7 +195,7 @@ def test_levels_of_other_strides_are_paired_by_hand():
 
 
 def test_resizing_on_demand():
-    pair = Pair(
+    pair = HintPair(
         tiny.faster_rcnn(),
         levels=[1],
         teacher_levels=[2],
@@ -231,12 +231,12 @@ def test_resizing_on_demand():
 )
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ConfigError, match=message):
-        Pair(tiny.faster_rcnn(), **options)
+        HintPair(tiny.faster_rcnn(), **options)
 
 
 def test_a_map_and_vectors_cannot_meet():
     with pytest.raises(ConfigError, match='both must be maps'):
-        Pair(
+        HintPair(
             tiny.faster_rcnn(),
             source='neck',
             levels=[0],
@@ -250,7 +250,7 @@ FCS = 'roi_head.bbox_head.shared_fcs.1'
 
 
 def test_the_vectors_of_the_rois():
-    pair = Pair(
+    pair = HintPair(
         tiny.faster_rcnn(),
         tiny.faster_rcnn(roi_head__bbox_head__fc_out_channels=40),
         source=FCS,
@@ -277,7 +277,7 @@ def test_the_maps_of_the_rois_have_no_padding(rois):
     """Also where there are as many RoIs as images."""
     path = 'roi_head.bbox_roi_extractor'
     config = tiny.faster_rcnn(train_cfg__rcnn__sampler__num=rois)
-    pair = Pair(config, source=path, adapt=False)
+    pair = HintPair(config, source=path, adapt=False)
     outputs = StepRecord(pair.student, [path])
     with outputs.recording():
         hint = pair.hint(sizes=((96, 128), (64, 96)))
@@ -295,7 +295,7 @@ def test_the_maps_of_the_rois_have_no_padding(rois):
 def test_one_stage_of_a_cascade_meets_a_single_head(stage):
     """On the RoIs of that stage alone."""
     source = f'roi_head.bbox_head.{stage}.shared_fcs.1'
-    pair = Pair(
+    pair = HintPair(
         tiny.cascade_rcnn(),
         tiny.faster_rcnn(),
         source=source,
@@ -356,7 +356,7 @@ def pointwise():
 
 @pytest.fixture(scope='module')
 def plain():
-    return Pair(pointwise())
+    return HintPair(pointwise())
 
 
 def batch_of(pair, *numbers):
@@ -441,20 +441,22 @@ def test_a_tap_that_never_fires_lists_what_did():
         match=r'"rpn_head.rpn_cnv" of FasterRCNN never fired.*Did you mean '
         r'"rpn_head.rpn_conv".*Fired: rpn_head',
     ):
-        Pair(tiny.faster_rcnn(), source='rpn_head.rpn_cnv')
+        HintPair(tiny.faster_rcnn(), source='rpn_head.rpn_cnv')
 
 
 def test_a_tap_that_the_teacher_lacks():
     with pytest.raises(
         TapError, match=r'"rpn_head.rpn_conv" of RetinaNet never fired'
     ):
-        Pair(tiny.faster_rcnn(), tiny.retinanet(), source='rpn_head.rpn_conv')
+        HintPair(
+            tiny.faster_rcnn(), tiny.retinanet(), source='rpn_head.rpn_conv'
+        )
 
 
 def test_a_tap_that_only_the_whole_teacher_fires():
     """Its mask head runs in a test, but nobody asks for it in training."""
     path = 'roi_head.mask_head.convs.0'
-    pair = Pair(tiny.mask_rcnn(), source=path)
+    pair = HintPair(tiny.mask_rcnn(), source=path)
     with pytest.raises(
         TapError, match=r'did not run.*The teacher runs what methods read'
     ):
@@ -462,7 +464,7 @@ def test_a_tap_that_only_the_whole_teacher_fires():
 
 
 def test_taps_on_a_shared_head_are_its_levels():
-    pair = Pair(tiny.faster_rcnn(), source='rpn_head.rpn_conv')
+    pair = HintPair(tiny.faster_rcnn(), source='rpn_head.rpn_conv')
     assert len(pair.method.adapters) == 5
     assert pair.hint() > 0
 
@@ -474,7 +476,7 @@ def test_adapters_are_seeded_and_their_own():
     weights = []
     for _ in range(2):
         torch.manual_seed(len(weights))
-        pair = Pair(tiny.faster_rcnn())
+        pair = HintPair(tiny.faster_rcnn())
         weights.append(copy.deepcopy(pair.method.adapters.state_dict()))
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name])
@@ -484,7 +486,7 @@ def test_adapters_are_seeded_and_their_own():
 
 def test_a_hint_can_be_learned():
     """Gradient steps on the adapters alone bring the features together."""
-    pair = Pair(pointwise())
+    pair = HintPair(pointwise())
     optimizer = torch.optim.SGD(pair.method.parameters(), lr=0.1)
     values = []
     for _ in range(30):

@@ -18,7 +18,7 @@ from mmkd.methods.fgd import (
 )
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import (
-    Pair,
+    FeaturePair,
     pointwise,
     random_maps,
     randomized,
@@ -123,7 +123,7 @@ def reference(pair, temperature):
 
 @pytest.mark.parametrize('objects', [2, [3, 0, 1], 0])
 def test_the_formula(objects):
-    pair = Pair('FGD', temperature=0.3, loss_weight=2.0, **WEIGHTS)
+    pair = FeaturePair('FGD', temperature=0.3, loss_weight=2.0, **WEIGHTS)
     randomized(pair.method)
     losses = pair.step(sizes=SIZES, objects=objects)
     expected = reference(pair, 0.3)
@@ -135,7 +135,7 @@ def test_the_formula(objects):
 
 
 def test_many_boxes_that_reach_out_of_the_image():
-    pair = Pair('FGD', **WEIGHTS)
+    pair = FeaturePair('FGD', **WEIGHTS)
     inputs, samples = tiny.batch_for(pair.student, sizes=SIZES, objects=40)
     generator = torch.Generator().manual_seed(5)
     for sample in samples:
@@ -265,14 +265,14 @@ def test_a_block_starts_as_the_identity():
 
 def test_the_teacher_itself_is_the_minimum():
     """As long as the two blocks are the identity."""
-    pair = Pair('FGD')
+    pair = FeaturePair('FGD')
     assert all(loss > 0 for loss in pair.step().values())
     twin(pair)
     assert all(loss == 0 for loss in pair.step().values())
 
 
 def test_the_blocks_of_both_networks_learn():
-    pair = Pair('FGD')
+    pair = FeaturePair('FGD')
     randomized(pair.method)
     sum(pair.step().values()).backward()
     for blocks in (pair.method.student_blocks, pair.method.teacher_blocks):
@@ -294,10 +294,10 @@ def test_the_blocks_of_both_networks_learn():
 )
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ConfigError, match=message):
-        Pair('FGD', pointwise(), **options)
+        FeaturePair('FGD', pointwise(), **options)
 
 
 def test_defaults_are_the_official_ones_of_retinanet():
-    method = Pair('FGD', tiny.retinanet()).method
+    method = FeaturePair('FGD', tiny.retinanet()).method
     assert method.temperature == 0.5
     assert list(method.weights.values()) == [1e-3, 5e-4, 5e-4, 5e-6]

@@ -17,7 +17,7 @@ from tests.helpers import (
     toy,  # noqa: F401  registers toy.FirstSampler
 )
 from tests.helpers import tiny_detectors as tiny
-from tests.helpers.logit_pair import SIZES, Pair
+from tests.helpers.logit_pair import SIZES, LogitPair
 from tests.helpers.together import Networks, wide
 
 FIRST = dict(type='ToyFirstSampler')
@@ -93,7 +93,7 @@ class Step:
     def __init__(self, case, device):
         if case in WITH_TEACHER:
             method, config, options = WITH_TEACHER[case]
-            made = Pair(method, config(), **options)
+            made = LogitPair(method, config(), **options)
         else:
             method, config, peers, with_teacher = WITH_PEERS[case]
             model = config()

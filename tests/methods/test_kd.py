@@ -11,7 +11,7 @@ from mmkd.registry import METHODS
 from mmkd.utils import build_checked
 from tests.helpers import tiny_dense, toy
 from tests.helpers import tiny_detectors as tiny
-from tests.helpers.logit_pair import Pair, rows, seen_targets
+from tests.helpers.logit_pair import LogitPair, rows, seen_targets
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ HEADS = {
 
 @pytest.mark.parametrize('name', HEADS)
 def test_the_sum_over_priors_and_classes(name):
-    pair = Pair('KD', HEADS[name], temperature=2.0)
+    pair = LogitPair('KD', HEADS[name], temperature=2.0)
     losses = pair.losses()
     assert losses.keys() == {'cls'}
     expected = reference(pair, 2.0)
@@ -110,7 +110,7 @@ def test_the_sum_over_priors_and_classes(name):
 def test_heads_with_targets_or_priors_of_their_own(name):
     config = toy.small_model(toy.stock(name).model)
     config.bbox_head.num_classes = 3
-    pair = Pair('KD', config)
+    pair = LogitPair('KD', config)
     loss = pair.losses()['cls']
     assert loss > 0
     loss.backward()
@@ -121,7 +121,7 @@ def test_heads_with_targets_or_priors_of_their_own(name):
 
 def test_between_points_and_anchors():
     """ATSS teaches FCOS: one prior a point in both."""
-    pair = Pair('KD', tiny.fcos(), tiny_dense.atss())
+    pair = LogitPair('KD', tiny.fcos(), tiny_dense.atss())
     assert pair.distiller.teacher.renormalize.needed
     loss = pair.losses()['cls'].item()
     inputs = pair.distiller.teacher.renormalize(pair.inputs, pair.samples)
@@ -135,7 +135,7 @@ def test_a_teacher_that_knows_other_classes():
     """Only what both know is compared, by name."""
     config = tiny.gfl()
     more = tiny.gfl(bbox_head__num_classes=5)
-    pair = Pair(
+    pair = LogitPair(
         'KD', config, more, teacher_classes=('sky', 'cow', 'bus', 'cat', 'sea')
     )
     loss = pair.losses()['cls'].item()
@@ -146,7 +146,7 @@ def test_a_teacher_that_knows_other_classes():
 def test_reordered_classes_of_an_equal_teacher_give_nothing():
     order = [2, 0, 1]
     names = tuple(tiny.CLASSES[i] for i in order)
-    pair = Pair('KD', tiny.gfl(), teacher_classes=names)
+    pair = LogitPair('KD', tiny.gfl(), teacher_classes=names)
     pair.equal()
     assert pair.losses()['cls'].item() > 0.1
     layer = pair.teacher.bbox_head.gfl_cls
@@ -158,7 +158,7 @@ def test_reordered_classes_of_an_equal_teacher_give_nothing():
 
 @pytest.mark.parametrize('name', HEADS)
 def test_an_equal_student_has_nothing_to_learn(name):
-    pair = Pair('KD', HEADS[name])
+    pair = LogitPair('KD', HEADS[name])
     pair.equal()
     loss = pair.losses()['cls']
     assert loss.item() == 0
@@ -173,7 +173,7 @@ def test_a_softmax_head():
     )
     config.bbox_head.num_classes = 3
     config.data_preprocessor.batch_augments = None
-    pair = Pair('KD', config, temperature=3.0)
+    pair = LogitPair('KD', config, temperature=3.0)
     generator = torch.Generator().manual_seed(0)
     for model in (pair.student, pair.teacher):
         for layers in model.bbox_head.cls_convs:
@@ -214,7 +214,7 @@ def ssd_targets(pair):
 def test_where_the_proposals_come_from_does_not_matter(name):
     config = toy.small_model(toy.stock(name).model)
     config.roi_head.bbox_head.num_classes = 3
-    loss = Pair('KD', config).losses()['cls']
+    loss = LogitPair('KD', config).losses()['cls']
     assert loss.isfinite()
     assert loss > 0
 
@@ -224,7 +224,7 @@ def test_the_labels_of_sabl_are_ordinary():
         toy.stock('sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py').model
     )
     config.roi_head.bbox_head.num_classes = 3
-    assert Pair('KD', config).losses()['cls'] > 0
+    assert LogitPair('KD', config).losses()['cls'] > 0
 
 
 @pytest.mark.parametrize('sigmoid', [False, True])
@@ -232,7 +232,7 @@ def test_the_rois_of_a_two_stage_detector(sigmoid):
     config = tiny.faster_rcnn(
         roi_head__bbox_head__loss_cls__use_sigmoid=sigmoid
     )
-    pair = Pair('KD', config, temperature=2.0)
+    pair = LogitPair('KD', config, temperature=2.0)
     found = []
     head = pair.student.roi_head.bbox_head
     original = head.loss_and_target
@@ -266,10 +266,10 @@ def test_the_rois_of_a_two_stage_detector(sigmoid):
 
 
 def test_every_stage_of_a_cascade():
-    pair = Pair('KD', tiny.cascade_rcnn())
+    pair = LogitPair('KD', tiny.cascade_rcnn())
     losses = pair.losses()
     assert losses.keys() == {'s0_cls', 's1_cls', 's2_cls'}
-    halved = Pair(
+    halved = LogitPair(
         'KD',
         tiny.cascade_rcnn(roi_head__stage_loss_weights=[0.5, 0.5, 0.25]),
         tiny.cascade_rcnn(),
@@ -285,7 +285,7 @@ def test_every_stage_of_a_cascade():
 
 @pytest.mark.parametrize('config', [tiny.gfl(), tiny.faster_rcnn()])
 def test_zero_weight_is_the_stock_loss(config):
-    pair = Pair('KD', config, loss_weight=0.0)
+    pair = LogitPair('KD', config, loss_weight=0.0)
     losses = pair.step()
     state = copy.deepcopy(pair.student.state_dict())
     assert toy.same(losses, pair.stock_losses())
@@ -295,19 +295,19 @@ def test_zero_weight_is_the_stock_loss(config):
 @pytest.mark.parametrize('config', [tiny_dense.yolox(), yolov3()])
 def test_where_only_positives_train_classes(config):
     """Without objects YOLOX's and YOLOv3's class losses train nothing."""
-    pair = Pair('KD', config)
+    pair = LogitPair('KD', config)
     assert pair.losses(objects=(0, 0))['cls'].item() == 0
     assert pair.losses(objects=(0, 2))['cls'].item() > 0
 
 
 def test_an_image_without_objects():
-    losses = Pair('KD', tiny.gfl()).losses(objects=(0, 0))
+    losses = LogitPair('KD', tiny.gfl()).losses(objects=(0, 0))
     assert losses['cls'].isfinite()
     assert losses['cls'] > 0
 
 
 def test_under_half_precision():
-    pair = Pair('KD', tiny.gfl())
+    pair = LogitPair('KD', tiny.gfl())
     with torch.autocast('cpu', dtype=torch.bfloat16):
         half = pair.losses()['cls']
     assert half.dtype == torch.float32
@@ -370,4 +370,4 @@ def softmax_atss():
 )
 def test_pairs_that_do_not_fit(student, teacher, message):
     with pytest.raises(ConfigError, match=message):
-        Pair('KD', student, teacher)
+        LogitPair('KD', student, teacher)

@@ -26,7 +26,7 @@ def untrained(recwarn):
     """Teachers here have random weights, of which a warning tells."""
 
 
-class Pair:
+class LADPair:
     """A student, a teacher of other weights, and one method."""
 
     def __init__(
@@ -113,7 +113,7 @@ def assigned(model, compute):
 
 @pytest.mark.parametrize('name', HEADS)
 def test_a_teacher_that_is_the_student_changes_nothing(name):
-    pair = Pair(HEADS[name](), same=True)
+    pair = LADPair(HEADS[name](), same=True)
     batch = pair.batch()
     stock = scalars(pair.stock(batch))
     assert scalars(pair.losses(batch)) == pytest.approx(stock, rel=1e-6)
@@ -122,7 +122,7 @@ def test_a_teacher_that_is_the_student_changes_nothing(name):
 @pytest.mark.parametrize('quality', ['student', 'teacher'])
 @pytest.mark.parametrize('name', dense.DYNAMIC)
 def test_positives_are_the_teachers(name, quality):
-    pair = Pair(HEADS[name](), quality=quality)
+    pair = LADPair(HEADS[name](), quality=quality)
     batch = pair.batch(objects=[3, 5])
     theirs = assigned(
         pair.teacher,
@@ -152,7 +152,7 @@ def iou(a, b):
 
 
 def test_tood_uses_the_teacher_from_the_first_epoch():
-    pair = Pair(dense.tood())
+    pair = LADPair(dense.tood())
     batch = pair.batch()
     expected = scalars(pair.losses(batch))
     pair.student.bbox_head.initial_epoch = 4
@@ -164,7 +164,7 @@ def test_tood_uses_the_teacher_from_the_first_epoch():
 @pytest.mark.parametrize('quality', ['student', 'teacher'])
 def test_quality_of_rtmdet_by_hand(quality):
     """The soft target is the IoU of that network's box with its object."""
-    pair = Pair(dense.rtmdet(), quality=quality)
+    pair = LADPair(dense.rtmdet(), quality=quality)
     batch = pair.batch(objects=2)
     results = assigned(pair.student, lambda: pair.losses(batch))
     whose = pair.student if quality == 'student' else pair.teacher
@@ -193,7 +193,7 @@ def test_quality_of_rtmdet_by_hand(quality):
 
 def test_alignment_of_tood_by_hand():
     """Score and IoU of the student, normalised in each object."""
-    pair = Pair(dense.tood())
+    pair = LADPair(dense.tood())
     batch = pair.batch(sizes=((160, 192),), objects=1)
     outputs = StepRecord(pair.student)
     with torch.no_grad(), outputs.recording():
@@ -263,7 +263,7 @@ BATCHES = {
 
 @pytest.mark.parametrize('name', BATCHES)
 def test_equals_lad_head(name):
-    pair = Pair(dense.paa(), box_weighting='none')
+    pair = LADPair(dense.paa(), box_weighting='none')
     batch = pair.batch(**BATCHES[name])
     expected = scalars(lad_reference(pair, batch))
     assert scalars(pair.losses(batch)) == pytest.approx(expected, rel=1e-5)
@@ -272,7 +272,7 @@ def test_equals_lad_head(name):
 
 
 def test_gradients_equal_those_of_lad_head():
-    pair = Pair(dense.paa(), box_weighting='none')
+    pair = LADPair(dense.paa(), box_weighting='none')
     batch = pair.batch()
     grads = []
     for losses in (lad_reference(pair, batch), pair.losses(batch)):
@@ -287,7 +287,7 @@ def test_iou_weighting_is_the_stock_loss_on_the_same_positives():
     """sum(u * giou) / sum(u), against the official sum(giou) / n."""
     both = {}
     for weighting in ('iou', 'none'):
-        pair = Pair(dense.paa(), box_weighting=weighting)
+        pair = LADPair(dense.paa(), box_weighting=weighting)
         boxes = []
         batch = pair.batch()
         loss = pair.student.bbox_head.loss_bbox
@@ -322,9 +322,9 @@ def test_classes_are_mapped_by_name(name):
     config, teacher = HEADS[name](), HEADS[name](bbox_head__num_classes=4)
     teacher = tiny.merged(teacher)
     teacher.bbox_head.num_classes = 4
-    pair = Pair(config, teacher=teacher, classes=swapped)
+    pair = LADPair(config, teacher=teacher, classes=swapped)
     batch = pair.batch(objects=4)
-    plain = Pair(config)
+    plain = LADPair(config)
     order = [swapped.index(c) for c in tiny.CLASSES]
     states = plain.teacher.state_dict()
     for key, value in pair.teacher.state_dict().items():
@@ -338,7 +338,7 @@ def test_classes_are_mapped_by_name(name):
 def test_a_class_that_the_teacher_does_not_know():
     teacher = dense.paa()
     teacher.bbox_head.num_classes = 2
-    pair = Pair(dense.paa(), teacher=teacher, classes=('cat', 'cow'))
+    pair = LADPair(dense.paa(), teacher=teacher, classes=('cat', 'cow'))
     with pytest.raises(ConfigError, match='does not know dog'):
         pair.losses(pair.batch())
 
@@ -349,7 +349,7 @@ def test_a_class_that_the_teacher_does_not_know():
 @pytest.mark.parametrize('name', HEADS)
 @pytest.mark.parametrize('objects', [0, [0, 1]])
 def test_images_without_objects(name, objects):
-    pair = Pair(HEADS[name]())
+    pair = LADPair(HEADS[name]())
     losses = pair.losses(pair.batch(objects=objects))
     total = sum(map(math.fabs, scalars(losses).values()))
     assert math.isfinite(total)
@@ -358,7 +358,7 @@ def test_images_without_objects(name, objects):
 @pytest.mark.parametrize('name', HEADS)
 def test_ignored_regions(name):
     """They reach both networks' assigners as in the stock loss."""
-    pair = Pair(HEADS[name](), same=True)
+    pair = LADPair(HEADS[name](), same=True)
     inputs, samples = pair.batch()
     for sample in samples:
         sample.ignored_instances = InstanceData(
@@ -375,7 +375,7 @@ def test_ignored_regions(name):
 @pytest.mark.parametrize('keep', [False, True])
 def test_an_object_with_one_candidate(keep):
     """Without a positive, as in MMDetection; or with it, if asked for."""
-    pair = Pair(dense.paa(), keep_single=keep)
+    pair = LADPair(dense.paa(), keep_single=keep)
     inputs, samples = pair.batch(sizes=((160, 192),), objects=1)
     head = pair.student.bbox_head
     (anchor, *_), *_ = head.prior_generator.grid_priors(
@@ -394,7 +394,7 @@ def test_an_object_with_one_candidate(keep):
 def test_building_leaves_the_head_as_it_was(name):
     """DDOD counts the positives that its loss has seen."""
     fresh = dense.build(HEADS[name](), seed=1).bbox_head
-    head = Pair(HEADS[name]()).student.bbox_head
+    head = LADPair(HEADS[name]()).student.bbox_head
     names = [n for n, v in vars(fresh).items() if isinstance(v, int | list)]
     assert {n: vars(head)[n] for n in names if n != 'initial_epoch'} == {
         n: vars(fresh)[n] for n in names if n != 'initial_epoch'
@@ -403,14 +403,14 @@ def test_building_leaves_the_head_as_it_was(name):
 
 @pytest.mark.parametrize('name', HEADS)
 def test_switched_off_is_stock(name):
-    pair = Pair(HEADS[name](), loss_weight=0)
+    pair = LADPair(HEADS[name](), loss_weight=0)
     batch = pair.batch()
     assert scalars(pair.losses(batch)) == scalars(pair.stock(batch))
 
 
 def test_nothing_is_left_on_the_student():
     for make in HEADS.values():
-        pair = Pair(make())
+        pair = LADPair(make())
         parts = [
             module
             for module in itertools.chain(
@@ -431,7 +431,7 @@ def test_nothing_is_left_on_the_student():
 @pytest.mark.parametrize('make', [dense.atss, tiny.retinanet, tiny.fcos])
 def test_static_assignment(make):
     with pytest.raises(ConfigError, match=r'static.*PAA, TOOD, RTMDet'):
-        Pair(make())
+        LADPair(make())
 
 
 def test_an_assigner_that_the_loss_never_asks():
@@ -442,22 +442,22 @@ def test_an_assigner_that_the_loss_never_asks():
     )
     config = tiny.merged(tiny.retinanet(), bbox_head=head)
     with pytest.raises(ConfigError, match='is not made by its assigner'):
-        Pair(config)
+        LADPair(config)
 
 
 def test_two_stage():
     with pytest.raises(ConfigError, match='one-stage'):
-        Pair(tiny.faster_rcnn())
+        LADPair(tiny.faster_rcnn())
 
 
 def test_transformer():
     with pytest.raises(ConfigError, match='one-stage'):
-        Pair(tiny.detr())
+        LADPair(tiny.detr())
 
 
 def test_other_kinds_of_heads():
     with pytest.raises(ConfigError, match=r'same kind|priors'):
-        Pair(dense.paa(), teacher=dense.tood())
+        LADPair(dense.paa(), teacher=dense.tood())
 
 
 def test_other_priors():
@@ -466,7 +466,7 @@ def test_other_priors():
     )
     teacher.bbox_head.anchor_generator.octave_base_scale = 4
     with pytest.raises(ConfigError, match='priors'):
-        Pair(dense.paa(), teacher=teacher)
+        LADPair(dense.paa(), teacher=teacher)
 
 
 @pytest.mark.parametrize(
@@ -475,12 +475,12 @@ def test_other_priors():
 )
 def test_bad_options(options):
     with pytest.raises(ConfigError):
-        Pair(dense.paa(), **options)
+        LADPair(dense.paa(), **options)
 
 
 def test_box_weighting_is_for_paa():
     with pytest.raises(ConfigError, match='is for PAA'):
-        Pair(dense.tood(), box_weighting='none')
+        LADPair(dense.tood(), box_weighting='none')
 
 
 def test_two_methods_that_steer():
@@ -587,7 +587,7 @@ def giou(a, b):
 )
 def test_soft_labels_by_the_formula(method, weights, images):
     options = dict(soft=dict(min_iou=0.3)) if 'SoLAD' in method else {}
-    pair = Pair(dense.paa(), method, **options)
+    pair = LADPair(dense.paa(), method, **options)
     batch = pair.batch(**images)
     losses = scalars(pair.losses(batch))
     for name, expected in soft_reference(pair, batch, *weights).items():
@@ -596,7 +596,7 @@ def test_soft_labels_by_the_formula(method, weights, images):
 
 
 def test_solad_has_the_assignment_of_lad():
-    pair, lad = Pair(dense.paa(), 'mmkd.SoLAD'), Pair(dense.paa())
+    pair, lad = LADPair(dense.paa(), 'mmkd.SoLAD'), LADPair(dense.paa())
     batch = pair.batch()
     losses = scalars(pair.losses(batch))
     for name, expected in scalars(lad.losses(batch)).items():
@@ -604,7 +604,7 @@ def test_solad_has_the_assignment_of_lad():
 
 
 def test_soft_labels_of_a_student_that_is_the_teacher_are_zero():
-    pair = Pair(dense.paa(), 'mmkd.SoftLabelDistillation', same=True)
+    pair = LADPair(dense.paa(), 'mmkd.SoftLabelDistillation', same=True)
     losses = scalars(pair.losses(pair.batch()))
     for part in ('cls', 'iou'):
         assert abs(losses[f'lad.loss_soft_{part}']) < 1e-5
@@ -616,11 +616,11 @@ def test_soft_labels_need_deltas(make):
     if make is dense.tood:
         return
     with pytest.raises(ConfigError, match='sigmoid heads with anchors'):
-        Pair(make(), 'mmkd.SoftLabelDistillation')
+        LADPair(make(), 'mmkd.SoftLabelDistillation')
 
 
 def test_soft_label_options():
     with pytest.raises(ConfigError, match='min_iou'):
-        Pair(dense.paa(), 'mmkd.SoftLabelDistillation', min_iou=1.0)
+        LADPair(dense.paa(), 'mmkd.SoftLabelDistillation', min_iou=1.0)
     with pytest.raises(ConfigError, match=r'SoLAD\.soft'):
-        Pair(dense.paa(), 'mmkd.SoLAD', soft=dict(minimum=0.1))
+        LADPair(dense.paa(), 'mmkd.SoLAD', soft=dict(minimum=0.1))

@@ -15,7 +15,7 @@ from mmkd.registry import METHODS
 from mmkd.utils import build_checked
 from tests.helpers import tiny_dense, toy
 from tests.helpers import tiny_detectors as tiny
-from tests.helpers.logit_pair import Pair, rows, seen_targets
+from tests.helpers.logit_pair import LogitPair, rows, seen_targets
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def stock_ld(pair, temperature):
 
 @pytest.mark.parametrize('temperature', [10, 2])
 def test_the_main_region_is_mmdetections(temperature):
-    pair = Pair('LD', tiny.gfl(), temperature=temperature)
+    pair = LogitPair('LD', tiny.gfl(), temperature=temperature)
     losses = pair.losses()
     assert losses.keys() == {'main', 'vlr'}
     expected = stock_ld(pair, temperature)
@@ -202,7 +202,7 @@ def weighted(weights, bins, bins_t):
 
 def test_both_regions():
     """The official sums: divided by 4 sides, and by 16 in the VLR."""
-    pair = Pair('LD', tiny.gfl(), loss_weight=2.0)
+    pair = LogitPair('LD', tiny.gfl(), loss_weight=2.0)
     losses = pair.losses()
     main, vlr, *bins = regions(pair)
     assert main.count_nonzero() > 2
@@ -220,7 +220,7 @@ def test_both_regions():
 
 
 def test_normalized():
-    pair = Pair(
+    pair = LogitPair(
         'LD', tiny.gfl(), normalize=True, main_weight=3.0, vlr_weight=5.0
     )
     losses = pair.losses()
@@ -231,14 +231,18 @@ def test_normalized():
 
 
 def test_the_valuable_region_can_be_left_out():
-    assert Pair('LD', tiny.gfl(), vlr_weight=0).losses().keys() == {'main'}
-    assert Pair('LD', tiny.gfl(), main_weight=0).losses().keys() == {'vlr'}
+    assert LogitPair('LD', tiny.gfl(), vlr_weight=0).losses().keys() == {
+        'main'
+    }
+    assert LogitPair('LD', tiny.gfl(), main_weight=0).losses().keys() == {
+        'vlr'
+    }
 
 
 def test_classes_do_not_matter():
     """A teacher with other classes teaches boxes as well."""
     other = tiny.gfl(bbox_head__num_classes=2)
-    pair = Pair('LD', tiny.gfl(), other, teacher_classes=('sky', 'cat'))
+    pair = LogitPair('LD', tiny.gfl(), other, teacher_classes=('sky', 'cat'))
     losses = pair.losses()
     main, _, *bins = regions(pair)
     assert losses['main'].item() == pytest.approx(
@@ -247,13 +251,13 @@ def test_classes_do_not_matter():
 
 
 def test_an_equal_student_has_nothing_to_learn():
-    pair = Pair('LD', tiny.gfl())
+    pair = LogitPair('LD', tiny.gfl())
     pair.equal()
     assert [loss.item() for loss in pair.losses().values()] == [0, 0]
 
 
 def test_images_without_objects():
-    pair = Pair('LD', tiny.gfl())
+    pair = LogitPair('LD', tiny.gfl())
     losses = pair.losses(objects=(0, 0))
     assert [loss.item() for loss in losses.values()] == [0, 0]
     sum(losses.values()).backward()
@@ -261,7 +265,7 @@ def test_images_without_objects():
 
 
 def test_zero_weight_is_the_stock_loss():
-    pair = Pair('LD', tiny.gfl(), loss_weight=0.0)
+    pair = LogitPair('LD', tiny.gfl(), loss_weight=0.0)
     assert toy.same(pair.step(), pair.stock_losses())
 
 
@@ -324,4 +328,4 @@ def test_numbers_of_numpy_are_numbers():
 )
 def test_pairs_that_do_not_fit(student, teacher, message):
     with pytest.raises(ConfigError, match=message):
-        Pair('LD', student, teacher)
+        LogitPair('LD', student, teacher)

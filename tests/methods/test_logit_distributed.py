@@ -9,7 +9,7 @@ import torch.multiprocessing
 
 from tests.helpers import tiny_dense
 from tests.helpers import tiny_detectors as tiny
-from tests.helpers.logit_pair import Pair
+from tests.helpers.logit_pair import LogitPair
 
 METHODS = {
     'KD': {},
@@ -28,7 +28,7 @@ def losses(images):
     for method, options in METHODS.items():
         soft = method == 'SoftLabelDistillation'
         config = tiny_dense.paa() if soft else tiny.gfl()
-        pair = Pair(method, config, **options)
+        pair = LogitPair(method, config, **options)
         pair.student.eval()  # batch norm would see which images share a batch
         inputs, samples = pair.batch(sizes=((256, 256),) * 2, objects=(1, 5))
         pair.distiller.attach()

@@ -9,7 +9,12 @@ from mmkd.errors import ConfigError
 from mmkd.methods.mgd import draw_mask, squared_error
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers import toy
-from tests.helpers.feature_maps import Pair, images_of, pointwise, randomized
+from tests.helpers.feature_maps import (
+    FeaturePair,
+    images_of,
+    pointwise,
+    randomized,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +69,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize('ratio', [0.0, 0.65])
 def test_the_formula(ratio):
-    pair = Pair('MGD', mask_ratio=ratio, loss_weight=0.5)
+    pair = FeaturePair('MGD', mask_ratio=ratio, loss_weight=0.5)
     randomized(pair.method)
     masks = masks_of(pair, ratio)
     losses = pair.step(sizes=((96, 128), (64, 96)))
@@ -96,7 +101,7 @@ def test_masks_hide_their_share():
 
 def test_what_is_masked_is_not_seen():
     """Only the adapter's bias could tell; a masked position gives 0."""
-    pair = Pair('MGD', mask_ratio=0.9)
+    pair = FeaturePair('MGD', mask_ratio=0.9)
     masks = masks_of(pair, 0.9)
     seen = []
     for generator in pair.method.generators:
@@ -111,7 +116,7 @@ def test_what_is_masked_is_not_seen():
 
 def test_the_teacher_can_be_generated():
     """With everything seen, a generator that passes on gives 0."""
-    pair = Pair('MGD', mask_ratio=0.0)
+    pair = FeaturePair('MGD', mask_ratio=0.0)
     pair.student.load_state_dict(pair.teacher.state_dict())
     for generator in pair.method.generators:
         # Above all features, so that ReLU passes them, and back.
@@ -125,7 +130,7 @@ def test_the_teacher_can_be_generated():
 
 
 def test_masks_differ_from_step_to_step_and_between_processes(monkeypatch):
-    pair = Pair('MGD')
+    pair = FeaturePair('MGD')
     first, second = masks_of(pair, 0.5), None
     pair.step()
     second = masks_of(pair, 0.5)
@@ -135,7 +140,7 @@ def test_masks_differ_from_step_to_step_and_between_processes(monkeypatch):
 
 
 def test_masks_are_those_of_the_seed():
-    pairs = [Pair('MGD'), Pair('MGD')]
+    pairs = [FeaturePair('MGD'), FeaturePair('MGD')]
     losses = [[pair.step()['mgd'].item() for _ in range(2)] for pair in pairs]
     assert losses[0] == losses[1]
     assert losses[0][0] != losses[0][1]
@@ -146,7 +151,7 @@ def test_masks_are_those_of_the_seed():
 
 
 def test_loaded_state_continues_the_stream():
-    pair, other = Pair('MGD'), Pair('MGD')
+    pair, other = FeaturePair('MGD'), FeaturePair('MGD')
     for _ in range(3):
         pair.step()
     assert pair.method.draws == 3
@@ -195,15 +200,15 @@ def test_a_resumed_run_draws_the_same_masks(tmp_path):
 @pytest.mark.parametrize('ratio', [-0.1, 1.0, float('nan')])
 def test_ratios_that_cannot_be(ratio):
     with pytest.raises(ConfigError, match=r'MGD\.mask_ratio must be from'):
-        Pair('MGD', mask_ratio=ratio)
+        FeaturePair('MGD', mask_ratio=ratio)
 
 
 def test_the_width_is_the_teachers():
-    pair = Pair('MGD', pointwise(), pointwise(24))
+    pair = FeaturePair('MGD', pointwise(), pointwise(24))
     for generator in pair.method.generators:
         assert generator.conv1.weight.shape == (24, 24, 3, 3)
 
 
 def test_defaults():
-    method = Pair('MGD', tiny.retinanet()).method
+    method = FeaturePair('MGD', tiny.retinanet()).method
     assert (method.mask_ratio, method.loss_weight) == (0.65, 2e-5)

@@ -11,7 +11,7 @@ from mmkd.errors import ConfigError
 from mmkd.utils import isolated_random_state
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers import toy
-from tests.helpers.logit_pair import Pair
+from tests.helpers.logit_pair import LogitPair
 from tests.helpers.together import Networks, wide
 from tests.methods.test_kd import reference as kd_reference
 from tests.methods.test_mutual import (
@@ -63,7 +63,7 @@ def test_without_others_it_is_distillation(name):
     losses = networks.of_method(batch)
     assert set(losses) == {'kd_student', 'kd_second'}
     for student, model in networks.all.items():
-        pair = Pair(
+        pair = LogitPair(
             'KD',
             config if student == 'student' else wide(config),
             config,

@@ -4,7 +4,7 @@ import pytest
 
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import (
-    Pair,
+    FeaturePair,
     images_of,
     twin,
 )
@@ -18,7 +18,7 @@ def untrained(recwarn):
 
 @pytest.mark.parametrize('per_image', [False, True])
 def test_on_detectors(per_image):
-    pair = Pair(
+    pair = FeaturePair(
         'PKD',
         tiny.faster_rcnn(),
         per_image=per_image,
@@ -39,17 +39,17 @@ def test_on_detectors(per_image):
 
 def test_between_detectors_of_different_kinds():
     """The pair of the paper: FCOS teaches RetinaNet."""
-    pair = Pair('PKD', tiny.retinanet(), tiny.fcos())
+    pair = FeaturePair('PKD', tiny.retinanet(), tiny.fcos())
     assert 0 < pair.step()['pkd'] / 6 / 5 < 2
 
 
 def test_the_teacher_itself_is_the_minimum():
-    pair = Pair('PKD')
+    pair = FeaturePair('PKD')
     assert pair.step()['pkd'] > 0
     twin(pair)
     assert pair.step()['pkd'] == 0
 
 
 def test_defaults():
-    method = Pair('PKD').method
+    method = FeaturePair('PKD').method
     assert (method.loss_weight, method.per_image) == (6.0, False)

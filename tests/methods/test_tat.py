@@ -10,7 +10,7 @@ from mmkd.methods import TaT
 from mmkd.methods.tat import Embedding, group_patches, pool_cells
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import (
-    Pair,
+    FeaturePair,
     images_of,
     pointwise,
     random_maps,
@@ -173,7 +173,7 @@ HIERARCHY = dict(
 @pytest.mark.parametrize('form', [PLAIN, HIERARCHY], ids=['plain', 'levels'])
 def test_the_formula(form, per_image, theta, softmax):
     options = dict(form, per_image=per_image, theta=theta, softmax=softmax)
-    pair = Pair(
+    pair = FeaturePair(
         'TaT',
         pointwise(),
         pointwise(8),
@@ -198,13 +198,15 @@ def test_the_formula(form, per_image, theta, softmax):
 
 def test_levels_are_averaged():
     each = [
-        Pair('TaT', levels=chosen).step()['patch'].item()
+        FeaturePair('TaT', levels=chosen).step()['patch'].item()
         for chosen in ([0], [1], [0, 1])
     ]
     assert len(set(each)) == 3
     # Both levels' layers are drawn with one seed: the second pair's differ.
-    pair = Pair('TaT', levels=[0, 1])
-    pair.method.embeddings[1] = Pair('TaT', levels=[1]).method.embeddings[0]
+    pair = FeaturePair('TaT', levels=[0, 1])
+    pair.method.embeddings[1] = FeaturePair(
+        'TaT', levels=[1]
+    ).method.embeddings[0]
     mean = (each[0] + each[1]) / 2
     assert pair.step()['patch'].item() == pytest.approx(mean, rel=1e-5)
 
@@ -239,7 +241,7 @@ def test_softmax_over_the_teachers_positions():
 
 def test_a_permuted_student_is_as_good():
     """What makes it target-aware: where a feature stands does not matter."""
-    pair = Pair('TaT', **PLAIN, levels=[0])
+    pair = FeaturePair('TaT', **PLAIN, levels=[0])
     loss = pair.step()['tat'].item()
     (ours, _), (theirs, _) = pair.features()
     order = torch.randperm(
@@ -356,15 +358,15 @@ def test_memory_is_linear_in_the_number_of_positions():
 
 
 def test_one_part_alone():
-    assert Pair('TaT', anchor_grid=None).step().keys() == {'patch'}
-    assert Pair('TaT', patch_size=None).step().keys() == {'anchor'}
-    assert Pair('TaT', **PLAIN).step().keys() == {'tat'}
+    assert FeaturePair('TaT', anchor_grid=None).step().keys() == {'patch'}
+    assert FeaturePair('TaT', patch_size=None).step().keys() == {'anchor'}
+    assert FeaturePair('TaT', **PLAIN).step().keys() == {'tat'}
 
 
 def test_theta_is_trained_only_as_a_convolution():
     names = [
         {n.split('.')[2] for n, _ in pair.method.named_parameters()}
-        for pair in (Pair('TaT'), Pair('TaT', theta='conv'))
+        for pair in (FeaturePair('TaT'), FeaturePair('TaT', theta='conv'))
     ]
     assert names == [{'gamma', 'phi'}, {'gamma', 'phi', 'theta'}]
 
@@ -386,4 +388,4 @@ def test_theta_is_trained_only_as_a_convolution():
 )
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ConfigError, match=message):
-        Pair('TaT', tiny.retinanet(), **options)
+        FeaturePair('TaT', tiny.retinanet(), **options)
