@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmengine.structures import InstanceData
 
+from mmkd.data.batch import Batch
 from mmkd.errors import ConfigError
 from mmkd.methods.feature_base import (
     FeatureMethod,
@@ -175,7 +176,7 @@ def test_half_precision_is_safe(method, dtype):
     _, samples = tiny.batch_for(pair.student)
     student, teacher = Fixed(maps['student']), Fixed(maps['teacher'])
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        losses = pair.method(student, teacher, samples)
+        losses = pair.method(student, teacher, Batch(None, samples))
     for loss in losses.values():
         assert loss.dtype == torch.float32
         assert loss.isfinite()
@@ -253,7 +254,7 @@ def test_several_maps_an_image_are_refused(method, numbers):
             rf'maps .* "neck" {numbers[1]}: .* Tap a module in front of it'
         )
     with pytest.raises(ConfigError, match=message):
-        pair.method(student, teacher, samples)
+        pair.method(student, teacher, Batch(None, samples))
 
 
 # ----------------------------------------------------------------- options
