@@ -9,6 +9,7 @@ from mmkd.data.batch import Batch
 from mmkd.doctor.report import Report
 from mmkd.doctor.weights import _check_file
 from mmkd.errors import ConfigError
+from mmkd.teachers import speed
 from mmkd.teachers import speed_up as teacher_speed
 from mmkd.teachers.speed import Speed
 from mmkd.teachers.speed_up import compiled_parts
@@ -198,7 +199,7 @@ def test_by_default_nothing_is_changed(dense, monkeypatch):
         raise AssertionError('the plain path went through the options')
 
     monkeypatch.setattr(teacher_speed, 'probe', called)
-    monkeypatch.setattr(teacher_speed, 'changed', called)
+    monkeypatch.setattr(speed, 'changed', called)
     distiller = dense.distiller()
     assert distiller.teacher.speed == Speed()
     assert faster.losses_of(distiller, dense.batch) == dense.losses
