@@ -196,6 +196,21 @@ def test_options_shared_by_an_anchor(reading, tmp_path):
     assert reading.read_yaml(path)['b'] == dict(x=1, y=3)
     path.write_text('a: &a {x: 1}\nb: {c: &b {<<: *a, x: 2}}\nd: {<<: *b}\n')
     assert reading.read_yaml(path)['d'] == dict(x=2)
+    # An own key comes first, then the mappings in the order of the list.
+    path.write_text(
+        'a: &a {lr: 1, seed: 1}\n'
+        'b: &b {<<: *a, lr: 2, name: b}\n'
+        'c: {<<: [*b, *a], name: c}\n'
+        'd: {name: d, <<: [*a, *b]}\n'
+    )
+    read = reading.read_yaml(path)
+    assert read['b'] == dict(seed=1, lr=2, name='b')
+    assert read['c'] == dict(seed=1, lr=2, name='c')
+    assert read['d'] == dict(seed=1, lr=1, name='d')
+    for wrong in ('1', '[1]', '[*a, [*a]]'):
+        path.write_text(f'a: &a {{x: 1}}\nb: {{<<: {wrong}}}\n')
+        with pytest.raises(ConfigError, match='expected a mapping, or a list'):
+            reading.read_yaml(path)
     path.write_text('a: &a {x: 1}\nb:\n  <<: *a\n  <<: *a\n')
     with pytest.raises(ConfigError, match='"<<" is given twice'):
         reading.read_yaml(path)
