@@ -524,7 +524,7 @@ def start(path, code, *options):
 
 def run(path, code, *options):
     process = start(path, code, *options)
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate()
     return process.returncode, output
 
 
@@ -620,5 +620,5 @@ def test_a_failing_run_leaves_the_others(write, code, configs, tmp_path):
     while not log.stat().st_size:  # a signal during a fork is lost
         time.sleep(0.05)
     start_again.send_signal(signal.SIGTERM)
-    start_again.communicate(timeout=60)
+    start_again.communicate()
     assert start_again.returncode == 143
