@@ -45,7 +45,7 @@ setup(
         'mmdet': MMDET,
         **{
             extra: read_requirements(extra)
-            for extra in ('data', 'dev', 'docs', 'ensemble', 'mim', 'report')
+            for extra in ('dev', 'docs', 'ensemble', 'mim', 'report')
         },
     },
     classifiers=[
