@@ -1,16 +1,21 @@
-# Every target installs first; that is instant when nothing has changed.
+# Every target but `lock` installs first; that is instant when nothing has
+# changed.
 PY := .venv/bin/python
 # Options for pytest: make test ARGS='tests/methods -k tat'
+# and for the lock: make lock ARGS=--upgrade
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install lock demo test lint format clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 install: ## Make .venv and install mmkd and all it needs into it.
 	@bash tools/install.sh
+
+lock: ## Lock all packages anew (ARGS=--upgrade: their newest versions).
+	@bash tools/lock.sh $(ARGS)
 
 demo: install ## Distil a small detector on real photos.
 	@$(PY) tools/demo.py

@@ -43,9 +43,10 @@ setup(
     ],
     extras_require={
         'mmdet': MMDET,
-        'report': read_requirements('report'),
-        'ensemble': read_requirements('ensemble'),
-        'dev': read_requirements('dev'),
+        **{
+            extra: read_requirements(extra)
+            for extra in ('dev', 'docs', 'ensemble', 'mim', 'report')
+        },
     },
     classifiers=[
         'Development Status :: 4 - Beta',

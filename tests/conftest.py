@@ -18,6 +18,8 @@ import pytest
 import torch
 from mmengine.logging import MMLogger
 
+from tests.helpers.hold import VARIABLE
+
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +85,16 @@ def own_process():
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
     logging.disable(silenced)
+
+
+@pytest.fixture
+def hold(tmp_path, monkeypatch):
+    """The file at which processes wait as long as it is there."""
+    flag = tmp_path / 'hold'
+    flag.touch()
+    monkeypatch.setenv(VARIABLE, str(flag))
+    yield flag
+    flag.unlink(missing_ok=True)
 
 
 @pytest.fixture

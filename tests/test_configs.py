@@ -294,6 +294,5 @@ def test_as_it_is_through_the_training_tool(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert loaded.returncode == 0, loaded.stderr[-3000:]

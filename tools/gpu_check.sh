@@ -184,10 +184,12 @@ deadline=$((${minutes:-1000000} * 60 - 15))
 
 # stage NAME COMMAND...: until it has passed once; with a limit and a log.
 stage() {
-    local limit=$((stage_minutes * 60)) status outcome
+    local limit=$((stage_minutes * 60)) late='took too long' status outcome
     stage=$1 begun=$SECONDS
     shift
-    [ $((deadline - begun)) -gt "$limit" ] || limit=$((deadline - begun))
+    if [ $((deadline - begun)) -le "$limit" ]; then
+        limit=$((deadline - begun)) late=unfinished
+    fi
     if [ "$limit" -lt 1 ]; then
         say "$stage: no time left; another call goes on"
         finish 3
@@ -207,12 +209,10 @@ stage() {
     job=''
     if [ $status = 0 ]; then
         outcome=passed
-    elif [ $((SECONDS - begun)) -lt "$limit" ]; then
-        outcome=failed
-    elif [ $SECONDS -lt $deadline ]; then
-        outcome='took too long'
+    elif [ $status = 124 ] || [ $((SECONDS - begun)) -ge "$limit" ]; then
+        outcome=$late # 124: says `timeout`, or else it had to kill
     else
-        outcome=unfinished
+        outcome=failed
     fi
     state end "$stage" "$outcome" $((SECONDS - begun))
     say "$stage: $outcome after $((SECONDS - begun)) s"

@@ -5,6 +5,7 @@
 #   PYTHON    the interpreter to make .venv with (default: python3)
 #   MAX_JOBS  compiler processes (default: one per core)
 set -euo pipefail
+shopt -s extglob
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
@@ -20,8 +21,18 @@ die() {
 }
 pip() { "$py" -m pip --disable-pip-version-check "$@"; }
 install() {
-    pip install --no-build-isolation -c requirements/tested.txt "$@" |
+    pip install --no-build-isolation -c "$(lock)" "$@" |
         sed -u '/^Requirement already satisfied/d'
+}
+
+# The versions to install, as constraints: what a lock holds for a CUDA build
+# of torch alone does no harm where torch does not ask for it.
+lock() {
+    local file
+    file=$("$py" -c 'import sys
+print("requirements/lock-py%d%d.txt" % sys.version_info[:2])')
+    [ -e "$file" ] || file=requirements/tested.txt
+    echo "$file"
 }
 
 # Whatever would call for another installation changes this line: a moved
@@ -146,13 +157,14 @@ main() {
     # Fails for a .venv that is absent, cut off, or whose Python has gone.
     pip --version >/dev/null 2>&1 || make_venv
     drop_half_installed
+    say "installing the versions in $(lock)"
 
     say 'installing torch and what compiling mmcv needs'
     install torch -r requirements/build.txt
     ensure_mmcv
     say 'installing mmengine, mmdet and the tools'
-    install -r requirements/mmdet.txt -r requirements/report.txt \
-        -r requirements/ensemble.txt -r requirements/dev.txt
+    local files=(requirements/!(lock-*).txt)
+    install "${files[@]/#/-r}"
     # The headless OpenCV goes on top of the other one, as it needs no libGL.
     install --quiet --force-reinstall --no-deps opencv-python-headless
     # Its requirements are installed already: nothing is to move torch.

@@ -41,6 +41,7 @@ ADDED = (
 )  # fmt: skip
 """What a run's options may add to a config that does not have it."""
 RUN_OPTIONS = ('config', 'teacher', 'options', 'seeds', *AXES)
+MERGE = 'tag:yaml.org,2002:merge'
 TESTED_OPTIONS = ('of', 'network', 'ensemble')
 
 
@@ -171,7 +172,12 @@ def teacher_run(study: Study, name: str, seed: int, where: str) -> Run:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not an override."""
+    """YAML in which a key given twice is an error, not an override.
+
+    A merge (``<<``) follows YAML's rule: a mapping's own keys come before
+    merged ones, and of several merged mappings the first one wins. Releases
+    of PyYAML differ in that.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -182,6 +188,27 @@ class UniqueKeys(yaml.SafeLoader):
                     None, None, f'"{key}" is given twice', node.start_mark
                 )
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        own = [pair for pair in node.value if pair[0].tag != MERGE]
+        sources = [value for key, value in node.value if key.tag == MERGE]
+        node.value = own  # so that a mapping that merges itself ends
+        super().flatten_mapping(node)
+        merged: list[Any] = []
+        for source in sources:
+            several = isinstance(source, yaml.SequenceNode)
+            for mapping in reversed(source.value) if several else [source]:
+                if not isinstance(mapping, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(
+                        None,
+                        None,
+                        'expected a mapping, or a list of mappings, to merge',
+                        mapping.start_mark,
+                    )
+                self.flatten_mapping(mapping)
+                merged += mapping.value
+        # The last one of equal keys is kept.
+        node.value = merged + own
 
 
 def read_yaml(path: Path) -> Any:

@@ -5,13 +5,15 @@ import json
 import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmkd.benchmark import assign as benchmark_assign
 from mmkd.benchmark import command as benchmark
@@ -186,10 +188,13 @@ def test_epochs_need_one_teacher(config, part):
         benchmark_epochs.epochs(arguments(path, images=4), 'cpu')
 
 
-def test_growth_with_the_images_size(config):
+def test_growth_with_the_images_size(config, monkeypatch):
     path = config(toy.RETINANET, dict(pkd=dict(type='mmkd.PKD')))
     args = arguments(path, objects=[3], sizes=[(64, 64), (320, 320)])
-    found = benchmark_scale.scale(args, 'cpu')[0]['sizes']
+    with FlopCounterMode(display=False) as counter:  # a clock of work alone
+        clock = SimpleNamespace(perf_counter=counter.get_total_flops)
+        monkeypatch.setattr(common, 'time', clock)
+        found = benchmark_scale.scale(args, 'cpu')[0]['sizes']
     small, large = found['64x64'], found['320x320']
     for kind in ('plain', 'teacher', 'distilled'):
         assert sum(large['seconds'][kind]) > sum(small['seconds'][kind])
@@ -205,6 +210,7 @@ def test_growth_with_the_images_size(config):
 def test_growth_with_processes(config):
     path = config(GFL, dict(pkd=dict(type='mmkd.PKD')))
     args = arguments(path, objects=[3], processes=[1, 2], threads=1)
+    args.cpu_time = True
     found = benchmark_scale.scale(args, 'cpu')[0]['processes']
     assert list(found) == [1, 2]
     for each in found.values():
@@ -216,7 +222,7 @@ def test_a_command_s_table_and_its_file(config, tmp_path):
     path = config(GFL, dict(kd=dict(type='mmkd.KD')))
     size = ('--size', '96', '128', '--objects', '3', '--batch', '2')
     command = [sys.executable, 'tools/benchmark.py', 'methods', path, *size]
-    command += ['--repeat', '2', '--json', str(tmp_path / 'x')]
+    command += ['--repeat', '2', '--cpu-time', '--json', str(tmp_path / 'x')]
     done = subprocess.run(
         command, cwd=toy.ROOT, capture_output=True, text=True
     )
@@ -289,15 +295,25 @@ def test_a_gpu_s_work_is_timed():
     assert 5 < ten / one < 20
 
 
-def test_the_processor_s_time_leaves_waiting_out():
-    runs = {'wait': lambda: time.sleep(0.05)}
-    spent = {}
-    for cpu in (False, True):
-        args = argparse.Namespace(repeat=2, cpu_time=cpu)
-        spent[cpu] = common.interleaved(runs, args, 'cpu')['wait']
-    assert len(spent[True]) == len(spent[False]) == 2
-    assert min(spent[False]) >= 0.05
-    assert max(spent[True]) < 0.04
+def test_the_processor_s_time_leaves_waiting_out(monkeypatch):
+    now = dict(perf_counter=0, process_time=0)
+
+    def work(seconds):
+        for clock in now:
+            now[clock] += seconds
+
+    def wait():
+        now['perf_counter'] += 3
+
+    clocks = {clock: partial(now.get, clock) for clock in now}
+    monkeypatch.setattr(common, 'time', SimpleNamespace(**clocks))
+    runs = {'work': partial(work, 2), 'both': lambda: (work(1), wait())}
+    args = argparse.Namespace(repeat=2, cpu_time=False)
+    times = common.interleaved(runs, args, 'cpu')
+    assert times == {'work': [2, 2], 'both': [4, 4]}
+    args.cpu_time = True
+    times = common.interleaved(runs, args, 'cpu')
+    assert times == {'work': [2, 2], 'both': [1, 1]}
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,6 @@ def test_flagship(tmp_path, config, stock, losses):
         env=env,
         capture_output=True,
         text=True,
-        timeout=600,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert all(name in run.stdout for name in losses)
@@ -80,7 +79,6 @@ def test_flagship(tmp_path, config, stock, losses):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert loaded.returncode == 0, loaded.stderr[-3000:]
 

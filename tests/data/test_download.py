@@ -5,12 +5,14 @@ import os
 import re
 import signal
 import tarfile
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+from filelock import FileLock, Timeout
 
 from mmkd.data import download as module
 from mmkd.data.download import RemoteFile, download, extract, verify
@@ -155,9 +157,22 @@ def test_a_killed_process_leaves_a_part(site, remote, ranges, target):
     assert target.read_bytes() == CONTENT
 
 
-def test_two_at_the_same_time(site, remote, ranges, target, capsys):
+def test_three_at_the_same_time(
+    site, remote, ranges, target, capsys, monkeypatch
+):
+    waiting = threading.Semaphore(0)
+
+    class Watched(FileLock):
+        def acquire(self, *args, **kwargs):
+            try:
+                return super().acquire(*args, **kwargs)
+            except Timeout:
+                waiting.release()
+                raise
+
+    monkeypatch.setattr(module, 'FileLock', Watched)
     site.cuts = [50_000]
-    site.at_cut = lambda: time.sleep(0.5)
+    site.at_cut = lambda: [waiting.acquire() for _ in range(2)]
     with ThreadPoolExecutor(3) as pool:
         new = pool.map(lambda _: download(remote, target), range(3))
     assert sorted(new) == [False, False, True]

@@ -19,7 +19,7 @@ def config(work_dir, *, iterations=3, **options):
     """Nothing random, nothing that depends on the size of the batch."""
     cfg = toy.distilled(work_dir, images=2 * iterations, **options)
     cfg.custom_imports = dict(imports=['tests.helpers.toy'])
-    cfg.env_cfg.dist_cfg = dict(backend='gloo', timeout=300)
+    cfg.env_cfg.dist_cfg = dict(backend='gloo', timeout=1800)
     cfg.model.backbone.norm_eval = True
     for stage in (cfg.model.train_cfg.rpn, cfg.model.train_cfg.rcnn):
         stage.sampler.type = 'ToyFirstSampler'
@@ -245,7 +245,7 @@ def test_two_scripts_at_once_and_an_error_in_one_process(tmp_path):
             cfg.custom_hooks.append(dict(type='ToyFailSecond'))
         path = toy.write(copy.deepcopy(cfg), tmp_path / name / 'config.py')
         jobs.append(dist_train(path, 2))
-    (good, _), (bad, _) = (job.communicate(timeout=300) for job in jobs)
+    (good, _), (bad, _) = (job.communicate() for job in jobs)
     assert jobs[0].returncode == 0, good[-3000:]
     assert jobs[1].returncode != 0
     assert 'hint.loss_hint is NaN or infinite' in bad

@@ -14,9 +14,8 @@ import resource
 import runpy
 import signal
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -268,29 +267,15 @@ class Job:
         self.process = _processes.Process(target=_run_script, args=job)
         self.process.start()
 
-    def wait(self, timeout: float = 240) -> int:
-        """The exit status."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.kill()
-            raise TimeoutError(f'{timeout} s are over:\n{self.text()}')
+    def wait(self) -> int:
+        """Return the exit status; a test that is stopped stops the job."""
+        try:
+            self.process.join()
+        except BaseException:
+            self.process.kill()
+            print(self.text())
+            raise
         return self.process.exitcode
-
-    def kill(self) -> None:
-        """End it as a power failure would."""
-        if self.process.is_alive():
-            os.kill(self.process.pid, signal.SIGKILL)
-        self.process.join()
-
-    def kill_when(self, condition: Callable[[], Any], wait: float = 120):
-        """Kill it at the moment when ``condition`` holds."""
-        end = time.monotonic() + wait
-        while not condition():
-            if not self.process.is_alive() or time.monotonic() > end:
-                self.kill()
-                raise AssertionError(f'it never came to that:\n{self.text()}')
-        self.kill()
-        assert self.process.exitcode == -signal.SIGKILL, self.text()
 
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ''
@@ -315,17 +300,54 @@ def tool(log: Path, script: str, *arguments: Any, **options: Any) -> Job:
     return job
 
 
-@HOOKS.register_module(name='ToyBallast')
-class Ballast(Hook):
-    """Makes a checkpoint large, so that writing it takes a moment."""
+@HOOKS.register_module(name='ToyKillAt')
+class KillAt(Hook):
+    """Ends its process in or after the second epoch, as a power failure would.
 
-    def __init__(self, megabytes: int) -> None:
-        self.megabytes = megabytes
+    The moment is that of the environment variable ``TOY_KILL_AT``, so that
+    the run that is killed and the one that continues it have one config.
+    """
+
+    priority = 'LOWEST'  # after the logger
+    renamed = {
+        'before last_checkpoint': 'epoch_2.pth',
+        'after a save': 'last_checkpoint',
+    }
+    """The file behind whose renaming a moment lies."""
+
+    def __init__(self) -> None:
+        self.moment = os.environ.get('TOY_KILL_AT')
+
+    def before_train(self, runner: Runner) -> None:
+        replace, last = os.replace, self.renamed.get(self.moment)
+
+        def replace_and_end(source: Any, target: Any) -> None:
+            replace(source, target)
+            if runner.epoch == 1 and Path(target).name == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace_and_end if last else replace
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        if self.moment == 'within an epoch' and runner.epoch == batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        checkpoint['ballast'] = torch.zeros(
-            self.megabytes << 20, dtype=torch.uint8
-        )
+        if self.moment == 'while writing' and runner.epoch == 1:
+            # The system ends a process that writes more than this to a file.
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            for what, most in ('FSIZE', 300_000), ('CORE', 0):
+                number = getattr(resource, f'RLIMIT_{what}')
+                hard = resource.getrlimit(number)[1]
+                resource.setrlimit(number, (most, hard))
+
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        if (self.moment, runner.epoch, batch_idx) == ('in validation', 2, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @HOOKS.register_module(name='ToyFullDisk')

@@ -1,6 +1,7 @@
 """Two processes with an image each are one process with both."""
 
 import functools
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -41,30 +42,24 @@ def losses(images):
     return found
 
 
-def one_of_two(rank, store, queue):
+def one_of_two(store, rank):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         'gloo', init_method=f'file://{store}', rank=rank, world_size=2
     )
-    queue.put(losses([rank]))
+    found = losses([rank])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:THE TEACHER IS UNTRAINED')
 def test_the_normalisers_are_averaged(tmp_path):
     context = torch.multiprocessing.get_context('spawn')
-    queue = context.Queue()
-    work = functools.partial(context.Process, target=one_of_two, daemon=True)
-    processes = [
-        work(args=(rank, str(tmp_path / 'store'), queue)) for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    parts = [queue.get(timeout=240) for _ in processes]
-    for process in processes:
-        process.join(60)
+    work = functools.partial(one_of_two, str(tmp_path / 'store'))
+    with ProcessPoolExecutor(2, context) as pool:
+        parts = list(pool.map(work, (0, 1)))
     expected = losses([0, 1])
     assert len(expected) == 12
     for name, loss in expected.items():

@@ -197,7 +197,7 @@ def test_two_processes_are_one(tmp_path, method):
             teacher=toy.untrained(cfg), methods=dict(co=toy.LAD)
         )
     cfg.custom_imports = dict(imports=['tests.helpers.toy'])
-    cfg.env_cfg.dist_cfg = dict(backend='gloo', timeout=300)
+    cfg.env_cfg.dist_cfg = dict(backend='gloo', timeout=1800)
     toy.in_order(cfg)
     cfg.train_dataloader.batch_size = 1
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None

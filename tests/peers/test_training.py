@@ -59,7 +59,7 @@ def config(work_dir, name, *, iterations=2):
     cfg.custom_imports = dict(
         imports=['tests.helpers.toy', 'tests.helpers.toy_distributed']
     )
-    cfg.env_cfg.dist_cfg = dict(backend='gloo', timeout=300)
+    cfg.env_cfg.dist_cfg = dict(backend='gloo', timeout=1800)
     # Batch norm would see which images share a batch; so would FFSD's.
     cfg.custom_hooks = [
         dict(type='ToySaveRecord'),

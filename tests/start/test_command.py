@@ -311,7 +311,6 @@ def run(*arguments):
         cwd=toy.ROOT,
         capture_output=True,
         text=True,
-        timeout=400,
         check=False,
     )
 

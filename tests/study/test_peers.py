@@ -8,11 +8,13 @@ import yaml
 
 from mmkd.errors import ConfigError
 from tests.helpers import toy
+from tests.helpers.hold import reached
 from tests.study.test_study import (
     ROOT,
     a_checkpoint,
     cells,
     finish,
+    kill,
     plan,
     run,
     start,
@@ -347,8 +349,12 @@ def test_the_table_names_the_run_that_is_paid_for(reading, finished):
 
 # AP is 0 after two epochs; this tells any two networks apart.
 METRIC = """
+import sys
+
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
+
+from tests.helpers.hold import wait
 
 
 @METRICS.register_module(name='ToySum')
@@ -362,12 +368,14 @@ class Sum(BaseMetric):
             self.results.append(float(found['scores'].sum() + boxes))
 
     def compute_metrics(self, results):
+        if 'both-seed0' in sys.argv[-1]:
+            wait()
         return dict(sum=sum(results))
 """
 
 
 @pytest.mark.slow
-def test_a_real_run_and_its_rows(write, together, tmp_path):
+def test_a_real_run_and_its_rows(write, together, tmp_path, hold):
     """Their metrics are those of the last validation in training."""
     folder, code = tmp_path / 'study', tmp_path / 'code'
     shutil.copytree(ROOT / 'mmkd', code / 'mmkd')
@@ -378,9 +386,9 @@ def test_a_real_run_and_its_rows(write, together, tmp_path):
         file.write('val_evaluator = test_evaluator\n')
     path = write(metrics={'AP': 'toy/sum'})
     first = start(path, code)
-    wait_for(first, folder / 'both-seed0' / 'test.json')
-    first.kill()
-    first.wait()
+    wait_for(first, reached(hold))
+    kill(first, folder)
+    hold.unlink()
     assert not (folder / 'both-seed0' / 'result.json').exists()
     status, output = run(path, code, '--dry-run')
     assert status == 0

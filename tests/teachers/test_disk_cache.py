@@ -1,6 +1,7 @@
 """Entries on disk: whole or absent, bounded, shared by processes."""
 
 import argparse
+import fcntl
 import multiprocessing
 import os
 import random
@@ -26,13 +27,7 @@ def files(folder):
 
 
 def size_of(folder):
-    total = 0
-    for path in folder.glob('??/*'):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # removed meanwhile
-            continue
-    return total
+    return sum(path.stat().st_size for path in folder.glob('??/*'))
 
 
 def test_what_comes_back(tmp_path):
@@ -150,17 +145,18 @@ def write_for_ever(folder):
 
 
 def test_a_killed_writer_leaves_nothing_wrong(tmp_path):
-    for _ in range(8):
-        writer = processes.Process(target=write_for_ever, args=(tmp_path,))
+    for attempt in range(8):
+        folder = tmp_path / str(attempt)
+        writer = processes.Process(target=write_for_ever, args=(folder,))
         writer.start()
-        end = time.monotonic() + 30
-        while not files(tmp_path) and time.monotonic() < end:
+        while not files(folder):
+            assert writer.is_alive()
             time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.1))
+        time.sleep(random.uniform(0, 0.1))  # it may be anywhere
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
-        cache = DiskCache(tmp_path, 10**6)
-        assert list(tmp_path.glob('??/*.tmp')) == []
+        cache = DiskCache(folder, 10**6)
+        assert list(folder.glob('??/*.tmp')) == []
         found = [cache.read(str(number)) for number in range(50)]
         assert any(entry is not None for entry in found)
         for number, entry in enumerate(found):
@@ -176,6 +172,9 @@ def use(folder, seed, limit):
         assert entry is None or torch.equal(entry, value(number))
         if entry is None:
             cache.write(str(number), value(number))
+            with open(folder / 'lock') as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # nobody else writes
+                assert size_of(folder) <= limit
 
 
 def test_processes_that_share_it(tmp_path):
@@ -186,14 +185,10 @@ def test_processes_that_share_it(tmp_path):
     ]
     for user in users:
         user.start()
-    largest = 0
-    while any(user.is_alive() for user in users):
-        largest = max(largest, size_of(tmp_path))
-        time.sleep(0.005)
     for user in users:
         user.join()
     assert [user.exitcode for user in users] == [0] * 4
-    assert limit / 2 < largest <= limit
+    assert limit / 2 < size_of(tmp_path) <= limit
     cache = DiskCache(tmp_path, limit)
     known = sum(cache.read(str(number)) is not None for number in range(30))
     assert known >= 5

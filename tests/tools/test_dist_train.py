@@ -62,7 +62,6 @@ def run(cfg, processes: int, *arguments: str) -> subprocess.CompletedProcess:
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
 
@@ -134,7 +133,6 @@ def test_two_processes_test_like_one(tmp_path):
             },
             capture_output=True,
             text=True,
-            timeout=300,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]

@@ -22,7 +22,7 @@ home=${0%/bin/python}
 echo "${home##*/}: $*" >>"$STUBS/calls"
 case "$*" in *"${FAIL:-nothing}"*) echo 'it is broken'; exit 1 ;; esac
 case "$*" in *"${HANG:-nothing}"*)
-    sleep 60 & echo $! >"$STUBS/hangs"; wait ;; # with an id
+    sleep 3600 & echo $! >"$STUBS/hangs"; wait ;; # with an id
 esac
 value_of() { local all=${2##*"$1" }; echo "${all%% *}"; }
 case "$*" in
@@ -127,7 +127,7 @@ class Machine:
         """The exit status and all that was printed."""
         options = ('--python', 'base/bin/python', '--out', 'out')
         process = self.start(*options, *arguments, **env)
-        text = process.communicate(timeout=300)[0]
+        text = process.communicate()[0]
         return process.returncode, text
 
     def until_it_hangs(self, *arguments, **env):
@@ -135,14 +135,10 @@ class Machine:
         options = ('--python', 'base/bin/python', '--out', 'out')
         process = self.start(*options, *arguments, **env)
         path = self.stubs / 'hangs'
-        for _ in range(1200):
-            if process.poll() is not None:
-                break
-            if path.exists() and path.read_text().strip():
-                return process, int(path.read_text())
+        while not (path.exists() and path.read_text().strip()):
+            assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)
-        process.terminate()
-        raise AssertionError(process.communicate()[0])
+        return process, int(path.read_text())
 
     @property
     def calls(self):
@@ -344,7 +340,7 @@ def test_a_signal_ends_the_stage_and_the_script(machine):
         '--wheels', 'wheels', HANG='-m pytest'
     )
     process.terminate()
-    text = process.communicate(timeout=240)[0]
+    text = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM
     assert 'interrupted (TERM); another call goes on' in text
     assert has_ended(hanging)
@@ -359,7 +355,7 @@ def test_a_signal_ends_the_stage_and_the_script(machine):
 def test_the_compilation_goes_on_where_it_was_interrupted(machine):
     process, hanging = machine.until_it_hangs(HANG=' wheel ')
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=240)
+    process.communicate()
     assert process.returncode == 128 + signal.SIGINT
     assert has_ended(hanging)
     assert machine.statuses == {'environment': 'passed', 'mmcv': 'interrupted'}
@@ -368,18 +364,43 @@ def test_the_compilation_goes_on_where_it_was_interrupted(machine):
     (machine.stubs / 'hangs').unlink()
     process, _ = machine.until_it_hangs(FAIL=' download ', HANG='-m pytest')
     process.terminate()
-    process.communicate(timeout=240)
+    process.communicate()
     assert machine.statuses['mmcv'] == 'passed'
 
 
-def test_it_ends_before_its_minutes_are_over(machine):
-    # The script's clock starts with this many seconds.
-    status, text = machine.run('--minutes', '1', SECONDS='39', HANG='-m pip')
+@pytest.fixture
+def impatient(machine):
+    """The limits that stages are given, while one second ends them."""
+    limits = machine.folder / 'limits'
+    # sh would lose the functions that bash exports.
+    script = (
+        '#!/usr/bin/env bash\necho "$2" >>"{}"\nexec {} "$1" 1 "${{@:3}}"\n'
+    )
+    script = script.format(limits, shutil.which('timeout'))
+    machine.command('bin/timeout', script)
+    return lambda: [int(limit) for limit in limits.read_text().split()]
+
+
+def test_it_ends_before_its_minutes_are_over(machine, impatient):
+    options = ('--minutes', '60', '--stage-minutes', '60')
+    status, text = machine.run(*options, HANG='-m pip')
     assert status == 3, text
     assert machine.statuses == {'environment': 'unfinished'}
+    (limit,) = impatient()
+    # Some seconds are kept for the end, some were over at the beginning.
+    assert 0 < limit <= 60 * 60 - 15
+    # The script's clock starts with this many seconds.
     status, text = machine.run('--minutes', '1', SECONDS='50')
     assert status == 3
     assert 'environment: no time left; another call goes on' in text
+
+
+def test_a_stage_ends_after_its_minutes(machine, impatient):
+    status, text = machine.run('--stage-minutes', '7', HANG='-m pip')
+    assert status == 1, text
+    assert impatient() == [7 * 60]
+    assert machine.statuses == {'environment': 'took too long'}
+    assert 'environment: took too long after' in text
 
 
 def has_ended(process):

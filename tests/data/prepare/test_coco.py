@@ -2,6 +2,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import threading
 import time
 
 import pytest
@@ -175,14 +176,18 @@ def heeding_ctrl_c():
 
 @pytest.mark.usefixtures('heeding_ctrl_c')
 def test_it_continues_after_ctrl_c(cli, works, served, data):
+    ended = threading.Event()
+
     def interrupt():
-        time.sleep(0.2)  # the download waits for more
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+        while not list((data / 'downloads').glob('*.part')):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)  # the download waits for more
+        ended.wait()
 
     served.cuts = [100]
     served.at_cut = interrupt
     status, _, err = cli('coco', '--split', 'val')
+    ended.set()
     assert status == 130
     assert 'Run the same command again: it continues' in err
     assert 'annotations.zip' not in os.listdir(data / 'downloads')
