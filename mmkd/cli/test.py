@@ -1,9 +1,9 @@
 """Test a detector; a distilled checkpoint is a stock one.
 
 Examples:
-    python tools/test.py configs/faster_rcnn_kd_r50.py epoch_12.pth
-    python tools/test.py CONFIG CHECKPOINT --json-prefix work_dirs/kd/val
-    python tools/test.py ENSEMBLE_CONFIG  # its members have checkpoints
+    mmkd test mmkd::faster_rcnn_kd_r50.py epoch_12.pth
+    mmkd test CONFIG CHECKPOINT --json-prefix work_dirs/kd/val
+    mmkd test ENSEMBLE_CONFIG  # its members have checkpoints
 """
 
 import argparse
@@ -39,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--json-prefix',
-        help='write COCO results to PREFIX.bbox.json, for tools/eval_coco.py',
+        help='write COCO results to PREFIX.bbox.json, for `mmkd eval`',
     )
     parser.add_argument(
         '--show', action='store_true', help='show the predictions'

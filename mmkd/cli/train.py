@@ -1,8 +1,8 @@
 """Train a detector; a config with ``distillation`` distils.
 
 Examples:
-    python tools/train.py configs/faster_rcnn_kd_r50.py
-    python tools/train.py CONFIG --resume --cfg-options train_cfg.max_epochs=2
+    mmkd train mmkd::faster_rcnn_kd_r50.py
+    mmkd train CONFIG --resume --cfg-options train_cfg.max_epochs=2
 """
 
 import argparse

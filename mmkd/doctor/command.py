@@ -5,8 +5,8 @@ what meets what, which way each loss pulls and what it costs. The exit status
 is 1, with a list of findings, if something is wrong.
 
 Examples:
-    python tools/doctor.py configs/faster_rcnn_kd_r50.py --eval 100
-    python tools/doctor.py CONFIG --cfg-options train_dataloader.batch_size=2
+    mmkd doctor mmkd::faster_rcnn_kd_r50.py --eval 100
+    mmkd doctor CONFIG --cfg-options train_dataloader.batch_size=2
 """
 
 import argparse

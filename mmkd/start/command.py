@@ -1,14 +1,14 @@
 r"""Distil one detector into another: config, examination, training.
 
 Writes a config that you can keep and edit, with every option of the method
-(as published for such a student, where it is), examines it (tools/doctor.py),
-and trains (tools/train.py) if nothing is wrong.
+(as published for such a student, where it is), examines it (`mmkd doctor`),
+and trains (`mmkd train`) if nothing is wrong.
 
 Examples:
-    python tools/distill.py --method pkd \
+    mmkd distill --method pkd \
         --student mmdet::retinanet/retinanet_r50_fpn_1x_coco.py \
         --teacher retinanet_r101_fpn_2x_coco
-    python tools/distill.py --student my_student.py --method cwd \
+    mmkd distill --student my_student.py --method cwd \
         --teacher my_teacher.py --teacher-checkpoint my_teacher.pth \
         --data my_folder --no-train
 """
@@ -23,8 +23,6 @@ from mmkd.errors import ConfigError
 
 from .config_text import config_text, methods, teacher_options
 from .folders import find_data
-
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -81,18 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = folder / f'distill_{args.method}.py'
     if config.exists() and config.read_text() != text:
         raise ConfigError(
-            f'{config} exists and differs: train it with tools/train.py, or '
+            f'{config} exists and differs: train it with `mmkd train`, or '
             'move it away, or choose another --work-dir.'
         )
     config.write_text(text)
     print(f'{config}:\n\n{text}', flush=True)
     options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
-    status = _run('doctor.py', config, '--eval', args.eval, *options)
+    status = _run('doctor', config, '--eval', args.eval, *options)
     if status or args.no_train:
         return status
-    return _run('train.py', config, '--work-dir', folder / 'run', *options)
+    return _run('train', config, '--work-dir', folder / 'run', *options)
 
 
-def _run(tool: str, *arguments: object) -> int:
-    command = [sys.executable, TOOLS / tool, *arguments]
-    return subprocess.run([str(part) for part in command]).returncode
+def _run(*command: object) -> int:
+    start = [sys.executable, '-m', 'mmkd', *map(str, command)]
+    return subprocess.run(start).returncode

@@ -1,4 +1,4 @@
-"""The config that `tools/distill.py` writes: a delta on the stock student."""
+"""The config that `mmkd distill` writes: a delta on the stock student."""
 
 import copy
 import inspect
@@ -207,7 +207,7 @@ def config_text(
     """
     base = student if '::' in student else osp.abspath(student)
     parts = [
-        '# Written by tools/distill.py to be edited; train it with train.py.',
+        '# Written by `mmkd distill`, to be edited and given to `mmkd train`.',
         f'_base_ = [{base!r}]',
         '',
     ]
