@@ -72,7 +72,11 @@ def config_file(name: str) -> str:
             f'the config {name!r} is of {package}, which is not installed. '
             f'Install {package}, or give the path of a config.'
         )
-    return osp.join(osp.dirname(spec.origin), '.mim', 'configs', path)
+    root = osp.dirname(spec.origin)
+    configs = osp.join(root, '.mim', 'configs')
+    if not osp.isdir(configs):  # a clone of mmkd
+        configs = osp.join(osp.dirname(root), 'configs')
+    return osp.join(configs, path)
 
 
 _stock_cfg_path = Config._get_cfg_path

@@ -43,9 +43,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 
 from mmkd.errors import ConfigError, DataError
+from mmkd.utils import add_cfg_options
 
 from .assign import assign
 from .epochs import epochs
@@ -62,6 +62,7 @@ COMMANDS = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd benchmark',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -132,7 +133,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
         help="the process's seconds, not the clock's; on the CPU",
     )
     command.add_argument('--json', type=Path, help='write the result there')
-    command.add_argument('--cfg-options', nargs='+', action=DictAction)
+    add_cfg_options(command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

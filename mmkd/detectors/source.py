@@ -32,7 +32,8 @@ def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
     """A config from a file, a name such as ``mmdet::…``, or a dict.
 
     Raises:
-        ConfigError: If the file does not exist or has no model.
+        ConfigError: If the file or one of its bases does not exist, is no
+            Python, or has no model.
     """
     if isinstance(source, str | os.PathLike):
         path = config_file(str(source))
@@ -42,7 +43,12 @@ def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
                 f'file. Give a path from {osp.abspath(".")} or '
                 '"mmdet::folder/file.py".'
             )
-        config = Config.fromfile(path)
+        try:
+            config = Config.fromfile(path)
+        except (FileNotFoundError, SyntaxError) as error:
+            raise ConfigError(
+                f'the config {str(source)!r} cannot be read: {error}'
+            ) from error
     else:
         config = Config(copy.deepcopy(dict(source)))
     if 'model' not in config:

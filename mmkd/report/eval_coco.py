@@ -328,6 +328,7 @@ def class_table(new: Scores, old: Scores | None) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd eval',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -52,6 +52,7 @@ class Table:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd report',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -75,14 +76,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='show the N worst and the N best images (default: %(default)s)',
     )
     parser.add_argument(
+        '--eval',
         '--evaluate',
+        dest='evaluate',
         type=int,
         metavar='N',
         help='evaluate on the first N images of the test data alone',
     )
     args = parser.parse_args(argv)
     if args.images < 0 or (args.evaluate is not None and args.evaluate < 1):
-        parser.error('--images takes a number from 0, --evaluate from 1')
+        parser.error('--images takes a number from 0, --eval from 1')
     return args
 
 

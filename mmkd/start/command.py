@@ -27,11 +27,12 @@ from .folders import find_data
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd distill',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        '--student', required=True, help='stock config: a path or mmdet::…'
+        '--student', required=True, help='stock config: a path or mmdet::NAME'
     )
     parser.add_argument(
         '--teacher',
@@ -47,7 +48,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='coco, voc, or a folder in one of these layouts (by default '
         "the student's own)",
     )
-    parser.add_argument('--work-dir', type=Path)
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        help='folder of the config and the run (default: work_dirs/…)',
+    )
     parser.add_argument(
         '--eval',
         type=int,
@@ -62,7 +67,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--cfg-options',
         nargs='+',
         default=[],
-        help='override entries of the config: key=value ...',
+        metavar='KEY=VALUE',
+        help='override entries of the config, such as train_cfg.max_epochs=2',
     )
     return parser.parse_args(argv)
 
@@ -72,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     teacher = teacher_options(args.teacher, args.teacher_checkpoint)
     data = find_data(args.data) if args.data else None
     text = config_text(args.student, teacher, args.method, data)
-    name = f'{Path(args.student).stem}_{args.method}'
+    name = f'{Path(args.student.rpartition("::")[2]).stem}_{args.method}'
     folder = args.work_dir or Path('work_dirs') / name
     folder.mkdir(parents=True, exist_ok=True)
     # Not the name under which the runner leaves its own dump of it.

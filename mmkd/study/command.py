@@ -80,6 +80,7 @@ REMOVED = '.removed-'
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd study',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
