@@ -1,5 +1,6 @@
 """One command for all that mmkd does: ``mmkd COMMAND``."""
 
+import contextlib
 import difflib
 import importlib
 import sys
@@ -21,9 +22,11 @@ COMMANDS = {
     'eval': ('mmkd.report.eval_coco', 'evaluate and compare COCO results'),
 }
 """Name to the module with its ``main(argv)``, and what it does."""
+SHELLS = ('bash', 'zsh', 'tcsh')
 HELP = """\
 usage: mmkd COMMAND [OPTION ...]
-       mmkd COMMAND --help | mmkd --help | mmkd --version
+       mmkd COMMAND --help
+       mmkd --help | --version | --print-completion {{{shells}}}
 
 Knowledge distillation of object detectors, on MMDetection 3 and MMEngine.
 
@@ -52,19 +55,11 @@ exit status:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mmkd COMMAND …``; return its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name = arguments[0] if arguments else ''
-    if name in ('-h', '--help'):
-        print(usage(), end='')
-        return 0
-    if name == '--version':
-        print(f'mmkd {__version__}')
-        return 0
-    if name not in COMMANDS:
-        print(unknown(name) if name else usage(), file=sys.stderr)
-        return 2
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ['']
     try:
-        return load(name).main(arguments[1:]) or 0
+        if name in COMMANDS:
+            return load(name).main(arguments) or 0
+        return answer(name, arguments)
     except MMKDError as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
@@ -80,17 +75,38 @@ def load(name: str) -> ModuleType:
         PackageError: If a package that mmkd works on is missing.
     """
     try:
-        return importlib.import_module(COMMANDS[name][0])
+        # MMDetection prints when it is imported.
+        with contextlib.redirect_stdout(sys.stderr):
+            return importlib.import_module(COMMANDS[name][0])
     except ModuleNotFoundError as error:
         raise missing_packages() or error from error
 
 
+def answer(name: str, arguments: Sequence[str]) -> int:
+    """Say what no command has to be run for."""
+    shell = arguments[0] if arguments else ''
+    if name in ('-h', '--help'):
+        print(usage(), end='')
+    elif name == '--version':
+        print(f'mmkd {__version__}')
+    elif name == '--print-completion' and shell in SHELLS:
+        from .completion import completion
+
+        print(completion(shell))
+    else:
+        print(unknown(name) if name else usage(), file=sys.stderr)
+        return 2
+    return 0
+
+
 def usage() -> str:
     lines = [f'  {name:10}{text}' for name, (_, text) in COMMANDS.items()]
-    return HELP.format(commands='\n'.join(lines))
+    return HELP.format(commands='\n'.join(lines), shells=','.join(SHELLS))
 
 
 def unknown(name: str) -> str:
+    if name == '--print-completion':
+        return f'error: {name} takes one of {", ".join(SHELLS)}.'
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f'Did you mean "{close[0]}"? ' if close else ''
     return (
