@@ -34,7 +34,7 @@ done
 settings=(HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin) folder=/
 run() {
     printf '[clean_root] %s\n' "$*"
-    env -i chroot "$root" env "${settings[@]}" sh -c "cd $folder && $*"
+    chroot "$root" env -i "${settings[@]}" sh -c "cd $folder && $*"
 }
 while read -r verb rest; do
     case $verb in
