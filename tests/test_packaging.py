@@ -16,6 +16,7 @@ import yaml
 from mmengine.fileio import load
 from PIL import Image
 
+import mmkd
 from mmkd.registry import METHODS
 from tests.helpers.toy import ROOT
 from tools.method_table import SOURCE
@@ -25,6 +26,12 @@ CONFIGS = sorted(
     for path in (ROOT / 'configs').rglob('*.py')
     if '_base_' not in path.parts
 )
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert citation['version'] == mmkd.__version__
+    assert {'cff-version', 'title', 'message', 'authors'} <= citation.keys()
 
 
 # ------------------------------------------------------------ the model index
