@@ -88,7 +88,7 @@ setup(
     license='Apache-2.0',
     keywords='knowledge distillation, object detection, mmdetection',
     packages=find_packages(include=['mmkd', 'mmkd.*']),
-    package_data={'': ['py.typed', '*.j2']},
+    package_data={'': ['py.typed', '*.pyi', '*.j2']},
     cmdclass={'build_py': BuildWithMim, 'sdist': ReproducibleSdist},
     entry_points={'console_scripts': ['mmkd=mmkd.cli:main']},
     python_requires='>=3.10',

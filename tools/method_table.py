@@ -150,7 +150,7 @@ def name_of(path: Path) -> str:
 
 def tests_of(name: str, code: Path) -> list[Path]:
     """The test of the same name, or else those that name the class."""
-    folder = ROOT / 'tests' / code.parent.relative_to('mmkd')
+    folder = ROOT / 'tests' / code.parent.name
     own = folder / f'test_{code.name}'
     if own.exists():
         return [own.relative_to(ROOT)]

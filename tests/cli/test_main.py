@@ -159,16 +159,17 @@ class TestWithoutPackages:
         assert done.returncode == 1
         assert f'error: {tmp_path}/x' in done.stderr
 
-    def test_an_import(self):
+    @pytest.mark.parametrize('name', ['Distiller', 'registry'])
+    def test_an_import(self, name):
         code = (
-            "import sys; sys.modules['mmdet'] = None\n"
+            "import sys; sys.modules['torch'] = None\n"
             'from mmkd.errors import MMKDError\n'
-            'try:\n    import mmkd.registry\n'
+            f'try:\n    from mmkd import {name}\n'
             'except MMKDError as error:\n'
             '    print(isinstance(error, ImportError), error)'
         )
         done = without_packages(code=code)
-        assert done.stdout.startswith('True mmkd needs mmdet, which')
+        assert done.stdout.startswith('True mmkd needs torch, which')
 
 
 @pytest.mark.parametrize('shell', ['bash', 'zsh'])
