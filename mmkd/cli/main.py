@@ -92,7 +92,8 @@ def answer(name: str, arguments: Sequence[str]) -> int:
     elif name == '--print-completion' and shell in SHELLS:
         from .completion import completion
 
-        print(completion(shell))
+        found = {n: (load(n), text) for n, (_, text) in COMMANDS.items()}
+        print(completion(shell, found))
     else:
         print(unknown(name) if name else usage(), file=sys.stderr)
         return 2

@@ -96,7 +96,7 @@ def main() -> None:
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with its jobs
     torch.set_num_threads(1)
-    content = {'versions': versions(), 'trials': {}}
+    content: dict[str, Any] = {'versions': versions(), 'trials': {}}
     if args.json.is_file():
         kept = json.loads(args.json.read_text())
         if args.table or kept['versions'] == content['versions']:

@@ -48,7 +48,7 @@ def find_data(name: str) -> Data:
 
 
 def _coco(root: Path) -> Data:
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for split in ('train', 'val'):
         files = sorted((root / 'annotations').glob(f'*{split}*.json'))
         files = [f for f in files if 'instances' in f.name] or files

@@ -9,7 +9,7 @@ import pytest
 
 import mmkd
 from mmkd.cli import main
-from mmkd.cli.completion import completion, parser_of
+from mmkd.cli.completion import parser_of
 from mmkd.cli.main import COMMANDS
 from mmkd.errors import ConfigError
 from tests.helpers import toy
@@ -88,7 +88,9 @@ def options_of(parser):
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_options_have_one_style(name):
-    found = [o for o in options_of(parser_of(name)) if o.startswith('--')]
+    found = [
+        o for o in options_of(parser_of(cli.load(name))) if o.startswith('--')
+    ]
     assert len(found) > 1
     others = {'--local_rank'}  # as torch.distributed.launch passes it
     assert [o for o in found if not re.fullmatch(r'--[a-z-]+', o)] == [
@@ -173,16 +175,18 @@ class TestWithoutPackages:
 
 
 @pytest.mark.parametrize('shell', ['bash', 'zsh'])
-def test_completion(shell):
-    text = completion(shell)
+def test_completion(shell, capsys):
+    assert main(['--print-completion', shell]) == 0
+    text = capsys.readouterr().out
     assert all(name in text for name in COMMANDS)
     assert '--cfg-options' in text
 
 
-def test_bash_completes(tmp_path):
+def test_bash_completes(tmp_path, capsys):
     """As bash asks: words, and which of them is to be completed."""
     script = tmp_path / 'mmkd'
-    script.write_text(completion('bash'))
+    main(['--print-completion', 'bash'])
+    script.write_text(capsys.readouterr().out)
     ask = (
         f'source {script}; COMP_WORDS=($WORDS); '
         'COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); '
@@ -201,6 +205,12 @@ def test_bash_completes(tmp_path):
             text=True,
         )
         assert done.stdout.strip() == reply, done.stderr
+
+
+def test_completion_without_shtab(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'shtab', None)
+    assert main(['--print-completion', 'bash']) == 1
+    assert 'pip install shtab' in capsys.readouterr().err
 
 
 def test_a_shell_that_is_not_known(capsys):
