@@ -6,7 +6,7 @@ PY := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test lint format clean
+.PHONY: help install lock demo test package lint format clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -25,6 +25,13 @@ demo: install ## Distil a small detector on real photos.
 test: install ## Run the tests (ARGS='…' goes to pytest).
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 \
 		--dist loadfile $(ARGS)
+
+package: install ## Build sdist and wheel into dist/, check and try them.
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
+		$(PY) -m build --no-isolation
+	$(PY) -m twine check --strict dist/*
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m '' tests/test_packaging.py
 
 lint: install ## Check style, types and spelling.
 	$(PY) -m ruff check .

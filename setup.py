@@ -1,10 +1,21 @@
 """Packaging of mmkd; tools/install.sh sets up a complete environment."""
 
+import gzip
+import os
+import shutil
+import tarfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+MIM = (
+    *('model-index.yml', 'configs/**/*.py', 'configs/**/*.yml'),
+    *('tools/train.py', 'tools/test.py', 'tools/dist_*.sh', 'tools/slurm_*'),
+)
 
 
 def read_version() -> str:
@@ -21,6 +32,49 @@ def read_requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith('#')]
 
 
+class BuildWithMim(build_py):
+    """Puts below ``mmkd/.mim`` what MMEngine and mim look for there.
+
+    An editable installation has none: there all of it is the clone's.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for pattern in MIM:
+            for path in ROOT.glob(pattern):
+                target = Path(
+                    self.build_lib, 'mmkd', '.mim', path.relative_to(ROOT)
+                )
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target)
+
+
+class ReproducibleSdist(sdist):
+    """The same bytes from the same files, at the time SOURCE_DATE_EPOCH."""
+
+    def make_archive(self, base_name: str, *args: Any, **options: Any) -> str:
+        if 'SOURCE_DATE_EPOCH' not in os.environ:
+            return super().make_archive(base_name, *args, **options)
+        epoch = int(os.environ['SOURCE_DATE_EPOCH'])
+
+        def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
+            info.uid = info.gid = 0
+            info.uname = info.gname = ''
+            info.mode = 0o755 if info.isdir() or info.mode & 0o100 else 0o644
+            info.mtime = epoch
+            return info
+
+        with (
+            open(f'{base_name}.tar.gz', 'wb') as file,
+            gzip.GzipFile('', 'wb', fileobj=file, mtime=epoch) as packed,
+            tarfile.open(fileobj=packed, mode='w') as archive,
+        ):
+            archive.add(options['base_dir'], filter=plain)  # in order
+        return file.name
+
+
 MMDET = read_requirements('mmdet')
 
 setup(
@@ -34,6 +88,9 @@ setup(
     license='Apache-2.0',
     keywords='knowledge distillation, object detection, mmdetection',
     packages=find_packages(include=['mmkd', 'mmkd.*']),
+    package_data={'': ['py.typed', '*.pyi', '*.j2']},
+    cmdclass={'build_py': BuildWithMim, 'sdist': ReproducibleSdist},
+    entry_points={'console_scripts': ['mmkd=mmkd.cli:main']},
     python_requires='>=3.10',
     # Neither torch nor the mm* packages: which build of them fits is the
     # user's to say, and importing mmkd checks that they are there.

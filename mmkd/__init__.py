@@ -7,6 +7,7 @@ commands that need no PyTorch run without it.
 
 import importlib
 
+from .errors import missing_packages
 from .version import __version__
 
 _HOMES = {
@@ -41,7 +42,10 @@ __all__ = ['__version__', *_HOMES]
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        raise missing_packages() or error from error
     globals()[name] = value
     return value
 

@@ -4,6 +4,12 @@ Each class also has the built-in class that fits as a base, so that
 ``except ValueError`` and ``except RuntimeError`` catch it, too.
 """
 
+from importlib.util import find_spec
+
+PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet')
+"""What mmkd works on, and does not install: which build of them fits is the
+user's to say."""
+
 
 class MMKDError(Exception):
     """The base of all errors that a user can cause and can mend.
@@ -52,3 +58,22 @@ class PictureError(MMKDError, OSError):
 
 class NonFiniteLossError(MMKDError, RuntimeError):
     """A distillation loss, or a network's own loss, is NaN or infinite."""
+
+
+class PackageError(MMKDError, ImportError):
+    """A package that mmkd works on is not installed."""
+
+
+def missing_packages() -> PackageError | None:
+    """The error to raise where a package that mmkd works on is missing.
+
+    It names all that are missing, and imports none of them.
+    """
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if not missing:
+        return None
+    return PackageError(
+        f'mmkd needs {", ".join(missing)}, which this Python does not have. '
+        'Install PyTorch first (https://pytorch.org), then '
+        '`pip install mmkd[mmdet]`, or run `make install` in a clone of mmkd.'
+    )

@@ -1,5 +1,6 @@
 """Small helpers that know nothing of detectors."""
 
+import argparse
 import difflib
 import inspect
 import random
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import DictAction
 from mmengine.registry import Registry
 
 from mmkd.errors import ConfigError
@@ -194,3 +196,25 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+class CfgOptions(DictAction):
+    """MMEngine's ``key=value …``, which are told if they have no ``=``."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, *args: Any
+    ) -> None:
+        if wrong := [value for value in values if '=' not in value]:
+            parser.error(f'--cfg-options takes KEY=VALUE, got {wrong[0]!r}')
+        super().__call__(parser, namespace, values, *args)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``, which overrides entries of a config."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=CfgOptions,
+        metavar='KEY=VALUE',
+        help='override entries of the config, such as train_cfg.max_epochs=2',
+    )

@@ -25,7 +25,6 @@ from pathlib import Path
 os.environ['OMP_NUM_THREADS'] = '1'
 
 from mmkd.study.training import (
-    ROOT,
     DemoError,
     Network,
     locked,
@@ -37,6 +36,7 @@ from mmkd.study.training import (
     write_json,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'data' / 'neon'
 RESULTS = ('table.md', 'table.json', 'loss.png', 'ap.png', 'pictures')
 
@@ -103,7 +103,7 @@ def prepare_data() -> None:
     if DATA.exists():
         return
     print('Preparing the data', flush=True)
-    command = [sys.executable, 'tools/prepare_data.py', 'neon']
+    command = [sys.executable, '-m', 'mmkd', 'prepare', 'neon']
     if subprocess.run(command, check=False).returncode:
         raise DemoError('the data could not be prepared (see above).')
 

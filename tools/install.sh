@@ -120,6 +120,11 @@ install_mmcv() {
         CXXFLAGS="-O3 -DNDEBUG -g0 ${CXXFLAGS:-}" install "$@"
 }
 
+# The headless OpenCV goes on top of the other one, as it needs no libGL.
+headless_opencv() {
+    install --quiet --force-reinstall --no-deps opencv-python-headless
+}
+
 ensure_mmcv() {
     local mmcv start=$SECONDS
     mmcv=$(grep '^onedl-mmcv==' requirements/tested.txt)
@@ -132,6 +137,7 @@ ensure_mmcv() {
     say "installing $mmcv. If no wheel fits, its operators are compiled now:"
     say 'about 7 minutes on 2 idle cores, 20 on busy ones, with little output.'
     install_mmcv "$mmcv"
+    headless_opencv
     # A wheel that was compiled against another torch installs but won't load.
     if ! "$py" -c 'import mmcv.ops'; then
         say 'the wheel does not fit this torch: compiling mmcv anew'
@@ -165,8 +171,7 @@ main() {
     say 'installing mmengine, mmdet and the tools'
     local files=(requirements/!(lock-*).txt)
     install "${files[@]/#/-r}"
-    # The headless OpenCV goes on top of the other one, as it needs no libGL.
-    install --quiet --force-reinstall --no-deps opencv-python-headless
+    headless_opencv
     # Its requirements are installed already: nothing is to move torch.
     install --quiet --no-deps -e .
 

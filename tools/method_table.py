@@ -21,8 +21,8 @@ from mmengine.config import Config
 from mmkd import methods
 from mmkd.core.method import Method
 from mmkd.detectors import heads
-from mmkd.study.training import ROOT
 
+ROOT = Path(__file__).resolve().parents[1]
 BEGIN = '<!-- written by tools/method_table.py -->'
 END = '<!-- end of the methods -->'
 HEADER = ('method', 'paper', 'code', 'configs', 'test')

@@ -1,5 +1,5 @@
 # Tree crowns from the air: tiles of 256 x 256 pixels in COCO's layout, made by
-# `tools/prepare_data.py neon`. Data, schedule and metrics of the demo, the
+# `mmkd prepare neon`. Data, schedule and metrics of the demo, the
 # same for its three networks.
 _base_ = ['mmdet::_base_/default_runtime.py']
 

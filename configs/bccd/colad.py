@@ -2,7 +2,7 @@
 _base_ = ['./paa_small.py']
 
 distillation = dict(
-    peers=dict(big=dict(config='configs/bccd/paa_big.py')),
+    peers=dict(big=dict(config='mmkd::bccd/paa_big.py')),
     methods=dict(
         colad=dict(
             type='mmkd.CoLearningAssignment',

@@ -1,10 +1,10 @@
 # The student, distilled (Chen et al., NeurIPS 2017). Train the teacher first:
-# tools/train.py configs/bccd/teacher.py --work-dir work_dirs/bccd/teacher
+# mmkd train mmkd::bccd/teacher.py --work-dir work_dirs/bccd/teacher
 _base_ = ['./student.py']
 
 distillation = dict(
     teacher=dict(
-        config='configs/bccd/teacher.py',
+        config='mmkd::bccd/teacher.py',
         checkpoint='work_dirs/bccd/teacher/epoch_18.pth',
     ),
     methods=dict(frcnn=dict(type='mmkd.FasterRCNNDistillation')),

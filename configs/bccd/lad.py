@@ -1,10 +1,10 @@
 # Label-assignment distillation, big -> small PAA. Train the teacher first:
-# tools/train.py configs/bccd/paa_big.py --work-dir work_dirs/bccd/paa_big
+# mmkd train mmkd::bccd/paa_big.py --work-dir work_dirs/bccd/paa_big
 _base_ = ['./paa_small.py']
 
 distillation = dict(
     teacher=dict(
-        config='configs/bccd/paa_big.py',
+        config='mmkd::bccd/paa_big.py',
         checkpoint='work_dirs/bccd/paa_big/epoch_8.pth',
     ),
     methods=dict(

@@ -3,7 +3,7 @@ _base_ = ['./paa_big.py']
 
 distillation = dict(
     teacher=dict(
-        config='configs/bccd/paa_small.py',
+        config='mmkd::bccd/paa_small.py',
         checkpoint='work_dirs/bccd/paa_small/epoch_8.pth',
     ),
     methods=dict(

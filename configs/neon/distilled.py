@@ -1,9 +1,10 @@
-# The student, distilled from the teacher after `tools/train.py teacher.py`.
+# The student, distilled. Train the teacher first:
+# mmkd train mmkd::neon/teacher.py --work-dir work_dirs/demo/teacher
 _base_ = ['./student.py']
 
 distillation = dict(
     teacher=dict(
-        config='configs/neon/teacher.py',
+        config='mmkd::neon/teacher.py',
         checkpoint='work_dirs/demo/teacher/epoch_18.pth',
     ),
     methods=dict(frcnn=dict(type='mmkd.FasterRCNNDistillation')),

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmkd.detectors.assignment import assigned_by, own_costs, positive_samples
 from mmkd.detectors.facts import read_facts
 from mmkd.detectors.source import find_in_model_index, load_config
-from mmkd.study.training import ROOT
 
 from .common import Trainer, build, interleaved, spread
 from .paa_reference import reference
@@ -96,7 +94,7 @@ def padded(rows: Sequence[Any]) -> tuple[Tensor, Tensor]:
 def real_costs(checkpoint: Path) -> list[tuple[Tensor, Tensor]]:
     """What a trained PAA makes of BCCD's training images."""
     register_all_modules()
-    cfg = Config.fromfile(ROOT / 'configs' / 'bccd' / 'paa_big.py')
+    cfg = load_config('mmkd::bccd/paa_big.py')
     model = MODELS.build({'_scope_': 'mmdet', **cfg.model})
     weights = torch.load(checkpoint, map_location='cpu', weights_only=False)
     model.load_state_dict(weights['state_dict'])
@@ -198,7 +196,7 @@ def against_mmdet(
 
 def mmdet_lad(args: argparse.Namespace, distiller: Any) -> nn.Module:
     """MMDetection's LAD detector of the same two networks."""
-    config = Config.fromfile(args.config)
+    config = load_config(args.config)
     description = dict(config.distillation.teacher)
     if 'name' in description:
         description = find_in_model_index(description['name'])

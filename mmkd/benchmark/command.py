@@ -1,15 +1,15 @@
 """What distillation costs: time and memory, each command a table.
 
 Examples:
-    python tools/benchmark.py step configs/faster_rcnn_kd_r50.py --batch 1
-    python tools/benchmark.py methods configs/bccd/methods/*.py
-    python tools/benchmark.py teacher configs/pkd_faster_rcnn_r50.py --batch 1
-    python tools/benchmark.py epochs configs/pkd_faster_rcnn_r50.py --images 12
-    python tools/benchmark.py assign --costs paa_big/epoch_12.pth
-    python tools/benchmark.py scale configs/lad_r50.py --objects 10 200
-    python tools/benchmark.py scale configs/bccd/peers/dml.py --networks 2 3
-    python tools/benchmark.py scale configs/bccd/peers/dcm.py --networks
-    python tools/benchmark.py scale configs/kd_retinanet_r50.py --processes 1 2
+    mmkd benchmark step mmkd::faster_rcnn_kd_r50.py --batch 1
+    mmkd benchmark methods mmkd::bccd/methods/{kd,cwd}.py
+    mmkd benchmark teacher mmkd::pkd_faster_rcnn_r50.py --batch 1
+    mmkd benchmark epochs mmkd::pkd_faster_rcnn_r50.py --images 12
+    mmkd benchmark assign --costs paa_big/epoch_12.pth
+    mmkd benchmark scale mmkd::lad_r50.py --objects 10 200
+    mmkd benchmark scale mmkd::bccd/peers/dml.py --networks 2 3
+    mmkd benchmark scale mmkd::bccd/peers/dcm.py --networks
+    mmkd benchmark scale mmkd::kd_retinanet_r50.py --processes 1 2
 
 What is compared runs in turn, again and again, in one process, so that a busy
 machine slows all of it alike; a first round is not counted. On a GPU the
@@ -43,15 +43,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 
 from mmkd.errors import ConfigError, DataError
+from mmkd.utils import add_cfg_options
 
 from .assign import assign
 from .epochs import epochs
 from .machine import environment, measured_on
 from .scale import scale
-from .step import methods, print_peak, step
+from .step import methods, step
 from .teacher import teacher
 
 COMMANDS = {
@@ -62,14 +62,13 @@ COMMANDS = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd benchmark',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest='command', required=True)
     one = commands.add_parser('step', help='one training iteration')
     one.add_argument('config', help='config with `distillation`')
-    # A fresh process that prints its peak memory: (plain | distilled).
-    one.add_argument('--memory-of', help=argparse.SUPPRESS)
     many = commands.add_parser('methods', help='one iteration of each config')
     many.add_argument('configs', nargs='+', help='configs with `distillation`')
     options = commands.add_parser('teacher', help="the teacher's options")
@@ -84,7 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     whole.add_argument('config', help='config with `distillation`')
     whole.add_argument('--images', type=int, default=12, help='of an epoch')
     fit = commands.add_parser('assign', help='LAD and its mixtures')
-    fit.add_argument('--config', default='configs/lad_r50.py')
+    fit.add_argument('--config', default='mmkd::lad_r50.py')
     fit.add_argument(
         '--costs', type=Path, help='a PAA checkpoint of BCCD, for real costs'
     )
@@ -134,7 +133,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
         help="the process's seconds, not the clock's; on the CPU",
     )
     command.add_argument('--json', type=Path, help='write the result there')
-    command.add_argument('--cfg-options', nargs='+', action=DictAction)
+    add_cfg_options(command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,9 +145,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if args.cpu_time and device == 'cuda':
         raise SystemExit('error: --cpu-time is for the CPU: --device cpu.')
-    if getattr(args, 'memory_of', None):
-        print_peak(args, device)
-        return
     found = environment(args, device)  # before the commands change it
     try:
         result, table = COMMANDS[args.command](args, device)

@@ -109,7 +109,7 @@ def build_together(
     if not cfg.get('distillation'):
         raise ConfigError(
             f'{args.config} has no distillation to measure. Give a config '
-            'that distils, such as configs/faster_rcnn_kd_r50.py.'
+            'that distils, such as mmkd::faster_rcnn_kd_r50.py.'
         )
     student, batch = student_of(cfg, args, device)
     distillation = copy.deepcopy(cfg.distillation)

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mmcv
@@ -15,9 +16,10 @@ import torch
 
 import mmkd
 from mmkd.report.summary import processor
-from mmkd.study.training import ROOT
 from mmkd.teachers.cache import tensorfloat32
 
+ROOT = Path(mmkd.__file__).resolve().parents[1]
+"""A clone of mmkd, if it runs from one."""
 PACKAGES = {
     **{'torch': 'PyTorch', 'mmcv': 'MMCV', 'mmdet': 'MMDetection'},
     **{'mmengine': 'MMEngine', 'mmkd': 'mmkd', 'cuda': 'CUDA'},
@@ -62,7 +64,9 @@ def plain(value: Any) -> Any:
 
 
 def git(*command: str) -> str | None:
-    """What git says of the repository; None without either of them."""
+    """What git says of mmkd's clone; None without either of them."""
+    if not (ROOT / '.git').exists():
+        return None
     with contextlib.suppress(OSError):
         done = subprocess.run(
             ['git', '-C', ROOT, *command], capture_output=True, text=True

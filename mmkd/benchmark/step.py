@@ -3,10 +3,11 @@
 import argparse
 import copy
 import json
+import logging
+import multiprocessing
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,13 @@ def methods(
         weights, adapters = sizes(distiller)
         del distiller, trainer, runs
         if student not in peaks:
-            peaks[student] = peak_memory(each, 'plain')
+            peaks[student] = peak_memory(each, device, 'plain')
         plain = peaks[student]
         result['memory_mib'] = {
             'plain': plain,
             'teacher_weights': weights,
             'adapters': adapters,
-            'other': peak_memory(each, 'distilled')
+            'other': peak_memory(each, device, 'distilled')
             - plain
             - weights
             - adapters,
@@ -209,7 +210,7 @@ def memory(args: argparse.Namespace, device: str) -> dict[str, float]:
     """Peak memory in MiB, and what explains it."""
     weights, adapters = sizes(build(args, device)[0])
     plain, distilled = (
-        peak_memory(args, kind) for kind in ('plain', 'distilled')
+        peak_memory(args, device, kind) for kind in ('plain', 'distilled')
     )
     return {
         'plain': plain,
@@ -226,30 +227,25 @@ def sizes(distiller: Distiller) -> tuple[float, float]:
     return size_of(networks), size_of([distiller])
 
 
-def peak_memory(args: argparse.Namespace, kind: str) -> float:
+def peak_memory(args: argparse.Namespace, device: str, kind: str) -> float:
     """Peak memory in MiB of a fresh process that runs two iterations."""
-    configs = getattr(args, 'configs', [args.config])
-    options = [word for word in sys.argv[2:] if word not in configs]
-    command = [sys.executable, sys.argv[0], 'step', args.config, *options]
-    command += ['--memory-of', kind]
-    output = subprocess.run(
-        command, check=True, capture_output=True, text=True
-    ).stdout
-    return float(output.split('PEAK')[1])
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(own_peak, args, device, kind).result()
 
 
-def print_peak(args: argparse.Namespace, device: str) -> None:
-    """What :func:`peak_memory` starts."""
-    if args.memory_of == 'plain':
+def own_peak(args: argparse.Namespace, device: str, kind: str) -> float:
+    """What :func:`peak_memory` runs."""
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(args.threads)
+    if kind == 'plain':
         _, student, batch = build_student(copy.copy(args), device)
         trainer = Trainer(student, batch)
     else:
         distiller, batch = build(args, device)
         trainer = Trainer(distiller.student, batch, distiller)
     for _ in range(2):  # the second one with the optimiser's state
-        getattr(trainer, args.memory_of)()
+        getattr(trainer, kind)()
     if device == 'cuda':
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        peak = peak_resident()
-    print(f'PEAK{peak}')
+        return torch.cuda.max_memory_allocated() / 2**20
+    return peak_resident()

@@ -1,45 +1,42 @@
 """Test a detector; a distilled checkpoint is a stock one.
 
 Examples:
-    python tools/test.py configs/faster_rcnn_kd_r50.py epoch_12.pth
-    python tools/test.py CONFIG CHECKPOINT --json-prefix work_dirs/kd/val
-    python tools/test.py ENSEMBLE_CONFIG  # its members have checkpoints
+    mmkd test mmkd::faster_rcnn_kd_r50.py epoch_12.pth
+    mmkd test CONFIG CHECKPOINT --json-prefix work_dirs/kd/val
+    mmkd test ENSEMBLE_CONFIG  # its members have checkpoints
 """
 
 import argparse
-import os
 import os.path as osp
 from collections.abc import Sequence
 
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
-from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import Config, DictAction
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.config import Config
 
-from mmkd.detectors.source import load_config as read_config
 from mmkd.errors import ConfigError
+
+from .common import add_arguments, build_runner, read_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd test',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('config', help='config file')
+    add_arguments(parser)
     parser.add_argument(
         'checkpoint',
         nargs='?',
         help='checkpoint file; none for an mmkd.EnsembleDetector',
     )
-    parser.add_argument('--work-dir', help='folder of logs and metrics')
     parser.add_argument(
         '--out', help='pickle of the predictions, for offline evaluation'
     )
     parser.add_argument(
         '--json-prefix',
-        help='write COCO results to PREFIX.bbox.json, for tools/eval_coco.py',
+        help='write COCO results to PREFIX.bbox.json, for `mmkd eval`',
     )
     parser.add_argument(
         '--show', action='store_true', help='show the predictions'
@@ -48,34 +45,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--wait-time', type=float, default=2, help='seconds per shown image'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override entries of the config: key=value ...',
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='job launcher',
-    )
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args(argv)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    return parser.parse_args(argv)
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    cfg = read_config(args.config)
-    cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    if args.work_dir is not None:
-        cfg.work_dir = args.work_dir
-    elif cfg.get('work_dir') is None:
-        name = osp.splitext(osp.basename(args.config))[0]
-        cfg.work_dir = osp.join('work_dirs', name)
+    cfg = read_config(args)
     check_checkpoint(cfg, args.checkpoint)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
@@ -115,15 +89,10 @@ def set_json_prefix(cfg: Config, prefix: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    setup_cache_size_limit_of_dynamo()
-    cfg = load_config(args)
-    if 'runner_type' in cfg:
-        runner = RUNNERS.build(cfg)
-    else:
-        runner = Runner.from_cfg(cfg)
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        raise ConfigError(f'--out must end in .pkl, got {args.out}')
+    runner = build_runner(load_config(args))
     if args.out:
-        if not args.out.endswith(('.pkl', '.pickle')):
-            raise ConfigError(f'--out must end in .pkl, got {args.out}')
         runner.test_evaluator.metrics.append(
             DumpDetResults(out_file_path=args.out)
         )

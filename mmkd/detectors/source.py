@@ -3,7 +3,6 @@
 import copy
 import difflib
 import functools
-import importlib.util
 import logging
 import os
 import os.path as osp
@@ -24,25 +23,32 @@ from torch import Tensor, nn
 from mmkd.data.checkpoint_file import load_checkpoint_file
 from mmkd.data.errors import some
 from mmkd.errors import CheckpointError, ConfigError
+from mmkd.registry import config_file
 
 from .facts import is_class_agnostic
 
 
 def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
-    """A config from a file, an ``mmdet::`` name, or a dict of its own.
+    """A config from a file, a name such as ``mmdet::…``, or a dict.
 
     Raises:
-        ConfigError: If the file does not exist or has no model.
+        ConfigError: If the file or one of its bases does not exist, is no
+            Python, or has no model.
     """
     if isinstance(source, str | os.PathLike):
-        path = _config_path(str(source))
+        path = config_file(str(source))
         if not osp.isfile(path):
             raise ConfigError(
                 f'the config {str(source)!r} does not exist: {path} is no '
                 f'file. Give a path from {osp.abspath(".")} or '
                 '"mmdet::folder/file.py".'
             )
-        config = Config.fromfile(path)
+        try:
+            config = Config.fromfile(path)
+        except (FileNotFoundError, SyntaxError) as error:
+            raise ConfigError(
+                f'the config {str(source)!r} cannot be read: {error}'
+            ) from error
     else:
         config = Config(copy.deepcopy(dict(source)))
     if 'model' not in config:
@@ -57,20 +63,6 @@ def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
             'into dict(model=...).'
         )
     return config
-
-
-def _config_path(source: str) -> str:
-    """The file of a path, or of ``package::folder/file.py``."""
-    package, separator, path = source.rpartition('::')
-    if not separator:
-        return osp.expanduser(source)
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ConfigError(
-            f'the config {source!r} is of {package}, which is not installed. '
-            f'Install {package}, or give the path of a config.'
-        )
-    return osp.join(osp.dirname(spec.origin), '.mim', 'configs', path)
 
 
 @functools.lru_cache(maxsize=1)

@@ -5,26 +5,24 @@ what meets what, which way each loss pulls and what it costs. The exit status
 is 1, with a list of findings, if something is wrong.
 
 Examples:
-    python tools/doctor.py configs/faster_rcnn_kd_r50.py --eval 100
-    python tools/doctor.py CONFIG --cfg-options train_dataloader.batch_size=2
+    mmkd doctor mmkd::faster_rcnn_kd_r50.py --eval 100
+    mmkd doctor CONFIG --cfg-options train_dataloader.batch_size=2
 """
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from mmkd.detectors.source import load_config
-from mmkd.errors import ConfigError
+from mmkd.utils import add_cfg_options
 
 from . import Report, diagnose
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd doctor',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -37,12 +35,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="the teacher's metrics on N validation images (0: skip)",
     )
     parser.add_argument('--json', type=Path, help='write the result there too')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override entries of the config: key=value ...',
-    )
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 
@@ -61,11 +54,7 @@ def show(report: Report, path: Path | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        cfg = load_config(args.config)
-    except ConfigError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
+    cfg = load_config(args.config)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     return show(diagnose(cfg, evaluate=args.eval), args.json)

@@ -35,7 +35,7 @@ PREPARED = {
     'bccd': 'bccd',
     'neon': 'neon',
 }
-"""Folder to the data set of ``tools/prepare_data.py`` that makes it."""
+"""Folder to the data set of ``mmkd prepare`` that makes it."""
 EMPTY = (
     'the data set is empty: expected at least one image, got none after '
     'filter_cfg (which drops images without objects). Check the classes in '
@@ -139,7 +139,7 @@ def remedy_for(path: str) -> str:
     for part in Path(path).parts:
         if part in PREPARED:
             return (
-                f'Run `python tools/prepare_data.py {PREPARED[part]}` (with '
+                f'Run `mmkd prepare {PREPARED[part]}` (with '
                 '`--from FOLDER` for a local copy).'
             )
     return 'Mend the file, or correct data_root and ann_file in the config.'

@@ -46,7 +46,7 @@ class EnsembleDetector(BaseModel):
     fusion", Image and Vision Computing 2021,
     https://arxiv.org/abs/1910.13302, by the library ``ensemble-boxes``.
 
-    A config for ``tools/test.py CONFIG`` (there is no checkpoint beside
+    A config for ``mmkd test CONFIG`` (there is no checkpoint beside
     those of the members)::
 
         _base_ = ['mmdet::gfl/gfl_r50_fpn_1x_coco.py']

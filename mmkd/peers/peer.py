@@ -320,7 +320,7 @@ def save_peers(
 ) -> None:
     """Write each peer's stock checkpoint, in a folder of its name.
 
-    Its config lies beside it: ``tools/test.py <peer>/config.py
+    Its config lies beside it: ``mmkd test <peer>/config.py
     <peer>/<filename>``.
 
     Args:

@@ -1,12 +1,12 @@
 r"""Evaluate detections by COCO's twelve figures, and compare two of them.
 
-    python tools/eval_coco.py work_dirs/x/x.bbox.json \
+    mmkd eval work_dirs/x/x.bbox.json \
         data/coco/annotations/instances_val2017.json --per-class
-    python tools/eval_coco.py student.bbox.json ANNOTATIONS.json \
+    mmkd eval student.bbox.json ANNOTATIONS.json \
         --baseline plain.bbox.json --json report.json
 
 Detections are a list of `{image_id, category_id, bbox: [x, y, width, height],
-score}`, in pixels, as `tools/test.py` writes them with
+score}`, in pixels, as `mmkd test` writes them with
 `--cfg-options test_evaluator.outfile_prefix=work_dirs/x/x`; for
 `--type segm`, `segmentation` takes the place of `bbox`. Figures are printed
 in per cent, and written with `--json` as fractions.
@@ -102,7 +102,7 @@ def load_results(
             of this kind, or names an image or a category that ``truth``
             lacks.
     """
-    remedy = 'Write it anew with tools/test.py.'
+    remedy = 'Write it anew with `mmkd test`.'
     results = read_json(path, remedy=remedy)
     if not isinstance(results, list):
         got = f'a {type(results).__name__}'
@@ -328,6 +328,7 @@ def class_table(new: Scores, old: Scores | None) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd eval',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""What `tools/demo.py` measures: precision, size and speed of detectors."""
+"""What the demo measures: precision, size and speed of detectors."""
 
 import statistics
 import time

@@ -1,8 +1,8 @@
 """One page about one or several trainings: scores, curves, pictures, setup.
 
 Examples:
-    python tools/report.py work_dirs/demo/{student,distilled,teacher}
-    python tools/report.py work_dirs/my_distilled --images 8 --out report.html
+    mmkd report work_dirs/demo/{student,distilled,teacher}
+    mmkd report work_dirs/my_distilled --images 8 --out report.html
 
 Reads the logs of each work dir, evaluates its last checkpoint on the test
 data of the first one's config, and writes a single HTML file that opens from
@@ -13,7 +13,6 @@ the first: give the student first, then the distilled one, then the teacher.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mmkd.errors import CheckpointError, ConfigError, DataError
-from mmkd.study.training import ROOT
 
 from .attention import attend
 from .eval_coco import Scores, difference, percent
@@ -54,6 +52,7 @@ class Table:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd report',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,20 +76,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='show the N worst and the N best images (default: %(default)s)',
     )
     parser.add_argument(
+        '--eval',
         '--evaluate',
+        dest='evaluate',
         type=int,
         metavar='N',
         help='evaluate on the first N images of the test data alone',
     )
     args = parser.parse_args(argv)
     if args.images < 0 or (args.evaluate is not None and args.evaluate < 1):
-        parser.error('--images takes a number from 0, --evaluate from 1')
+        parser.error('--images takes a number from 0, --eval from 1')
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    os.chdir(ROOT)  # where the paths in configs begin
     try:
         runs = read_work_dirs(args.work_dirs)
         evaluation = evaluate_runs(runs, args.evaluate)

@@ -1,4 +1,4 @@
-"""What `tools/demo.py` writes: a table, curves and pictures."""
+"""What the demo writes: a table, curves and pictures."""
 
 import contextlib
 import os

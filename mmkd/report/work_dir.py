@@ -98,7 +98,7 @@ def read_work_dir(folder: Path, name: str) -> WorkDir:
     if not starts:
         raise ConfigError(
             f'{folder} holds no training: expected the logs of '
-            'tools/train.py, <date>/vis_data/scalars.json and config.py. '
+            'mmkd train, <date>/vis_data/scalars.json and config.py. '
             'Give its --work-dir.'
         )
     checkpoint = last_checkpoint(folder)

@@ -1,14 +1,14 @@
 r"""Distil one detector into another: config, examination, training.
 
 Writes a config that you can keep and edit, with every option of the method
-(as published for such a student, where it is), examines it (tools/doctor.py),
-and trains (tools/train.py) if nothing is wrong.
+(as published for such a student, where it is), examines it (`mmkd doctor`),
+and trains (`mmkd train`) if nothing is wrong.
 
 Examples:
-    python tools/distill.py --method pkd \
+    mmkd distill --method pkd \
         --student mmdet::retinanet/retinanet_r50_fpn_1x_coco.py \
         --teacher retinanet_r101_fpn_2x_coco
-    python tools/distill.py --student my_student.py --method cwd \
+    mmkd distill --student my_student.py --method cwd \
         --teacher my_teacher.py --teacher-checkpoint my_teacher.pth \
         --data my_folder --no-train
 """
@@ -24,16 +24,15 @@ from mmkd.errors import ConfigError
 from .config_text import config_text, methods, teacher_options
 from .folders import find_data
 
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
-
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd distill',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        '--student', required=True, help='stock config: a path or mmdet::…'
+        '--student', required=True, help='stock config: a path or mmdet::NAME'
     )
     parser.add_argument(
         '--teacher',
@@ -49,7 +48,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='coco, voc, or a folder in one of these layouts (by default '
         "the student's own)",
     )
-    parser.add_argument('--work-dir', type=Path)
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        help='folder of the config and the run (default: work_dirs/…)',
+    )
     parser.add_argument(
         '--eval',
         type=int,
@@ -64,7 +67,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--cfg-options',
         nargs='+',
         default=[],
-        help='override entries of the config: key=value ...',
+        metavar='KEY=VALUE',
+        help='override entries of the config, such as train_cfg.max_epochs=2',
     )
     return parser.parse_args(argv)
 
@@ -74,25 +78,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     teacher = teacher_options(args.teacher, args.teacher_checkpoint)
     data = find_data(args.data) if args.data else None
     text = config_text(args.student, teacher, args.method, data)
-    name = f'{Path(args.student).stem}_{args.method}'
+    name = f'{Path(args.student.rpartition("::")[2]).stem}_{args.method}'
     folder = args.work_dir or Path('work_dirs') / name
     folder.mkdir(parents=True, exist_ok=True)
     # Not the name under which the runner leaves its own dump of it.
     config = folder / f'distill_{args.method}.py'
     if config.exists() and config.read_text() != text:
         raise ConfigError(
-            f'{config} exists and differs: train it with tools/train.py, or '
+            f'{config} exists and differs: train it with `mmkd train`, or '
             'move it away, or choose another --work-dir.'
         )
     config.write_text(text)
     print(f'{config}:\n\n{text}', flush=True)
     options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
-    status = _run('doctor.py', config, '--eval', args.eval, *options)
+    status = _run('doctor', config, '--eval', args.eval, *options)
     if status or args.no_train:
         return status
-    return _run('train.py', config, '--work-dir', folder / 'run', *options)
+    return _run('train', config, '--work-dir', folder / 'run', *options)
 
 
-def _run(tool: str, *arguments: object) -> int:
-    command = [sys.executable, TOOLS / tool, *arguments]
-    return subprocess.run([str(part) for part in command]).returncode
+def _run(*command: object) -> int:
+    start = [sys.executable, '-m', 'mmkd', *map(str, command)]
+    return subprocess.run(start).returncode

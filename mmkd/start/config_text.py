@@ -1,4 +1,4 @@
-"""The config that `tools/distill.py` writes: a delta on the stock student."""
+"""The config that `mmkd distill` writes: a delta on the stock student."""
 
 import copy
 import inspect
@@ -63,7 +63,7 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What official configs set otherwise than the defaults of a method's class:
 for a kind of student (:func:`kind_of`), or a head that both networks have."""
-UNSAID = {
+UNSAID: dict[str, dict[str, Any]] = {
     'FeatureHint': dict(loss=dict(type='mmkd.HintLoss')),
     'SoLAD': dict(
         soft=dict(cls_weight=2.0, iou_weight=10.0, box_weight=1.3)
@@ -164,7 +164,7 @@ def options_of(name: str, changed: Mapping[str, Any]) -> dict[str, Any]:
     MODELS.import_from_location()
     classes = {**MODELS.module_dict, **METHODS.module_dict}
     short = name.removeprefix('mmkd.')
-    options = defaults(classes[short]) | UNSAID.get(short, {}) | changed
+    options = defaults(classes[short]) | UNSAID.get(short, {}) | {**changed}
     for key, value in options.items():
         if isinstance(value, Mapping) and 'type' in value:
             options[key] = options_of(value['type'], dict(value))
@@ -207,7 +207,7 @@ def config_text(
     """
     base = student if '::' in student else osp.abspath(student)
     parts = [
-        '# Written by tools/distill.py to be edited; train it with train.py.',
+        '# Written by `mmkd distill`, to be edited and given to `mmkd train`.',
         f'_base_ = [{base!r}]',
         '',
     ]
@@ -311,10 +311,10 @@ def _with_classes(model: Any, count: int) -> Any:
         return result
     if not isinstance(model, Mapping):
         return None
-    result = {}
+    entries = {}
     for key, value in model.items():
         if key == 'num_classes' and value != count:
-            result[key] = count
+            entries[key] = count
         elif found := _with_classes(value, count):
-            result[key] = found
-    return result
+            entries[key] = found
+    return entries

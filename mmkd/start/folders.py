@@ -1,4 +1,4 @@
-"""The data of `tools/distill.py --data`: folders in a known layout."""
+"""The data of `mmkd distill --data`: folders in a known layout."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from mmkd.data import read_json, read_voc_xml
 from mmkd.errors import ConfigError
 
 FOLDERS = {'coco': 'data/coco', 'voc': 'data/VOCdevkit/VOC2007'}
-"""Where tools/prepare_data.py leaves what it makes."""
+"""Where ``mmkd prepare`` leaves what it makes."""
 VOC_SPLITS = (('train', 'val'), ('trainval', 'test'), ('train', 'test'))
 
 
@@ -40,7 +40,7 @@ def find_data(name: str) -> Data:
     if (root / 'annotations').is_dir():
         return _coco(root)
     remedy = (
-        f'Run `python tools/prepare_data.py {name}`.'
+        f'Run `mmkd prepare {name}`.'
         if name in FOLDERS
         else 'Expected annotations/*.json (COCO) or ImageSets/Main (VOC).'
     )
@@ -48,7 +48,7 @@ def find_data(name: str) -> Data:
 
 
 def _coco(root: Path) -> Data:
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for split in ('train', 'val'):
         files = sorted((root / 'annotations').glob(f'*{split}*.json'))
         files = [f for f in files if 'instances' in f.name] or files

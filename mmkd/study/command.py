@@ -1,12 +1,12 @@
 """Train and test a grid of networks and seeds; compare them in one table.
 
 Examples:
-    python tools/study.py studies/bccd_frcnn.yaml --jobs 2
-    python tools/study.py studies/bccd_frcnn.yaml --dry-run
+    mmkd study studies/bccd_frcnn.yaml --jobs 2
+    mmkd study studies/bccd_frcnn.yaml --dry-run
 
 The file names the runs (a config, the run that is its teacher, options), the
 seeds, the metrics and the run that the others are compared with. Each run is
-``tools/train.py`` with ``randomness.seed`` and ``tools/test.py`` with its
+``mmkd train`` with ``randomness.seed`` and ``mmkd test`` with its
 last checkpoint, nothing selected, in ``WORK_DIR/<run>-seed<k>``; a student
 has the teacher of its seed. A run that is ``of`` another only tests a peer of
 it (``network``), or several of its networks as one (``ensemble``). Ctrl-C
@@ -62,7 +62,6 @@ from .run import INPUTS, SOFTWARE, Run, Tested, libraries
 from .study import Study, read_study
 from .table import write_table
 from .training import (
-    ROOT,
     DemoError,
     Progress,
     Training,
@@ -81,6 +80,7 @@ REMOVED = '.removed-'
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog='mmkd study',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -109,7 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))
-    os.chdir(ROOT)
     try:
         study = read_study(args.study)
         if args.dry_run:

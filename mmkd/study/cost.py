@@ -1,4 +1,4 @@
-"""What the runs of `tools/study.py` cost, killed ones too."""
+"""What the runs of a study cost, killed ones too."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""The grid of `tools/study.py`: runs times options, teachers and data."""
+"""The grid of a study: runs times options, teachers and data."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""The networks that a config of `tools/study.py` names, and their hashes."""
+"""The networks that a config of a study names, and their hashes."""
 
 from collections.abc import Mapping
 from pathlib import Path

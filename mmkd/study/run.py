@@ -1,4 +1,4 @@
-"""A run of `tools/study.py`: its files, its steps, what it depends on."""
+"""A run of a study: its files, its steps, what it depends on."""
 
 import contextlib
 import copy
@@ -40,7 +40,7 @@ INPUTS = {
     'peers': 'a config or a first checkpoint of its peers',
     'networks': 'a checkpoint of its run',
     'code': 'the code of mmkd',
-    'tools': 'tools/train.py or tools/test.py',
+    'tools': 'mmkd train or mmkd test',
     'packages': 'the installed packages',
     'libraries': 'ensemble-boxes or scikit-learn',
 }
@@ -55,7 +55,7 @@ STUDENT = 'student'
 
 @dataclass
 class Step:
-    """A tool at work on a run: its training or its test."""
+    """A command at work on a run: its training or its test."""
 
     folder: Path
     name: str
@@ -158,13 +158,13 @@ class Run:
 
     @property
     def training(self) -> Step:
-        command = ['tools/train.py', str(self.config_file), '--resume']
+        command = ['-m', 'mmkd', 'train', str(self.config_file), '--resume']
         command += ['--work-dir', str(self.folder)]
         return Step(self.folder, 'train', command, self.inputs)
 
     @property
     def test(self) -> Step:
-        command = ['tools/test.py', str(self.config_file)]
+        command = ['-m', 'mmkd', 'test', str(self.config_file)]
         command += [str(self.checkpoint), '--work-dir']
         return Step(
             self.folder, 'test', [*command, f'{self.folder}/test'], self.inputs
@@ -246,7 +246,7 @@ class Run:
                 'them away, or give the study another work_dir.'
             )
         then, now = self.noted.get('fingerprint', {}), self.inputs
-        # What an older version of this tool did not note is not compared.
+        # What an older version did not note is not compared.
         return [key for key in now if then.get(key, now[key]) != now[key]]
 
     def write_config(self) -> None:
@@ -283,7 +283,7 @@ class Tested(Run):
 
     @property
     def test(self) -> Step:
-        command = ['tools/test.py', str(self.config_file)]
+        command = ['-m', 'mmkd', 'test', str(self.config_file)]
         if len(self.members) == 1:
             command.append(str(self.file_of(self.members[0])))
         command += ['--work-dir', f'{self.folder}/test']

@@ -1,4 +1,4 @@
-"""The file of `tools/study.py`: the runs that it describes."""
+"""The file of a study: the runs that it describes."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -88,7 +88,7 @@ def read_study(path: Path) -> Study:
     if not isinstance(networks, Mapping) or not networks:
         raise ConfigError(
             f'{where}: runs must map a name to its config, such as '
-            f'"student: {{config: configs/bccd/student.py}}"; got '
+            f'"student: {{config: mmkd::bccd/student.py}}"; got '
             f'{networks!r}.'
         )
     name = str(content.get('name', path.stem))

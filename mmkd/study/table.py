@@ -1,4 +1,4 @@
-"""The table of `tools/study.py`: means, spreads and paired differences."""
+"""The table of a study: means, spreads and paired differences."""
 
 import contextlib
 import statistics

@@ -1,4 +1,4 @@
-"""Trainings: planned, run side by side, continued; of `tools/demo.py` most."""
+"""Trainings: planned, run side by side, continued."""
 
 import argparse
 import contextlib
@@ -23,9 +23,9 @@ from typing import Any, Protocol
 
 from mmengine.config import Config, DictAction
 
+from mmkd.detectors.source import load_config
 from mmkd.errors import MMKDError
 
-ROOT = Path(__file__).resolve().parents[2]
 NEEDS = {'teacher': [], 'student': [], 'distilled': ['teacher']}
 """Each network, and those that have to be trained before it."""
 PACKAGES = (
@@ -61,16 +61,10 @@ class Network:
 
     @property
     def command(self) -> list[str]:
-        """The training, to be called in the repository's root."""
-        return [
-            'tools/train.py',
-            f'configs/neon/{self.name}.py',
-            '--work-dir',
-            os.path.relpath(self.folder, ROOT),
-            '--resume',
-            '--cfg-options',
-            *self.options,
-        ]
+        """The training, as arguments of Python."""
+        command = ['-m', 'mmkd', 'train', f'mmkd::neon/{self.name}.py']
+        command += ['--work-dir', os.path.relpath(self.folder), '--resume']
+        return [*command, '--cfg-options', *self.options]
 
     @property
     def state(self) -> dict[str, Any]:
@@ -97,13 +91,13 @@ def plan(
     software = json.dumps(versions(), sort_keys=True).encode()
     networks: dict[str, Network] = {}
     for name, needed in NEEDS.items():
-        config = Config.fromfile(ROOT / f'configs/neon/{name}.py')
+        config = load_config(f'mmkd::neon/{name}.py')
         config.merge_from_dict(parse_options(options))
         before = [networks[n].fingerprint.encode() for n in needed]
         mark = fingerprint(config, *annotations, software, *before)
         network = Network(name, work_dir / name, [*options], config, mark)
         for n in needed:
-            path = os.path.relpath(networks[n].checkpoint, ROOT)
+            path = os.path.relpath(networks[n].checkpoint)
             network.options.append(f'distillation.{n}.checkpoint={path}')
         networks[name] = network
         remove_outdated(network)
@@ -111,7 +105,7 @@ def plan(
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """Parse as tools/train.py does."""
+    """Parse as ``mmkd train`` does."""
     parser = argparse.ArgumentParser()
     parser.add_argument('options', nargs='*', action=DictAction)
     return parser.parse_args(options).options or {}
@@ -187,7 +181,7 @@ class Work(Protocol):
 
 @dataclass
 class Training:
-    """A running `tools/train.py`, or another tool."""
+    """A running ``mmkd train``, or another command."""
 
     network: Work
     process: subprocess.Popen[bytes]
@@ -202,7 +196,6 @@ class Training:
         with network.log.open('ab') as log:
             process = subprocess.Popen(
                 [sys.executable, *network.command],
-                cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

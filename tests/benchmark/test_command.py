@@ -155,7 +155,7 @@ def test_epochs_without_the_data(config, monkeypatch):
     cfg.dump(path)
     command = ['benchmark.py', 'epochs', path, '--images', '4', '--batch', '2']
     monkeypatch.setattr('sys.argv', command)
-    with pytest.raises(SystemExit, match=r'error: .*prepare_data\.py coco'):
+    with pytest.raises(SystemExit, match=r'error: .*mmkd prepare coco'):
         benchmark.main()
 
 

@@ -45,7 +45,7 @@ def config(work_dir, root):
     return cfg
 
 
-REMEDY = r'python tools/prepare_data\.py coco'
+REMEDY = r'mmkd prepare coco'
 TRAIN = 'annotations/instances_train2017.json'
 VAL = 'annotations/instances_val2017.json'
 
@@ -170,7 +170,7 @@ def test_voc(tmp_path, shared_data):
     diagnose(dataset)
     name = (root / dataset['ann_file']).read_text().split()[0]
     (root / 'BCCD' / 'Annotations' / f'{name}.xml').write_text('<annotation>')
-    remedy = r'python tools/prepare_data\.py bccd'
+    remedy = r'mmkd prepare bccd'
     with pytest.raises(DataError, match=rf'{name}\.xml.*{remedy}'):
         diagnose(dataset)
 

@@ -166,7 +166,7 @@ BAD_INPUT = {
         lambda cfg, folder: cfg.train_dataloader.dataset.update(
             data_root='data/coco/'
         ),
-        r'data/coco.*does not exist.*prepare_data\.py coco',
+        r'data/coco.*does not exist.*mmkd prepare coco',
     ),
     'missing teacher': (
         lambda cfg, folder: cfg.distillation.teacher.update(

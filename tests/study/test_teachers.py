@@ -208,7 +208,7 @@ def test_the_table_shows_each_teacher(study, configs, tmp_path):
 @pytest.mark.parametrize(
     ('function', 'changed'),
     [
-        ('hash_tools', 'tools/train.py or tools/test.py'),
+        ('hash_tools', 'mmkd train or mmkd test'),
         ('libraries', 'ensemble-boxes or scikit-learn'),
     ],
 )

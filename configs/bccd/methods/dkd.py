@@ -1,11 +1,11 @@
 # DKD (Zhao et al., CVPR 2022): narrow GFL on BCCD.
-# Train the teacher first: tools/train.py configs/bccd/gfl_teacher.py
+# Train the teacher first: mmkd train mmkd::bccd/gfl_teacher.py
 # --work-dir work_dirs/bccd/gfl_teacher
 _base_ = ['../gfl_student.py']
 
 distillation = dict(
     teacher=dict(
-        config='configs/bccd/gfl_teacher.py',
+        config='mmkd::bccd/gfl_teacher.py',
         checkpoint='work_dirs/bccd/gfl_teacher/epoch_16.pth',
     ),
     # the paper's for classifiers

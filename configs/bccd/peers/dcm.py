@@ -2,7 +2,7 @@
 _base_ = ['../gfl_student.py']
 
 distillation = dict(
-    peers=dict(second=dict(config='configs/bccd/gfl_student.py')),
+    peers=dict(second=dict(config='mmkd::bccd/gfl_student.py')),
     methods=dict(
         dcm=dict(
             type='mmkd.DCM', stages=['backbone.layer2', 'backbone.layer3']

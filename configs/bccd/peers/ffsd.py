@@ -7,8 +7,8 @@ _base_ = ['../gfl_student.py']
 
 distillation = dict(
     peers=dict(
-        first=dict(config='configs/bccd/gfl_student.py'),
-        second=dict(config='configs/bccd/gfl_student.py'),
+        first=dict(config='mmkd::bccd/gfl_student.py'),
+        second=dict(config='mmkd::bccd/gfl_student.py'),
     ),
     methods=dict(
         ffsd=dict(

@@ -1,5 +1,5 @@
 # The same with the trained, frozen teacher. Train it first:
-# tools/train.py configs/bccd/gfl_teacher.py --work-dir
+# mmkd train mmkd::bccd/gfl_teacher.py --work-dir
 # work_dirs/bccd/gfl_teacher
 _base_ = ['./one_teacher.py']
 

@@ -3,8 +3,8 @@
 _base_ = ['../gfl_student.py']
 
 distillation = dict(
-    teacher=dict(config='configs/bccd/gfl_teacher.py', trainable=True),
-    peers=dict(second=dict(config='configs/bccd/gfl_student.py')),
+    teacher=dict(config='mmkd::bccd/gfl_teacher.py', trainable=True),
+    peers=dict(second=dict(config='mmkd::bccd/gfl_student.py')),
     methods=dict(
         several=dict(
             type='mmkd.OneTeacherSeveralStudents',

@@ -121,8 +121,8 @@ class ProgressHook(Hook):
             dirs = [*filter(None, [self.compare_with]), runner.work_dir]
             lines += [
                 'Next:',
-                f'  python tools/test.py {config} {checkpoint}',
-                f'  python tools/report.py {" ".join(dirs)}',
+                f'  mmkd test {config} {checkpoint}',
+                f'  mmkd report {" ".join(dirs)}',
             ]
         return lines
 

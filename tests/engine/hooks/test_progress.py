@@ -81,7 +81,7 @@ def test_no_terminal(tmp_path, capfd):
     assert len(re.findall(r'Epoch\(train\)', capfd.readouterr().out)) == 8
     text = log(tmp_path / 'run').partition('Done.')[2]
     assert 'toy/falling: best 10.000 at 1, last 9.000 at 2\n' in text
-    assert f'tools/report.py {tmp_path}/run' in text
+    assert f'mmkd report {tmp_path}/run' in text
     assert f'{tmp_path}/run/epoch_2.pth' in text
     assert sum(isinstance(h, ProgressHook) for h in runner.hooks) == 1
 
@@ -99,7 +99,7 @@ def test_gain(tmp_path):
     toy.train(config(tmp_path, compare_with=str(tmp_path / 'plain')))
     text = log(tmp_path / 'run').partition('Done.')[2]
     assert 'plain: last 8.250, a gain of +0.750\n' in text
-    assert f'tools/report.py {tmp_path}/plain {tmp_path}/run' in text
+    assert f'mmkd report {tmp_path}/plain {tmp_path}/run' in text
 
 
 def test_the_other_run_has_no_such_metric(tmp_path):

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mmkd.detectors.shrink import SCALE
-from mmkd.doctor.trial import FAILS, METHODS, UNFIT, WORKS
-from tools._families import SKIPPED, Pair
+
+from .families import SKIPPED, Pair
+from .trial import FAILS, METHODS, UNFIT, WORKS
 
 KINDS = tuple(METHODS)
 SHORT = {WORKS: 'works', UNFIT: 'does not fit', FAILS: '**fails**'}
@@ -183,12 +184,9 @@ def cell(verdict: dict[str, Any]) -> str:
 
 
 def left_out() -> str:
-    by_reason: dict[str, list[str]] = {}
-    for folder, why in SKIPPED.items():
-        by_reason.setdefault(why, []).append(folder)
     return listed(
-        (f'{why[0].upper()}{why[1:]}', ', '.join(folders))
-        for why, folders in by_reason.items()
+        (f'{why[0].upper()}{why[1:]}', ', '.join(folders.split()))
+        for why, folders in SKIPPED.items()
     )
 
 

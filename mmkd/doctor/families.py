@@ -11,51 +11,33 @@ import mmdet
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 
-TRACKING = 'tracking or re-identification, no detector'
-TEXT = 'guided by text, which needs a language model'
-SEGMENTATION = 'panoptic or semantic segmentation alone'
-DATA = 'a listed family on another data set'
-AUGMENTATION = 'a listed family with another augmentation of the data'
-WEIGHTS = 'a listed family with other initial weights'
-WRAPPER = "MMDetection's own training of a listed family with a teacher"
 SKIPPED = {
-    '_base_': 'parts of configs',
-    'albu_example': AUGMENTATION,
-    'bytetrack': TRACKING,
-    'cityscapes': DATA,
-    'clrnet': 'lanes, no boxes',
-    'common': 'parts of configs',
-    'deepfashion': DATA,
-    'deepsort': TRACKING,
-    'dsdl': DATA,
-    'glip': TEXT,
-    'grounding_dino': TEXT,
-    'instaboost': AUGMENTATION,
-    'lad': WRAPPER,
-    'ld': WRAPPER,
-    'lvis': DATA,
-    'mask2former_vis': TRACKING,
-    'maskformer': SEGMENTATION,
-    'masktrack_rcnn': TRACKING,
-    'misc': 'a collection of settings of listed families',
-    'mm_grounding_dino': TEXT,
-    'objects365': DATA,
-    'ocsort': TRACKING,
-    'openimages': DATA,
-    'panoptic_fpn': SEGMENTATION,
-    'pascal_voc': DATA,
-    'qdtrack': TRACKING,
-    'reid': TRACKING,
-    'resnet_strikes_back': WEIGHTS,
-    'selfsup_pretrain': WEIGHTS,
-    'simple_copy_paste': AUGMENTATION,
-    'soft_teacher': WRAPPER,
-    'sort': TRACKING,
-    'strongsort': TRACKING,
-    'v3det': DATA,
-    'wider_face': DATA,
+    'parts of configs': '_base_ common',
+    'a listed family with another augmentation of the data': (
+        'albu_example instaboost simple_copy_paste'
+    ),
+    'tracking or re-identification, no detector': (
+        'bytetrack deepsort mask2former_vis masktrack_rcnn ocsort qdtrack '
+        'reid sort strongsort'
+    ),
+    'a listed family on another data set': (
+        'cityscapes deepfashion dsdl lvis objects365 openimages pascal_voc '
+        'v3det wider_face'
+    ),
+    'lanes, no boxes': 'clrnet',
+    'guided by text, which needs a language model': (
+        'glip grounding_dino mm_grounding_dino'
+    ),
+    "MMDetection's own training of a listed family with a teacher": (
+        'lad ld soft_teacher'
+    ),
+    'panoptic or semantic segmentation alone': 'maskformer panoptic_fpn',
+    'a collection of settings of listed families': 'misc',
+    'a listed family with other initial weights': (
+        'resnet_strikes_back selfsup_pretrain'
+    ),
 }
-"""Folder to the reason why it is left out."""
+"""Why folders are left out, and which."""
 
 CHOSEN = {
     'cascade_rcnn': ('cascade-rcnn_r50_fpn_1x_coco.py',),
@@ -142,10 +124,11 @@ PAIRS = (
 def families() -> dict[str, tuple[str, ...]]:
     """Each folder that is not left out, to its representative configs."""
     folders = sorted(path for path in CONFIGS.iterdir() if path.is_dir())
+    skipped = {'__pycache__', *' '.join(SKIPPED.values()).split()}
     return {
         folder.name: CHOSEN.get(folder.name) or (_first(folder),)
         for folder in folders
-        if folder.name not in SKIPPED and not folder.name.startswith('__')
+        if folder.name not in skipped
     }
 
 
