@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.structures import InstanceData
 
 import mmkd
 from mmkd.core.distiller import build_distiller
 from mmkd.doctor import diagnose
-from mmkd.start.config_text import methods
+from mmkd.start.command import main
+from mmkd.start.config_text import config_text, methods, teacher_options
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers import toy
 
@@ -109,6 +110,28 @@ def test_options_are_checked():
 
 def test_mmkd_distill_offers_the_method():
     assert methods()['corner'] is Corner
+
+
+def test_mmkd_distill_writes_their_config(tmp_path):
+    options = teacher_options('mmkd.Oracle', None)
+    module = 'tests.test_third_party'
+    text = config_text(
+        f'mmdet::{toy.RETINANET}', options, 'corner', imports=[module]
+    )
+    path = tmp_path / 'own.py'
+    path.write_text(text)
+    cfg = Config.fromfile(path)
+    assert cfg.custom_imports.imports == [module]
+    assert cfg.distillation.teacher.to_dict() == dict(type='mmkd.Oracle')
+    assert cfg.distillation.methods.corner.to_dict() == dict(
+        type='mmkd.Corner', loss_weight=1.0
+    )
+
+
+def test_a_module_that_cannot_be_imported():
+    options = ['--student', 'a', '--teacher', 'b', '--method', 'pkd']
+    with pytest.raises(mmkd.ConfigError, match=r'--import nowhere\.here: No'):
+        main([*options, '--import', 'nowhere.here'])
 
 
 @pytest.mark.usefixtures('shared_data')

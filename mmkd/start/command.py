@@ -14,6 +14,7 @@ Examples:
 """
 
 import argparse
+import importlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,11 +38,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--teacher',
         required=True,
-        help="a name in MMDetection's model index, or a config",
+        help="a name in MMDetection's model index, a config, or the type of "
+        'a registered teacher',
     )
     parser.add_argument('--teacher-checkpoint', help='path or URL')
     parser.add_argument(
         '--method', required=True, help=f'one of {", ".join(methods())}'
+    )
+    parser.add_argument(
+        '--import',
+        nargs='+',
+        default=[],
+        dest='imports',
+        metavar='MODULE',
+        help='modules that register methods or teachers of your own',
     )
     parser.add_argument(
         '--data',
@@ -75,9 +85,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    for module in args.imports:
+        _import(module)
     teacher = teacher_options(args.teacher, args.teacher_checkpoint)
     data = find_data(args.data) if args.data else None
-    text = config_text(args.student, teacher, args.method, data)
+    text = config_text(args.student, teacher, args.method, data, args.imports)
     name = f'{Path(args.student.rpartition("::")[2]).stem}_{args.method}'
     folder = args.work_dir or Path('work_dirs') / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status or args.no_train:
         return status
     return _run('train', config, '--work-dir', folder / 'run', *options)
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f'--import {module}: {error}. Give the name of a module that '
+            'Python finds, from the current folder or PYTHONPATH.'
+        ) from error
 
 
 def _run(*command: object) -> int:

@@ -5,7 +5,7 @@ import inspect
 import os.path as osp
 import pprint
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config
@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmkd.core.method import Method
 from mmkd.detectors.source import find_in_model_index, load_config
 from mmkd.errors import ConfigError
-from mmkd.registry import METHODS, MODELS
+from mmkd.registry import METHODS, MODELS, TEACHERS
 from mmkd.utils import nearest
 
 from .folders import Data
@@ -100,11 +100,19 @@ def find_method(name: str) -> str:
 
 
 def teacher_options(name: str, checkpoint: str | None) -> dict[str, str]:
-    """``distillation.teacher`` of a name in the model index or a config.
+    """The value of ``distillation.teacher`` for what the user names.
+
+    Args:
+        name: A name in MMDetection's model index, a config, or the type of a
+            registered teacher, such as ``mmkd.FrozenDetector``.
+        checkpoint: The weights of a config.
 
     Raises:
         ConfigError: If the name is unknown, or a config has no checkpoint.
     """
+    TEACHERS.import_from_location()
+    if name.rpartition('.')[2] in TEACHERS.module_dict:
+        return {'type': name}
     if checkpoint is not None and '://' not in checkpoint:
         checkpoint = osp.abspath(checkpoint)
     if '::' not in name and not name.endswith('.py'):
@@ -194,6 +202,7 @@ def config_text(
     teacher: Mapping[str, str],
     method: str,
     data: Data | None = None,
+    imports: Sequence[str] = (),
 ) -> str:
     """The file: a stock base, its data if they are others, distillation.
 
@@ -204,6 +213,7 @@ def config_text(
         teacher: :func:`teacher_options`.
         method: The short name.
         data: None for the student's own.
+        imports: Modules that register methods or teachers of the user's own.
     """
     base = student if '::' in student else osp.abspath(student)
     parts = [
@@ -211,6 +221,8 @@ def config_text(
         f'_base_ = [{base!r}]',
         '',
     ]
+    if imports:
+        parts += [f'custom_imports = dict(imports={list(imports)!r})', '']
     config = load_config(base)
     if data is not None:
         parts += [*_data_lines(config, data), '']
@@ -241,6 +253,8 @@ def _distillation_lines(
 
 
 def _model_of(teacher: Mapping[str, str]) -> Mapping[str, Any]:
+    if 'type' in teacher:
+        return {}
     if 'name' in teacher:
         teacher = find_in_model_index(teacher['name'])
     return load_config(teacher['config']).model
