@@ -118,7 +118,7 @@ def build_trained(
     Raises:
         CheckpointError: If the checkpoint does not fit the config exactly.
     """
-    model = build_untrained(cfg)
+    model: Any = build_untrained(cfg)
     if checkpoint is None:
         model.init_weights()
         message = (

@@ -4,6 +4,7 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ METHODS = {
     'cross-head': dict(type='mmkd.CrossKD'),
 }
 """Kind of distillation to the method that stands for it."""
-SIZES = (
+SIZES: tuple[dict[str, Any], ...] = (
     dict(narrow=True, scale=SCALE),
     dict(narrow=False, scale=SCALE),
     dict(narrow=False, scale=(320, 320)),
@@ -78,7 +79,7 @@ def examine(
         return
     for kind, method in METHODS.items():
         options = features if kind == 'features' else {}
-        report(kind, judged(lambda m=method, o=options: trial.run({**m, **o})))
+        report(kind, judged(partial(trial.run, {**method, **options})))
 
 
 def judged(attempt: Callable[[], Any]) -> dict[str, str]:
@@ -210,7 +211,10 @@ def _check(student: nn.Module, losses: Mapping[str, Tensor]) -> None:
         if parameter.requires_grad and not name.startswith('distillation.')
     ]
     gradients = torch.autograd.grad(
-        sum(ours), stock, retain_graph=True, allow_unused=True
+        torch.stack(list(ours)).sum(),
+        stock,
+        retain_graph=True,
+        allow_unused=True,
     )
     if not any(g is not None and g.any() for g in gradients):
         raise TrialError('the loss gives the student no gradient')
