@@ -3,12 +3,13 @@
     python tools/demo.py
     python tools/demo.py --work-dir work_dirs/seed1 --seed 1 --jobs 1
 
-Trains three networks that find tree crowns in photos from the air: a teacher,
-a student a quarter as wide, and the same student distilled from the teacher;
-all from scratch, with the same data, schedule and seed. Then it evaluates the
-last checkpoint of each and writes table.md, table.json, loss.png, ap.png and
-pictures/ to the work dir. Ctrl-C stops it; run again, it continues, and what
-is finished is not done again unless a config has changed.
+The demo trains three networks that find tree crowns in aerial photos: a
+teacher, a student a quarter as wide, and the same student distilled from the
+teacher. All start from scratch, with the same data, schedule and seed. Then
+the demo evaluates the last checkpoint of each and writes table.md,
+table.json, loss.png, ap.png and pictures/ to the work dir. Ctrl-C stops it;
+the same command continues, and repeats what is finished only if a config has
+changed.
 """
 
 import argparse
@@ -20,10 +21,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-# Before torch is imported. One thread a process gives the same numbers
-# everywhere, and more of them wait for each other on a busy machine.
+# This has to come before torch is imported. One thread per process gives the
+# same numbers everywhere, and more threads wait for each other on a busy
+# machine.
 os.environ['OMP_NUM_THREADS'] = '1'
 
+from mmkd.errors import MMKDError
 from mmkd.study.training import (
     DemoError,
     Network,
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             networks = plan(args.work_dir, DATA, options)
             train(networks, args.jobs, lock)
             report(networks, args.work_dir)
-    except DemoError as error:
+    except (DemoError, MMKDError) as error:
         print(f'\nerror: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -79,7 +82,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--jobs',
         type=int,
         default=min(2, os.cpu_count() or 1),
-        help='trainings at a time, each on one core (default: %(default)s)',
+        help='how many trainings run at a time, each on one core '
+        '(default: %(default)s)',
     )
     parser.add_argument(
         '--cfg-options',
@@ -95,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def prepare_data() -> None:
-    """Make the data set if it is not there.
+    """Prepare the data set if it does not exist.
 
     Raises:
         DemoError: If that fails.
@@ -109,7 +113,7 @@ def prepare_data() -> None:
 
 
 def report(networks: Mapping[str, Network], folder: Path) -> None:
-    """Evaluate, draw and write, or reuse what was; print the table."""
+    """Evaluate, draw and write, or reuse old results; print the table."""
     marks = {n.name: n.fingerprint for n in networks.values()}
     old = read_json(folder / 'table.json')
     complete = all((folder / name).exists() for name in RESULTS)
@@ -119,11 +123,16 @@ def report(networks: Mapping[str, Network], folder: Path) -> None:
         print('results: evaluating and drawing', flush=True)
         log = (folder / 'evaluation.txt').open('w')
         with log, redirect_stdout(log), redirect_stderr(log):
-            from mmkd.report.summary import (
-                write_results,  # and with it MMDetection
-            )
+            # MMDetection comes with this import, and warns of this and that.
+            from mmkd.report.summary import write_results
 
-            data = write_results(networks, folder)
+            folders = {n.name: n.folder for n in networks.values()}
+            states = {n.name: n.state for n in networks.values()}
+            minutes = {k: s['cpu_seconds'] / 60 for k, s in states.items()}
+            data = write_results(folders, minutes, folder)
+        for name, network in networks.items():
+            command = ' '.join(['python', *network.command])
+            data['networks'][name] |= {'command': command, **states[name]}
         data |= dict(evaluated=now(), versions=versions(), fingerprints=marks)
         write_json(folder / 'table.json', data)
     print(f'\n{(folder / "table.md").read_text()}')

@@ -1,4 +1,4 @@
-"""Where detectors look, and where a student and its teacher disagree."""
+"""Show where detectors look, and where student and teacher disagree."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from torch import Tensor
 
 from mmkd.data.batch import Batch
 
-from .evaluation import load
+from .evaluation import load_data, load_model
 from .work_dir import WorkDir
 
 
 @dataclass
 class Attention:
-    """Where two networks look, (H, W) each, with a sum of 1.
-
-    ``elsewhere`` is the share of the student's attention that lies elsewhere
-    than the teacher's, from 0 to 1: half the sum of absolute differences.
-    """
+    """Where two networks look: maps (H, W) that each sum to 1."""
 
     student: np.ndarray
     teacher: np.ndarray
 
     @property
     def elsewhere(self) -> float:
+        """The share of attention that the networks do not have in common.
+
+        It is half the sum of absolute differences, from 0 to 1.
+        """
         return float(abs(self.student - self.teacher).sum() / 2)
 
 
@@ -36,14 +36,14 @@ def attend(
 ) -> dict[Any, Attention]:
     """Compare a distilled student's features with its teacher's.
 
-    Several teachers look where they do on average.
+    The attention of several teachers is their mean.
 
     Args:
         run: A run that distils.
-        teacher: Its teachers, built.
-        ids: Of the images.
+        teacher: Its teachers, already built.
+        ids: The images, by their ``img_id``.
     """
-    model, loader = load(run, None)
+    model, loader = load_model(run), load_data(run)
     dataset = loader.dataset
     numbers = {
         dataset.get_data_info(i)['img_id']: i for i in range(len(dataset))
@@ -59,10 +59,8 @@ def attend(
                 network.view(Batch(inputs, samples)).maps
                 for network in teacher.networks.values()
             ]
-        share = (
-            samples[0].img_shape[0] / inputs.shape[2],
-            samples[0].img_shape[1] / inputs.shape[3],
-        )
+        padded, shape = inputs.shape[2:], samples[0].img_shape
+        share = [n / of for n, of in zip(shape, padded, strict=False)]
         found[image] = Attention(
             attention(ours, share),
             np.mean([attention(maps, share) for maps in theirs], axis=0),
@@ -71,28 +69,25 @@ def attend(
 
 
 def attention(levels: Sequence[Tensor], share: Sequence[float]) -> np.ndarray:
-    r"""Where features are large: the same for any number of channels.
+    r"""Show where features are large, for any number of channels.
 
-    Of each level :math:`\mathrm{mean}_c F^2`, without padding, as a share of
-    its sum; then the mean over the levels, resized to the first (Zagoruyko &
-    Komodakis, "Paying More Attention to Attention", ICLR 2017, with a sum of
-    1 in place of their Euclidean norm).
+    For each level it is :math:`\mathrm{mean}_c F^2` without the padding,
+    resized to the first level and divided by its sum; then the mean over the
+    levels (Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR
+    2017, with a sum of 1 in place of their Euclidean norm).
 
     Args:
-        levels: (1, C, H, W) each.
-        share: Of the height and the width that is no padding.
+        levels: Features, (1, C, H, W) each.
+        share: The share of the height and of the width that is no padding.
     """
-    maps = []
-    size: tuple[int, ...] = ()
+    maps: list[Tensor] = []
     for level in levels:
         rows, columns = (
             max(round(n * s), 1)
             for n, s in zip(level.shape[2:], share, strict=True)
         )
         energy = level.float()[..., :rows, :columns].square().mean(1, True)
-        size = size or tuple(energy.shape[2:])
-        energy = F.interpolate(
-            energy, size=size, mode='bilinear', align_corners=False
-        )
+        size = maps[0].shape[2:] if maps else energy.shape[2:]
+        energy = F.interpolate(energy, size=tuple(size), mode='bilinear')
         maps.append(energy / energy.sum().clamp(min=1e-30))
     return torch.cat(maps).mean(0)[0].cpu().numpy()

@@ -1,4 +1,4 @@
-"""Detectors on their data: scores and detections."""
+"""Evaluate detectors on their data: scores, detections, single pictures."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.apis import init_detector
+from mmdet.evaluation.functional import average_precision, bbox_overlaps
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
-from torch import nn
 
 from mmkd.data import read_json
 from mmkd.errors import CheckpointError, ConfigError
@@ -19,33 +20,33 @@ from mmkd.teachers.speed import SPEED_OPTIONS
 from mmkd.teachers.view import Teacher, TeacherContext
 
 from .eval_coco import Scores, evaluate
-from .summary import match
 from .work_dir import WorkDir
 
 Truth = dict[str, Any]
 """Annotations in COCO's form."""
 LOWEST = 0.05
-"""Boxes of a lower score do not count in the score of one picture."""
+"""Boxes of a lower score do not count in the score of a single picture."""
+DRAWN = 0.5
+"""Boxes of a lower score are not drawn."""
 
 
 @dataclass
 class Objects:
-    """Boxes (N, 4), xyxy in pixels of the file, with names and scores."""
+    """Boxes (N, 4), xyxy in pixels of the file, with names and scores (N)."""
 
     boxes: np.ndarray
-    names: list[str]
+    names: np.ndarray
     scores: np.ndarray
 
     def above(self, score: float) -> 'Objects':
-        """Those of that score or a higher one."""
-        kept = np.flatnonzero(self.scores >= score)
-        names = [self.names[i] for i in kept]
-        return Objects(self.boxes[kept], names, self.scores[kept])
+        """Return those of that score or a higher one."""
+        kept = self.scores >= score
+        return Objects(self.boxes[kept], self.names[kept], self.scores[kept])
 
 
 @dataclass
 class Picture:
-    """An image of the data, its objects, and what each run has found."""
+    """An image of the data, its objects, and what each run has found in it."""
 
     id: Any
     path: Path
@@ -55,15 +56,30 @@ class Picture:
 
 @dataclass
 class Evaluation:
-    """Of several runs, and then of their teachers, on the same images."""
+    """What several runs, and then their teachers, find on the same images."""
 
+    truth: Truth
+    pictures: list[Picture]
     scores: dict[str, Scores] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
-    pictures: list[Picture] = field(default_factory=list)
-    teachers: dict[str, Any] = field(default_factory=dict)
-    """Those of each distilled run."""
+    teachers: dict[str, Teacher] = field(default_factory=dict)
+    """The frozen teachers of each distilled run."""
     notes: list[str] = field(default_factory=list)
     """Why a run's teacher is missing."""
+
+    def add(
+        self, name: str, model: Any, loader: Any, classes: Sequence[str]
+    ) -> None:
+        """Evaluate a detector on the images, which the loader gives."""
+        pictures = {picture.id: picture for picture in self.pictures}
+        with torch.inference_mode():
+            for batch in loader:
+                for sample in model.test_step(batch):
+                    found = as_objects(sample.pred_instances, classes)
+                    pictures[sample.img_id].found[name] = found
+        rows = results_of(self.pictures, name, self.truth)
+        self.scores[name] = evaluate(self.truth, rows, 'bbox')
+        self.parameters[name] = sum(p.numel() for p in model.parameters())
 
 
 def evaluate_runs(
@@ -71,80 +87,50 @@ def evaluate_runs(
 ) -> Evaluation:
     """Evaluate last checkpoints on the test data of the first run's config.
 
-    So are the frozen teachers of distilled runs, unless their own work dirs
-    are among the runs: on the images as the run's student is shown them.
+    The frozen teachers of distilled runs are evaluated too, on the images as
+    the run's student sees them, unless their own work dirs are among the runs.
 
     Args:
-        runs: Each reads the images in its own way (its test pipeline).
-        limit: Take the first so many images only.
+        runs: The trainings. Each reads the images by its own test pipeline.
+        limit: Take only this many images, the first ones.
 
     Raises:
         ConfigError: If their test data are not the same images.
     """
-    evaluation = Evaluation()
-    truth: Truth = {}
-    for run in runs:
-        model, loader = load(run, limit)
-        if not evaluation.pictures:
-            truth = truth_of(loader.dataset)
-            evaluation.pictures = list(read_pictures(loader.dataset))
-        classes = loader.dataset.metainfo['classes']
-        if not add_detections(evaluation, run.name, model, loader, classes):
+    loaders = [load_data(run, limit) for run in runs]
+    pictures = list(read_pictures(loaders[0].dataset))
+    evaluation = Evaluation(truth_of(loaders[0].dataset), pictures)
+    for run, loader in zip(runs, loaders, strict=True):
+        theirs = [picture.id for picture in read_pictures(loader.dataset)]
+        if {picture.id for picture in pictures} != set(theirs):
             raise ConfigError(
                 f'{run.name} was tested on other images than '
                 f'{runs[0].name}: {loader.dataset.ann_file}. Give work dirs '
                 'that share their test_dataloader.'
             )
-        add_scores(evaluation, run.name, model, truth)
-    add_teachers(evaluation, runs, truth, limit)
+        classes = loader.dataset.metainfo['classes']
+        evaluation.add(run.name, load_model(run), loader, classes)
+    add_teachers(evaluation, runs, limit)
     return evaluation
-
-
-def add_detections(
-    evaluation: Evaluation,
-    name: str,
-    model: Any,
-    loader: Any,
-    classes: Sequence[str],
-) -> bool:
-    """What a detector finds; False if the images are others."""
-    pictures = {picture.id: picture for picture in evaluation.pictures}
-    seen = 0
-    for sample in detect(model, loader):
-        if sample.img_id not in pictures:
-            return False
-        found = as_objects(sample.pred_instances, classes)
-        pictures[sample.img_id].found[name] = found
-        seen += 1
-    return seen == len(pictures) == len(loader.dataset)
-
-
-def add_scores(
-    evaluation: Evaluation, name: str, model: nn.Module, truth: Truth
-) -> None:
-    rows = results_of(evaluation.pictures, name, truth)
-    evaluation.scores[name] = evaluate(truth, rows, 'bbox')
-    parameters = sum(p.numel() for p in model.parameters())
-    evaluation.parameters[name] = parameters
 
 
 # ------------------------------------------------------------------ teachers
 
 
 def add_teachers(
-    evaluation: Evaluation,
-    runs: Sequence[WorkDir],
-    truth: Truth,
-    limit: int | None,
+    evaluation: Evaluation, runs: Sequence[WorkDir], limit: int | None
 ) -> None:
-    """Build the frozen teachers; evaluate each that no run has trained."""
+    """Build the frozen teachers; evaluate those that no run has trained."""
     known: list[Any] = []
     for run in runs:
         if not run.distils:
             continue
-        student, loader = load(run, limit)
+        student, loader = load_model(run), load_data(run, limit)
         try:
-            teacher = build_plain(run.teacher, student, loader.dataset)
+            classes = loader.dataset.metainfo['classes']
+            context = TeacherContext(student, classes)
+            plain = changed(run.teacher, without_speed)
+            teacher = build_teacher(plain, context).to(context.device)
         except (CheckpointError, ConfigError, OSError) as error:
             note = f'{run.name}: its teacher cannot be shown: {error}'
             evaluation.notes.append(note)
@@ -154,18 +140,17 @@ def add_teachers(
             if source in known or not needs_evaluation(source, runs):
                 continue
             known.append(source)
-            model = teacher.networks[name].model
-            classes = teacher.networks[name].classes
-            name = f'{name} of {run.name}'
-            add_detections(evaluation, name, model, loader, classes)
-            add_scores(evaluation, name, model, truth)
+            network = teacher.networks[name]
+            evaluation.add(
+                f'{name} of {run.name}', network.model, loader, network.classes
+            )
 
 
 def needs_evaluation(teacher: Any, runs: Sequence[WorkDir]) -> bool:
-    """Whether a teacher needs evaluation, by its description.
+    """Tell from its description whether a teacher has to be evaluated.
 
-    Not if its weights are random, as in smoke tests, or its checkpoint lies
-    in the work dir of a run.
+    It need not be if its weights are random, as in smoke tests, or if its
+    checkpoint lies in the work dir of one of the runs.
     """
     if not isinstance(teacher, Mapping) or 'checkpoint' not in teacher:
         return True  # the name of a published one
@@ -175,15 +160,8 @@ def needs_evaluation(teacher: Any, runs: Sequence[WorkDir]) -> bool:
     return all(folder != run.folder for run in runs)
 
 
-def build_plain(description: Any, student: nn.Module, dataset: Any) -> Teacher:
-    """The teachers, without what makes them faster in training."""
-    context = TeacherContext(student, dataset.metainfo['classes'])
-    teacher = build_teacher(changed(description, _without_speed), context)
-    return teacher.to(context.device)
-
-
-def _without_speed(options: dict[str, Any]) -> dict[str, Any]:
-    """A description without cache, compilation and the like."""
+def without_speed(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove cache, compilation and the like from a description."""
     dropped = {*SPEED_OPTIONS, 'cache'}
     return {k: v for k, v in options.items() if k not in dropped}
 
@@ -191,53 +169,52 @@ def _without_speed(options: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- detections
 
 
-def load(run: WorkDir, limit: int | None) -> tuple[nn.Module, Any]:
-    """The detector of a run, ready to detect, and its test data."""
+def load_model(run: WorkDir) -> Any:
+    """Build the detector of a run, ready to detect."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    config = copy.deepcopy(run.config)
+    return init_detector(
+        copy.deepcopy(run.config), run.checkpoint, device=device
+    )
+
+
+def load_data(run: WorkDir, limit: int | None = None) -> Any:
+    """Build the loader of a run's test data, with a limit the first ones."""
+    init_default_scope(run.config.get('default_scope', 'mmdet'))
+    config = copy.deepcopy(run.config.test_dataloader)
     if limit is not None:
-        config.test_dataloader.dataset.indices = limit
-    model = init_detector(config, run.checkpoint, device=device)
-    return model, Runner.build_dataloader(config.test_dataloader)
-
-
-def detect(model: Any, loader: Any) -> Iterator[Any]:
-    with torch.inference_mode():
-        for batch in loader:
-            yield from model.test_step(batch)
+        config.dataset.indices = limit
+    return Runner.build_dataloader(config)
 
 
 def as_objects(instances: Any, classes: Sequence[str]) -> Objects:
-    instances = instances.cpu()
-    return Objects(
-        instances.bboxes.numpy(),
-        [classes[label] for label in instances.labels],
-        instances.scores.numpy(),
-    )
+    instances = instances.numpy()
+    names = [classes[label] for label in instances.labels]
+    return Objects(instances.bboxes, np.array(names, str), instances.scores)
 
 
 # --------------------------------------------------------------- annotations
 
 
 def read_pictures(dataset: Any) -> Iterator[Picture]:
-    """The images of a data set; what is to be ignored is left out."""
+    """Read the images of a data set, without the objects to be ignored."""
     classes = dataset.metainfo['classes']
     for index in range(len(dataset)):
         info = dataset.get_data_info(index)
         objects = [i for i in info['instances'] if not i['ignore_flag']]
         truth = Objects(
             np.array([i['bbox'] for i in objects], float).reshape(-1, 4),
-            [classes[i['bbox_label']] for i in objects],
+            np.array([classes[i['bbox_label']] for i in objects], str),
             np.ones(len(objects)),
         )
         yield Picture(info['img_id'], Path(info['img_path']), truth)
 
 
 def truth_of(dataset: Any) -> Truth:
-    """A data set's annotations in COCO's form.
+    """Return a data set's annotations in COCO's form.
 
-    From its JSON file if it has one: the areas by which objects are small or
-    large are there those of masks. Else areas are those of boxes.
+    They come from its JSON file if it has one, because the areas by which
+    objects are small or large are those of masks there. Without such a file,
+    the areas are those of boxes.
     """
     classes = dataset.metainfo['classes']
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
@@ -255,7 +232,13 @@ def truth_of(dataset: Any) -> Truth:
         kept = [{'id': i, 'name': name} for i, name in enumerate(classes)]
         boxes = [(f['img_id'], i) for f in infos for i in f['instances']]
         rows = [
-            as_annotation(number, image, instance)
+            {
+                'id': number,
+                'image_id': image,
+                'category_id': instance['bbox_label'],
+                **box_of(instance['bbox']),
+                'iscrowd': int(instance['ignore_flag']),
+            }
             for number, (image, instance) in enumerate(boxes, start=1)
         ]
     return {
@@ -265,38 +248,27 @@ def truth_of(dataset: Any) -> Truth:
     }
 
 
-def as_annotation(
-    number: int, image: Any, instance: dict[str, Any]
-) -> dict[str, Any]:
-    left, top, right, bottom = instance['bbox']
+def box_of(xyxy: Any) -> dict[str, Any]:
+    """Return a box as COCO has it, and its area."""
+    left, top, right, bottom = map(float, xyxy)
     width, height = right - left, bottom - top
-    return {
-        'id': number,
-        'image_id': image,
-        'category_id': instance['bbox_label'],
-        'bbox': [left, top, width, height],
-        'area': width * height,
-        'iscrowd': int(instance['ignore_flag']),
-        'ignore': int(instance['ignore_flag']),
-    }
+    return {'bbox': [left, top, width, height], 'area': width * height}
 
 
 def results_of(pictures: Any, run: str, truth: Truth) -> list[dict[str, Any]]:
-    """A run's detections in COCO's form; classes meet by their names."""
+    """Return a run's detections in COCO's form, classes matched by name."""
     ids = {row['name']: row['id'] for row in truth['categories']}
     return [
         {
             'image_id': picture.id,
             'category_id': ids[name],
-            'bbox': [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
+            'bbox': box_of(box)['bbox'],
             'score': float(score),
         }
         for picture in pictures
+        for found in [picture.found[run]]
         for box, name, score in zip(
-            picture.found[run].boxes,
-            picture.found[run].names,
-            picture.found[run].scores,
-            strict=True,
+            found.boxes, found.names, found.scores, strict=True
         )
         if name in ids
     ]
@@ -305,54 +277,50 @@ def results_of(pictures: Any, run: str, truth: Truth) -> list[dict[str, Any]]:
 # ------------------------------------------------------------ one picture
 
 
-def picture_ap(truth: Objects, found: Objects) -> float | None:
-    r"""AP50 of one picture, its classes taken together.
+def match(truth: Objects, found: Objects) -> tuple[np.ndarray, np.ndarray]:
+    """Tell which boxes find an object, and which objects are found.
 
-    With the detections of all classes by falling score, each right or wrong
-    within its class, :math:`\frac{1}{n} \sum p_i` over the right ones, where
-    :math:`p_i` is the best precision at that recall or a higher one. None
-    without objects.
+    As in COCO's evaluation at an IoU of 0.5: by falling score, each box takes
+    the object of its class that it overlaps most among those not taken.
     """
-    if not len(truth.boxes):
-        return None
-    found = found.above(LOWEST)
-    right, _ = match_by_class(truth, found)
-    hits = right[np.argsort(-found.scores, kind='stable')]
-    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(best[hits].sum() / len(truth.boxes))
-
-
-def match_by_class(
-    truth: Objects, found: Objects, threshold: float = 0.5
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which boxes find an object of their class; which are found."""
+    overlaps = bbox_overlaps(found.boxes, truth.boxes)
+    overlaps[found.names[:, None] != truth.names] = 0
     right = np.zeros(len(found.boxes), bool)
     seen = np.zeros(len(truth.boxes), bool)
-    for name in set(truth.names):
-        theirs = np.array([n == name for n in found.names], bool)
-        wanted = np.array([n == name for n in truth.names], bool)
-        right[theirs], seen[wanted] = match(
-            found.boxes[theirs],
-            found.scores[theirs],
-            truth.boxes[wanted],
-            threshold,
-        )
+    for index in np.argsort(-found.scores, kind='stable'):
+        free = np.where(seen, 0, overlaps[index])
+        if free.max(initial=0) >= 0.5:
+            right[index] = seen[free.argmax()] = True
     return right, seen
+
+
+def picture_ap(truth: Objects, found: Objects) -> float:
+    """AP50 of one picture with objects, over all classes taken together.
+
+    It is the area below the curve of precision over recall, where each
+    detection is right or wrong within its class.
+    """
+    found = found.above(LOWEST)
+    right, _ = match(truth, found)
+    hits = right[np.argsort(-found.scores, kind='stable')].cumsum()
+    precision = hits / np.arange(1, len(hits) + 1)
+    return float(average_precision(hits / len(truth.boxes), precision))
 
 
 def rank(
     pictures: Sequence[Picture], runs: Sequence[str]
 ) -> list[tuple[float, Picture]]:
-    """Pictures with a score, the worst first.
+    """Return the pictures that have objects with a score, the worst first.
 
-    The score is the AP50 of a single run, or by how much the second one is
-    ahead of the first. Pictures without objects have none.
+    The score is the AP50 of a single run; with more runs, it is the lead of
+    the second over the first.
     """
     scored = []
     for picture in pictures:
-        aps = [picture_ap(picture.truth, picture.found[r]) for r in runs[:2]]
-        if None not in aps:
-            score = aps[0] if len(aps) == 1 else aps[1] - aps[0]
-            scored.append((score, picture))
+        if len(picture.truth.boxes):
+            found = [picture.found[run] for run in runs[:2]]
+            aps = [picture_ap(picture.truth, each) for each in found]
+            scored.append(
+                (aps[0] if len(aps) == 1 else aps[1] - aps[0], picture)
+            )
     return sorted(scored, key=lambda pair: pair[0])

@@ -1,20 +1,21 @@
-"""One page about one or several trainings: scores, curves, pictures, setup.
+"""Write a page about trainings: scores, curves, pictures and setup.
 
 Examples:
     mmkd report work_dirs/demo/{student,distilled,teacher}
     mmkd report work_dirs/my_distilled --images 8 --out report.html
 
-Reads the logs of each work dir, evaluates its last checkpoint on the test
-data of the first one's config, and writes a single HTML file that opens from
-disk without a network. A frozen teacher whose work dir is not given is
-evaluated, too, on the images as its student is shown them. With several work
-dirs the pictures are those on which the second is most behind and ahead of
-the first: give the student first, then the distilled one, then the teacher.
+The command reads the logs of each work dir, evaluates its last checkpoint on
+the test data of the first one's config, and writes a single HTML file that
+opens from disk without a network. A frozen teacher whose work dir is not
+given is evaluated too, on the images as its student sees them. With several
+work dirs, the pictures are those on which the second one is most behind and
+most ahead of the first: give the student first, then the distilled student,
+then the teacher.
 """
 
 import argparse
-import sys
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,32 +23,32 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mmkd.errors import CheckpointError, ConfigError, DataError
+from mmkd.errors import DataError
 
 from .attention import attend
-from .eval_coco import Scores, difference, percent
-from .evaluation import Evaluation, Picture, evaluate_runs, rank
-from .figures import CUT, bars, curves, heat, panels, photo
-from .summary import SCORE
+from .eval_coco import Scores, difference
+from .evaluation import DRAWN, Evaluation, Picture, evaluate_runs, rank
+from .figures import CUT, Line, bars, curves, heat, panels, photo
 from .work_dir import WorkDir, read_work_dirs
 
 SIZES = {'APs': 'small', 'APm': 'medium', 'APl': 'large'}
+AP = '{:.2f}'
+"""How average precisions are shown, in per cent."""
 
-
-@dataclass
-class Cell:
-    """Of a table: what is shown, and the number it is sorted by."""
-
-    text: str
-    value: float | None = None
+Row = Sequence[str | float | None]
 
 
 @dataclass
 class Table:
-    """Headings and rows of cells."""
+    """A table; a value of None is shown as a dash and sorted to the end.
 
-    header: list[str]
-    rows: list[list[Cell]]
+    Attributes:
+        columns: The headings, each with the format of its values.
+        rows: Texts and numbers.
+    """
+
+    columns: Sequence[tuple[str, str]]
+    rows: Sequence[Row]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs='+',
         type=lambda path: Path(path).resolve(),
         metavar='WORK_DIR',
-        help='of trainings',
+        help='the work dir of a training',
     )
     parser.add_argument(
         '--out',
@@ -81,7 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         dest='evaluate',
         type=int,
         metavar='N',
-        help='evaluate on the first N images of the test data alone',
+        help='evaluate only on the first N images of the test data',
     )
     args = parser.parse_args(argv)
     if args.images < 0 or (args.evaluate is not None and args.evaluate < 1):
@@ -89,30 +90,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    out = args.out or args.work_dirs[0] / 'report.html'
     try:
         runs = read_work_dirs(args.work_dirs)
         evaluation = evaluate_runs(runs, args.evaluate)
         page = render(runs, evaluation, args.images)
-        out = args.out or args.work_dirs[0] / 'report.html'
         out.write_text(page, encoding='utf-8')
-    except (CheckpointError, ConfigError, DataError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
+    except OSError as error:
+        raise DataError(f'{error}') from error
     print(f'{out} ({len(page.encode()) / 2**20:.1f} MiB)')
-    return 0
 
 
 def render(
     runs: Sequence[WorkDir], evaluation: Evaluation, images: int
 ) -> str:
-    """The page."""
+    """Return the page as HTML."""
     names = [run.name for run in runs]
-    detectors = list(evaluation.scores)
+    scores = evaluation.scores
     chosen = choose(rank(evaluation.pictures, names), images)
     pictures = [
-        describe(i, *item, detectors, gain=len(runs) > 1)
+        describe(i, *item, list(scores), gain=len(runs) > 1)
         for i, item in enumerate(chosen)
     ]
     environment = Environment(
@@ -127,21 +126,12 @@ def render(
         f'{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}',
         results=result_table(evaluation),
         charts=[chart for chart in charts(runs) if chart],
-        classes=class_table(evaluation.scores, names),
-        size_chart=bars(
-            {
-                name: {
-                    size: scaled(scores.figures[key])
-                    for key, size in SIZES.items()
-                }
-                for name, scores in evaluation.scores.items()
-            },
-            'AP, %',
-        ),
-        sizes=size_table(evaluation.scores, names),
+        classes=class_table(scores, names),
+        size_chart=size_chart(scores),
+        sizes=size_table(scores, names),
         telemetry=[chart for chart in telemetry(runs) if chart],
         ranking=ranking(names),
-        score=SCORE,
+        score=DRAWN,
         cut=CUT,
         pictures=pictures,
         attention=attentions(runs, evaluation, pictures),
@@ -154,88 +144,91 @@ def render(
 # ------------------------------------------------------------------- tables
 
 
-def cell(value: float | None, sign: str = '') -> Cell:
-    """A fraction in per cent."""
-    return Cell('–' if value is None else percent(value, sign), value)
-
-
-def scaled(value: float | None) -> float | None:
+def percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
-
-
-def with_gain(
-    values: Sequence[float | None], runs: Sequence[str]
-) -> list[Cell]:
-    """The detectors' values and, of two or more runs, the second's gain."""
-    cells = [cell(value) for value in values]
-    if len(runs) > 1:
-        cells.append(cell(difference(values[1], values[0]), '+'))
-    return cells
-
-
-def gain_heading(runs: Sequence[str]) -> list[str]:
-    return [f'{runs[1]} - {runs[0]}'] if len(runs) > 1 else []
 
 
 def result_table(evaluation: Evaluation) -> Table:
     figures = ('AP', 'AP50', 'AP75', 'AR100')
-    rows = []
-    for name, scores in evaluation.scores.items():
-        millions = evaluation.parameters[name] / 1e6
-        rows.append(
+    columns = [('run', '{}'), *((key, AP) for key in figures)]
+    return Table(
+        [*columns, ('parameters', '{:.2f} M')],
+        [
             [
-                Cell(name),
-                *(cell(scores.figures[key]) for key in figures),
-                Cell(f'{millions:.2f} M', millions),
+                name,
+                *(percent(scores.figures[key]) for key in figures),
+                evaluation.parameters[name] / 1e6,
             ]
-        )
-    return Table(['run', *figures, 'parameters'], rows)
+            for name, scores in evaluation.scores.items()
+        ],
+    )
+
+
+def compared(
+    columns: Sequence[str],
+    rows: Iterable[tuple[Row, Sequence[float | None]]],
+    detectors: Iterable[str],
+    runs: Sequence[str],
+) -> Table:
+    """Make a table of average precisions with a column per detector.
+
+    Args:
+        columns: The headings of the first columns.
+        rows: Their values, and the average precision of each detector.
+        detectors: The names of the detectors.
+        runs: The names of those that are runs. From two on, the gain of the
+            second over the first has a column too.
+    """
+    formats = [(name, '{}') for name in columns]
+    formats += [(name, AP) for name in detectors]
+    if len(runs) > 1:
+        formats.append((f'{runs[1]} - {runs[0]}', '{:+.2f}'))
+        rows = [(a, [*b, difference(b[1], b[0])]) for a, b in rows]
+    return Table(formats, [[*a, *map(percent, b)] for a, b in rows])
 
 
 def class_table(scores: Mapping[str, Scores], runs: Sequence[str]) -> Table:
-    rows = []
-    for classes in zip(*(s.classes for s in scores.values()), strict=True):
-        count = classes[0].objects
-        rows.append(
-            [
-                Cell(classes[0].name),
-                Cell(str(count), count),
-                *with_gain([c.AP for c in classes], runs),
-            ]
-        )
-    return Table(['class', 'objects', *scores, *gain_heading(runs)], rows)
+    rows = [
+        ([classes[0].name, classes[0].objects], [each.AP for each in classes])
+        for classes in zip(*(s.classes for s in scores.values()), strict=True)
+    ]
+    return compared(['class', 'objects'], rows, scores, runs)
 
 
 def size_table(scores: Mapping[str, Scores], runs: Sequence[str]) -> Table:
-    rows = []
-    for key, size in SIZES.items():
-        values = [found.figures[key] for found in scores.values()]
-        rows.append([Cell(size), *with_gain(values, runs)])
-    return Table(['objects', *scores, *gain_heading(runs)], rows)
+    rows = [
+        ([size], [each.figures[key] for each in scores.values()])
+        for key, size in SIZES.items()
+    ]
+    return compared(['objects'], rows, scores, runs)
 
 
 def cost_table(runs: Sequence[WorkDir]) -> Table:
-    header = ['run', 'iterations', 's an iteration', 's of it for data']
-    header += ['GPU memory, MiB', 'checkpoint, MiB']
-    rows = []
+    columns = [
+        ('run', '{}'),
+        ('iterations', '{}'),
+        ('s per iteration', '{:.3f}'),
+        ('s of it for data', '{:.3f}'),
+        ('GPU memory, MiB', '{:.0f}'),
+        ('checkpoint, MiB', '{:.1f}'),
+    ]
+    rows: list[Row] = []
     for run in runs:
-        cost = run.cost
-        size = Path(run.checkpoint).stat().st_size / 2**20
+        seconds, data, memory = (
+            run.logged.get(key, {}).values()
+            for key in ('time', 'data_time', 'memory')
+        )
         rows.append(
             [
-                Cell(run.name),
-                Cell(str(cost.iterations), cost.iterations),
-                number(cost.seconds, '.3f'),
-                number(cost.data_seconds, '.3f'),
-                number(cost.memory_mib, '.0f'),
-                number(size, '.1f'),
+                run.name,
+                max(run.logged['loss']),
+                statistics.median(seconds) if seconds else None,
+                statistics.median(data) if data else None,
+                max(memory, default=None),
+                Path(run.checkpoint).stat().st_size / 2**20,
             ]
         )
-    return Table(header, rows)
-
-
-def number(value: float | None, form: str) -> Cell:
-    return Cell('–' if value is None else f'{value:{form}}', value)
+    return Table(columns, rows)
 
 
 # ------------------------------------------------------------------- charts
@@ -247,24 +240,33 @@ def charts(runs: Sequence[WorkDir]) -> list[str]:
         for run in runs
         for name, line in ap_lines(run).items()
     }
-    losses = {run.name: run.curves.loss for run in runs}
+    losses = {run.name: run.logged['loss'] for run in runs}
     step = 'epoch' if runs[0].by_epoch else 'iteration'
     return [
         curves(aps, step, 'AP in validation, %'),
         curves(losses, 'iteration', 'training loss'),
         *(
-            curves(run.parts, 'iteration', f'losses of {run.name}')
+            curves(run.loss_parts, 'iteration', f'losses of {run.name}')
             for run in runs
             if run.distils
         ),
     ]
 
 
-def ap_lines(run: WorkDir) -> dict[str, dict[int, float]]:
-    """Of its student, and of what was validated beside it."""
-    others = run.curves.others.items()
-    beside = {f'{run.name}: {name}': line for name, line in others}
-    return {run.name: run.curves.ap, **beside}
+def ap_lines(run: WorkDir) -> dict[str, Line]:
+    """Name the curves of the student and of what trained beside it."""
+    return {
+        f'{run.name}: {network}' if network else run.name: line
+        for network, line in run.aps.items()
+    }
+
+
+def size_chart(scores: Mapping[str, Scores]) -> str:
+    heights = {
+        name: {size: percent(each.figures[key]) for key, size in SIZES.items()}
+        for name, each in scores.items()
+    }
+    return bars(heights, 'AP, %')
 
 
 def telemetry(runs: Sequence[WorkDir]) -> list[str]:
@@ -282,7 +284,7 @@ def telemetry(runs: Sequence[WorkDir]) -> list[str]:
 def choose(
     ranked: Sequence[tuple[float, Picture]], count: int
 ) -> list[tuple[str, float, Picture]]:
-    """The worst and the best, each picture once."""
+    """Choose the worst and the best, each picture once."""
     worst = [('worst', *pair) for pair in ranked[:count]]
     rest = ranked[len(worst) :]
     best = [('best', *pair) for pair in rest[::-1][:count]]
@@ -290,12 +292,10 @@ def choose(
 
 
 def ranking(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return 'Worst and best by the AP50 on that picture alone.'
-    return (
-        f'Worst and best by how much {names[1]} is ahead of {names[0]} in '
-        'the AP50 on that picture alone.'
-    )
+    score = 'their AP50'
+    if len(names) > 1:
+        score = f'the lead of {names[1]} over {names[0]} in AP50'
+    return f'These are the worst and the best by {score} on the picture alone.'
 
 
 def describe(
@@ -307,7 +307,7 @@ def describe(
     *,
     gain: bool,
 ) -> dict[str, Any]:
-    """What the page needs of a picture; its score may be a gain."""
+    """Return what the page needs of a picture; its score may be a gain."""
     uri, height, width = photo(picture)
     sign = '+' if gain else ''
     return {
@@ -328,7 +328,7 @@ def attentions(
     evaluation: Evaluation,
     pictures: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Maps for every run whose teacher there is."""
+    """Return maps for every run that has a teacher to show."""
     drawn: list[dict[str, Any]] = []
     for run in runs:
         if run.name not in evaluation.teachers or not pictures:

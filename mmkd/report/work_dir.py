@@ -1,34 +1,25 @@
-"""What a work dir of MMEngine tells of its training."""
+"""Read a training back from its work dir."""
 
-import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
 from mmkd.engine.checkpoint import latest_checkpoint
-from mmkd.engine.logs import complete_rows
+from mmkd.engine.logs import (
+    by_step,
+    complete_rows,
+    main_metric,
+    training_rows,
+    validations,
+)
 from mmkd.errors import ConfigError
 from mmkd.peers.peer import with_trained_teacher
 
-from .summary import Curves, read_curves
-
 RULE = '-' * 60
 """The line above and below the environment in MMEngine's log."""
-
-
-@dataclass
-class Cost:
-    """Of a training iteration, as logged; None where it was not."""
-
-    iterations: int = 0
-    seconds: float | None = None
-    """Median."""
-    data_seconds: float | None = None
-    memory_mib: float | None = None
-    """Peak of the GPU."""
 
 
 @dataclass
@@ -36,7 +27,9 @@ class WorkDir:
     """A training, read back.
 
     Attributes:
-        parts: Each loss by iteration, under its name in the log.
+        logged: Each value that was logged in training, by iteration.
+        aps: The AP by epoch (or iteration), from 0 to 1, of the student under
+            the name ``''``, and of each network that trained beside it.
         telemetry: Gradient cosine by iteration, by method of distillation.
     """
 
@@ -45,11 +38,19 @@ class WorkDir:
     config: Config
     config_text: str
     checkpoint: str
-    curves: Curves
-    cost: Cost
     environment: str
-    parts: dict[str, dict[int, float]] = field(default_factory=dict)
-    telemetry: dict[str, dict[int, float]] = field(default_factory=dict)
+    logged: dict[str, dict[int, float]]
+    aps: dict[str, dict[int, float]]
+    telemetry: dict[str, dict[int, float]]
+
+    @property
+    def loss_parts(self) -> dict[str, dict[int, float]]:
+        """The losses that the total is the sum of."""
+        return {
+            key: line
+            for key, line in self.logged.items()
+            if 'loss' in key and key != 'loss'
+        }
 
     @property
     def teacher(self) -> Any:
@@ -91,42 +92,50 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_work_dir(folder: Path, name: str) -> WorkDir:
-    starts = [path.parents[1] for path in scalar_files(folder)]
-    starts = [
-        path for path in starts if (path / 'vis_data/config.py').exists()
+    configs = [
+        path
+        for path in sorted(folder.glob('*/vis_data/config.py'))
+        if is_training(path.with_name('scalars.json'))
     ]
-    if not starts:
+    if not configs:
         raise ConfigError(
-            f'{folder} holds no training: expected the logs of '
-            'mmkd train, <date>/vis_data/scalars.json and config.py. '
-            'Give its --work-dir.'
+            f'{folder} holds no training: expected the logs of `mmkd train`, '
+            '<date>/vis_data/scalars.json and config.py. Give the work dir '
+            'of a training.'
         )
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise ConfigError(
-            f'{folder} holds no checkpoint. Train to the first one, or '
-            'bring it back.'
+            f'{folder} holds no checkpoint. Train until the first one is '
+            'written, or bring it back.'
         )
-    file = starts[-1] / 'vis_data' / 'config.py'
-    rows = [
-        row for path in scalar_files(folder) for row in complete_rows(path)
-    ]
+    rows = list(training_rows(folder))
     return WorkDir(
         name=name,
         folder=folder,
-        config=Config.fromfile(file),
-        config_text=file.read_text(),
+        config=Config.fromfile(configs[-1]),
+        config_text=configs[-1].read_text(),
         checkpoint=checkpoint,
-        curves=read_curves(folder),
-        cost=read_cost(rows),
-        environment=read_environment(starts[-1]),
-        parts=read_parts(rows),
-        telemetry=read_telemetry(rows),
+        environment=read_environment(configs[-1].parents[1]),
+        logged=by_step(row for row in rows if 'loss' in row),
+        aps=read_aps(folder),
+        telemetry={
+            key.removeprefix('distillation/').removesuffix('/cosine'): line
+            for key, line in by_step(rows).items()
+            if key.startswith('distillation/') and key.endswith('/cosine')
+        },
+    )
+
+
+def is_training(scalars: Path) -> bool:
+    """Whether a log is that of a training; tests are logged alike."""
+    return scalars.exists() and any(
+        'loss' in row for row in complete_rows(scalars)
     )
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last one of a work dir, also of one that was moved."""
+    """The last checkpoint of a work dir, which may have been moved."""
     named = latest_checkpoint(str(folder))
     if named is None:
         return None
@@ -134,52 +143,15 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(here) if here.is_file() else named
 
 
-def scalar_files(folder: Path) -> Iterator[Path]:
-    """The logs of trainings, not of tests, from old to new."""
-    for path in sorted(folder.glob('*/vis_data/scalars.json')):
-        if any('loss' in row for row in complete_rows(path)):
-            yield path
-
-
-def read_cost(rows: Sequence[dict[str, Any]]) -> Cost:
-    trained = [row for row in rows if 'loss' in row]
-
-    def logged(key: str) -> list[float]:
-        return [row[key] for row in trained if key in row]
-
-    times, data = logged('time'), logged('data_time')
-    return Cost(
-        iterations=max((row['step'] for row in trained), default=0),
-        seconds=statistics.median(times) if times else None,
-        data_seconds=statistics.median(data) if data else None,
-        memory_mib=max(logged('memory'), default=None),
-    )
-
-
-def read_parts(
-    rows: Sequence[dict[str, Any]],
-) -> dict[str, dict[int, float]]:
-    """The losses that the total is the sum of."""
-    found: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if 'loss' in row:
-            for key, value in row.items():
-                if 'loss' in key and key != 'loss':
-                    found.setdefault(key, {})[row['step']] = value
-    return found
-
-
-def read_telemetry(
-    rows: Sequence[dict[str, Any]],
-) -> dict[str, dict[int, float]]:
-    """What :class:`mmkd.engine.hooks.TelemetryHook` has logged."""
-    found: dict[str, dict[int, float]] = {}
-    for row in rows:
-        for key, value in row.items():
-            parts = key.split('/')
-            if parts[0] == 'distillation' and parts[-1] == 'cosine':
-                method = '/'.join(parts[1:-1])
-                found.setdefault(method, {})[row['step']] = value
+def read_aps(folder: Path) -> dict[str, dict[int, float]]:
+    """See :attr:`WorkDir.aps`."""
+    found: dict[str, dict[int, float]] = {'': {}}
+    for step, metrics in validations(folder).items():
+        main = f'/{main_metric(metrics)}'
+        for key, value in metrics.items():
+            if f'/{key}'.endswith(main):
+                network = key.removesuffix(main[1:]).rstrip('/')
+                found.setdefault(network, {})[step] = value
     return found
 
 

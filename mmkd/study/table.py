@@ -9,7 +9,7 @@ from typing import Any
 from scipy import stats
 
 from mmkd.errors import CheckpointError, ConfigError
-from mmkd.report.summary import markdown
+from mmkd.report.tables import table as markdown
 
 from .run import INPUTS, Run, Tested, libraries
 from .study import Study

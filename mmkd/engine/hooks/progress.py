@@ -1,4 +1,4 @@
-"""How far the training is, and what came of it."""
+"""Show how far a training is, and sum up its results at the end."""
 
 import logging
 import resource
@@ -12,8 +12,15 @@ import torch
 from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 from mmkd.engine.checkpoint import latest_checkpoint
 from mmkd.engine.logs import main_metric, validations
@@ -21,24 +28,25 @@ from mmkd.errors import ConfigError
 from mmkd.registry import HOOKS
 
 SECONDS = 0.5
-"""Between two updates of the line: each waits for the device."""
+"""Time between two updates of the line, as each waits for the device."""
 
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
     """A live line in a terminal, and a summary at the end.
 
-    The line shows epoch, iteration, losses, remaining time and memory; it
-    stands in for the training lines of the log, which stay as they are in
-    the log file, and where the output is no terminal. The summary, which is
-    logged, has the best and the last value of the main metric (COCO's AP,
-    where there is one), the gain over another run, and the next commands.
-    The runner registers the hook.
+    The line shows the epoch, the iteration, the remaining time, the peak of
+    the memory and the losses. It replaces the training lines of the log in a
+    terminal; in the log file, and where the output is not a terminal, these
+    stay as they are. Of several processes, only the first shows it. The
+    summary is logged. It gives the best and the last value of the main metric
+    (COCO's AP, if there is one), the gain over another run, and the next
+    commands. The runner registers the hook.
 
     Args:
-        compare_with: Work dir of another training, such as the student's
-            plain one, over which the gain is told.
-        live: Show the line, where the output is a terminal.
+        compare_with: The work dir of another training, such as that of the
+            plain student, with which the last value is compared.
+        live: Show the line if the output is a terminal.
 
     Raises:
         ConfigError: If ``compare_with`` is no folder.
@@ -55,24 +63,43 @@ class ProgressHook(Hook):
                 f'{compare_with}. Give the work dir of a training.'
             )
         self.compare_with, self.live = compare_with, live
-        self._bar: Any = None
+        self._bar: Progress | None = None
         self._terminal = ExitStack()
         self._shown = 0.0
 
     def before_train(self, runner: Runner) -> None:
         if not (self.live and is_main_process() and sys.stdout.isatty()):
             return
-        self._terminal.enter_context(logging_redirect_tqdm([runner.logger]))
-        for handler in runner.logger.handlers:
-            if not isinstance(handler, logging.FileHandler):
-                handler.addFilter(_is_no_training_line)
-        self._bar = tqdm(
-            total=runner.max_iters,
-            initial=runner.iter,
-            file=sys.stdout,
-            dynamic_ncols=True,
-            mininterval=0,  # its owner decides
+        self._bar = Progress(
+            TextColumn('{task.description}: {task.percentage:.0f}%'),
+            BarColumn(10),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn(
+                '{task.fields[state]}',
+                markup=False,
+                table_column=Column(ratio=1, no_wrap=True),
+            ),
+            console=Console(file=sys.stdout, soft_wrap=True),
+            expand=True,
+            # Processes that load data are forked, and would inherit the lock
+            # of a thread.
+            auto_refresh=False,
+            redirect_stderr=False,  # it may be a file
         )
+        self._bar.add_task(
+            'train', total=runner.max_iters, completed=runner.iter, state=''
+        )
+        self._terminal.enter_context(self._bar)
+        self._bar.console.show_cursor()  # a killed process could not do that
+        for handler in runner.logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                continue
+            # The line has replaced sys.stdout by what writes above it.
+            old = handler.setStream(sys.stdout)
+            self._terminal.callback(handler.setStream, old)
+            handler.addFilter(_is_no_training_line)
+            self._terminal.callback(handler.removeFilter, _is_no_training_line)
 
     def after_train_iter(
         self,
@@ -83,20 +110,23 @@ class ProgressHook(Hook):
     ) -> None:
         if self._bar is None:
             return
+        (task,) = self._bar.tasks
         done, now = runner.iter + 1, time.monotonic()
-        if now - self._shown < SECONDS and done < self._bar.total:
+        if now - self._shown < SECONDS and done < task.total:
             return
         self._shown = now
-        self._bar.set_description(_epoch(runner), refresh=False)
-        self._bar.set_postfix_str(_described(outputs or {}), refresh=False)
-        self._bar.update(done - self._bar.n)
+        self._bar.update(
+            task.id,
+            completed=done,
+            description=_epoch(runner),
+            state=_described(outputs or {}),
+            refresh=True,
+        )
 
     def close(self) -> None:
         """Give the terminal back."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
         self._terminal.close()
+        self._bar = None
 
     @master_only
     def after_train(self, runner: Runner) -> None:
@@ -153,7 +183,7 @@ def _epoch(runner: Runner) -> str:
 
 
 def _described(outputs: dict[str, Any]) -> str:
-    """The losses of a step, the sum first, and the memory's peak."""
+    """The memory's peak and the losses of a step, their sum first."""
     losses = {k: v.item() for k, v in outputs.items() if 'loss' in k}
     total = losses.pop('loss', None)
     shown = [] if total is None else [f'loss {total:.3g}']

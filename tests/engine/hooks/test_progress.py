@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.engine.hooks import ProgressHook
+from mmkd.engine.hooks import ProgressHook, progress
 from mmkd.errors import ConfigError
 from tests.helpers import toy
 
 pytestmark = pytest.mark.usefixtures('shared_data')
+ERASE, SHOW_CURSOR = '\x1b[2K', '\x1b[?25h'
 
 
 def config(tmp_path, **hook):
@@ -32,47 +34,79 @@ def log(folder):
     return path.read_text()
 
 
-def in_terminal(command):
-    """What a program shows in a terminal of 300 columns."""
+def in_terminal(path, interrupt_at=None):
+    """Train in a terminal of 300 columns.
+
+    Args:
+        path: The config.
+        interrupt_at: The text at which Ctrl-C is pressed.
+
+    Returns:
+        The exit status, and all that was shown, without colours.
+    """
     ours, theirs = pty.openpty()
     size = struct.pack('HHHH', 40, 300, 0, 0)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     process = subprocess.Popen(
-        command, stdout=theirs, stderr=theirs, cwd=toy.ROOT, env=env
+        [sys.executable, 'tools/train.py', str(path)],
+        stdout=theirs,
+        stderr=theirs,
+        cwd=toy.ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'TERM': 'xterm'},
+        # A shell's background process ignores it, and so would this one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
-    shown = b''
+    shown = ''
     try:
         while piece := os.read(ours, 4096):
-            shown += piece
+            shown += piece.decode(errors='replace')
+            if interrupt_at and interrupt_at in shown:
+                process.send_signal(signal.SIGINT)
+                interrupt_at = None
     except OSError:  # the other end is closed
         pass
     os.close(ours)
-    assert process.wait() == 0, shown.decode()
-    return shown.decode()
+    return process.wait(), re.sub(r'\x1b\[[0-9;]*m', '', shown)
 
 
 def test_terminal(tmp_path):
     """One line that is written again and again; the log has plain lines."""
     cfg = toy.distilled(tmp_path / 'run', epochs=2)
-    path = toy.write(cfg, tmp_path / 'c.py')
-    shown = in_terminal([sys.executable, 'tools/train.py', str(path)])
-    parts = re.split(r'[\r\n]', shown)
-    last = [part for part in parts if part.startswith('epoch ')][-1]
-    assert last.startswith('epoch 2/2: 100%')
-    assert ' 8/8 ' in last
-    # The rate of a slow machine is told the other way round.
-    assert re.search(r'\d(it/s|s/it)', last)
+    status, shown = in_terminal(toy.write(cfg, tmp_path / 'c.py'))
+    assert status == 0, shown
+    lines = [part for part in re.split(r'[\r\n]+', shown) if ' GiB ' in part]
+    last = lines[-1].removeprefix(ERASE)
+    assert last.startswith('epoch 2/2: 100% ')
+    assert ' 8/8 0:00:00 ' in last
     assert re.search(r'\d\.\d GiB  loss \d', last)
     assert 'loss_rpn_cls ' in last
     assert 'hint.loss' in last
     assert 'Epoch(train)' not in shown  # the line stands in for them
-    assert 'Epoch(val)' in shown
-    assert 'Done.' in shown
+    # What is logged appears above the line.
+    assert re.search(r'Epoch\(val\).*\r\nepoch 1/2: \d', shown)
+    assert shown.rindex('Done.') > shown.rindex(SHOW_CURSOR)
     written = log(tmp_path / 'run')
     assert len(re.findall(r'Epoch\(train\)', written)) == 8
-    assert '\r' not in written
+    assert not re.search(r'[\r\x1b]', written)
+
+
+def test_an_interruption_leaves_the_terminal_whole(tmp_path):
+    cfg = toy.distilled(tmp_path / 'run', epochs=9)
+    status, shown = in_terminal(toy.write(cfg, tmp_path / 'c.py'), ' GiB ')
+    assert status != 0
+    assert re.search(r'epoch 1/9: .*\r\n', shown)  # the line is ended
+    assert shown.count(SHOW_CURSOR) == 2  # at the beginning and at the end
+    assert shown.rindex(SHOW_CURSOR) > shown.rindex(' GiB ')
+
+
+def test_only_the_first_process_shows_the_line(monkeypatch):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr(progress, 'is_main_process', lambda: False)
+    ProgressHook().before_train(runner=None)
+    monkeypatch.setattr(progress, 'is_main_process', lambda: True)
+    with pytest.raises(AttributeError, match='max_iters'):
+        ProgressHook().before_train(runner=None)
 
 
 def test_no_terminal(tmp_path, capfd):
@@ -82,7 +116,7 @@ def test_no_terminal(tmp_path, capfd):
     text = log(tmp_path / 'run').partition('Done.')[2]
     assert 'toy/falling: best 10.000 at 1, last 9.000 at 2\n' in text
     assert f'mmkd report {tmp_path}/run' in text
-    assert f'{tmp_path}/run/epoch_2.pth' in text
+    assert re.search(f'mmkd test .* {tmp_path}/run/epoch_2.pth', text)
     assert sum(isinstance(h, ProgressHook) for h in runner.hooks) == 1
 
 
