@@ -8,7 +8,7 @@ distillation = dict(
     peers=dict(r101=dict(config='mmdet::paa/paa_r101_fpn_1x_coco.py')),
     methods=dict(
         colad=dict(
-            type='mmkd.CoLearningAssignment',
+            type='mmkd.CoLAD',
             indicator='std_mean',
             box_weighting='none',  # as in the paper's official code
             keep_single=True,  # likewise

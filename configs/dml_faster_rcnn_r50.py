@@ -8,5 +8,5 @@ distillation = dict(
     peers=dict(
         r101=dict(config='mmdet::faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py')
     ),
-    methods=dict(dml=dict(type='mmkd.MutualLearning', temperature=1.0)),
+    methods=dict(dml=dict(type='mmkd.DML', temperature=1.0)),
 )

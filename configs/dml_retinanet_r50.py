@@ -9,5 +9,5 @@ distillation = dict(
     peers=dict(
         r101=dict(config='mmdet::retinanet/retinanet_r101_fpn_1x_coco.py')
     ),
-    methods=dict(dml=dict(type='mmkd.MutualLearning', temperature=1.0)),
+    methods=dict(dml=dict(type='mmkd.DML', temperature=1.0)),
 )

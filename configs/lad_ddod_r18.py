@@ -11,5 +11,5 @@ model = dict(
 )
 distillation = dict(
     teacher=dict(name='ddod_r50_fpn_1x_coco'),
-    methods=dict(lad=dict(type='mmkd.LabelAssignmentDistillation')),
+    methods=dict(lad=dict(type='mmkd.LAD')),
 )

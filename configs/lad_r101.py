@@ -4,7 +4,5 @@ _base_ = ['mmdet::paa/paa_r101_fpn_1x_coco.py']
 runner_type = 'mmkd.DistillationRunner'
 distillation = dict(
     teacher=dict(name='paa_r50_fpn_1x_coco'),
-    methods=dict(
-        lad=dict(type='mmkd.LabelAssignmentDistillation', box_weighting='none')
-    ),
+    methods=dict(lad=dict(type='mmkd.LAD', box_weighting='none')),
 )

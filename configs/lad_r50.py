@@ -8,7 +8,7 @@ distillation = dict(
     teacher=dict(name='paa_r101_fpn_1x_coco'),
     methods=dict(
         lad=dict(
-            type='mmkd.LabelAssignmentDistillation',
+            type='mmkd.LAD',
             box_weighting='none',  # as in the paper's official code
         )
     ),

@@ -4,5 +4,5 @@ _base_ = ['mmdet::tood/tood_r50_fpn_1x_coco.py']
 runner_type = 'mmkd.DistillationRunner'
 distillation = dict(
     teacher=dict(name='tood_r101_fpn_ms-2x_coco'),
-    methods=dict(lad=dict(type='mmkd.LabelAssignmentDistillation')),
+    methods=dict(lad=dict(type='mmkd.LAD')),
 )

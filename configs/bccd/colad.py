@@ -5,7 +5,7 @@ distillation = dict(
     peers=dict(big=dict(config='mmkd::bccd/paa_big.py')),
     methods=dict(
         colad=dict(
-            type='mmkd.CoLearningAssignment',
+            type='mmkd.CoLAD',
             box_weighting='none',
             keep_single=True,
         )

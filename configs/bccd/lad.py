@@ -7,8 +7,6 @@ distillation = dict(
         config='mmkd::bccd/paa_big.py',
         checkpoint='work_dirs/bccd/paa_big/epoch_8.pth',
     ),
-    methods=dict(
-        lad=dict(type='mmkd.LabelAssignmentDistillation', box_weighting='none')
-    ),
+    methods=dict(lad=dict(type='mmkd.LAD', box_weighting='none')),
 )
 custom_hooks = []

@@ -6,8 +6,6 @@ distillation = dict(
         config='mmkd::bccd/paa_small.py',
         checkpoint='work_dirs/bccd/paa_small/epoch_8.pth',
     ),
-    methods=dict(
-        lad=dict(type='mmkd.LabelAssignmentDistillation', box_weighting='none')
-    ),
+    methods=dict(lad=dict(type='mmkd.LAD', box_weighting='none')),
 )
 custom_hooks = []
