@@ -1,18 +1,20 @@
-"""Write the README's table of methods: paper, code, configs, test.
+"""Write the tables of methods in README.md and docs/methods.md.
 
-Papers are read from the docstrings' "Source:", configs are all those under
-configs/ that name the method.
+Papers are read from "Source:" in the docstrings, needs from the classes; the
+configs are all those below configs/ that name the method.
 
 Examples:
     python tools/method_table.py
-    python tools/method_table.py --check  # exit status 1 if it has to be
+    python tools/method_table.py --check  # status 1 if a table is out of date
 """
 
 import argparse
+import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,29 @@ from mmengine.config import Config
 from mmkd import methods
 from mmkd.core.method import Method
 from mmkd.detectors import heads
+from mmkd.methods.class_logits import CLASS_LOGITS
+from mmkd.teachers.view import DENSE
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = '<!-- written by tools/method_table.py -->'
 END = '<!-- end of the methods -->'
-HEADER = ('method', 'paper', 'code', 'configs', 'test')
 SOURCE = re.compile(
     r'Source: (?P<authors>[^"]+), "(?P<title>[^"]+)", '
     r'(?P<venue>[^,]*\d{4}), (?P<url>https://\S+?)[.,;:]?(?: |$)'
 )
+IN_WORDS = {CLASS_LOGITS: 'class logits', DENSE: 'predictions per prior'}
 MOST = 4
-"""Configs of a folder that are named one by one."""
+"""How many configs of a folder are named one by one."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method was published."""
+
+    authors: str
+    title: str
+    venue: str
+    url: str
 
 
 def main() -> int:
@@ -43,53 +57,99 @@ def main() -> int:
         '--check', action='store_true', help='only say if it is out of date'
     )
     args = parser.parse_args()
-    readme = ROOT / 'README.md'
-    before = readme.read_text()
-    after = updated(before, table())
-    if args.check:
-        return int(after != before)
-    readme.write_text(after)
-    return 0
+    outdated = False
+    for name, table in TABLES.items():
+        path = ROOT / name
+        before = path.read_text()
+        after = updated(before, table())
+        outdated |= after != before
+        if not args.check:
+            path.write_text(after)
+    return int(args.check and outdated)
 
 
 def updated(text: str, content: str) -> str:
     """The text with the table between the two marks."""
     pattern = f'{re.escape(BEGIN)}.*?{re.escape(END)}'
-    replacement = f'{BEGIN}\n{content}\n{END}'
+    replacement = f'{BEGIN}\n\n{content}\n\n{END}'
     result, found = re.subn(
         pattern, lambda _: replacement, text, flags=re.DOTALL
     )
     if found != 1:
-        raise SystemExit(f'the README must hold {BEGIN} … {END} once')
+        raise SystemExit(f'the page must hold {BEGIN} … {END} once')
     return result
 
 
-def table() -> str:
-    """In Markdown: methods with a teacher first, then those of peers."""
+# -------------------------------------------------------------- the two tables
+
+
+def short_table() -> str:
+    """For the README: what a method needs, and where it is."""
     users = users_of_types()
-    classes = [getattr(methods, name) for name in methods.__all__]
-    classes = [c for c in classes if c is not Method]
-    classes.sort(key=lambda c: (c.needs != 'teacher', c.__name__.lower()))
-    classes += [getattr(heads, name) for name in heads.__all__]
-    rows = [HEADER, ('---',) * len(HEADER)]
-    rows += [row(cls, users) for cls in classes]
-    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in rows)
+    rows = [('method', 'paper', 'reads', 'labels', 'config')]
+    for cls in classes():
+        paper = paper_of(cls)
+        name = link(f'`{cls.__name__}`', file_of(cls))
+        configs = users.get(f'mmkd.{cls.__name__}', ())
+        first = min(configs, key=_simplicity, default=None)
+        source = f'[{paper.authors}, {paper.venue}]({paper.url})'
+        config = link(first.stem, first) if first else ''
+        rows.append((name, source, reads(cls), labels(cls), config))
+    return markdown(rows)
 
 
-def row(cls: type, users: Mapping[str, Sequence[Path]]) -> Sequence[str]:
-    name = f'mmkd.{cls.__name__}'
-    code = Path(inspect.getfile(cls)).relative_to(ROOT)
-    return (
-        f'`{name}`',
-        paper(cls),
-        link(code.stem, code),
-        ', '.join(config_links(users.get(name, ()))) or 'none',
-        ', '.join(link(path.stem, path) for path in tests_of(name, code)),
+def long_table() -> str:
+    """For the docs: titles, and every file."""
+    users = users_of_types()
+    rows = [('method', 'paper', 'code', 'configs', 'test')]
+    for cls in classes():
+        name, code, paper = f'mmkd.{cls.__name__}', file_of(cls), paper_of(cls)
+        rows.append(
+            (
+                f'`{name}`',
+                f'{paper.authors}, [{paper.title}]({paper.url}), '
+                f'{paper.venue}',
+                f'`{code}`',
+                ', '.join(named(users.get(name, ()))) or 'none',
+                ', '.join(f'`{path}`' for path in tests_of(name, code)),
+            )
+        )
+    return markdown(rows)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    'README.md': short_table,
+    'docs/methods.md': long_table,
+}
+
+
+def classes() -> list[type]:
+    """Methods with a teacher first, then those of peers, then heads."""
+    found = {getattr(methods, name) for name in methods.__all__} - {Method}
+    ordered = sorted(
+        found, key=lambda c: (c.learns_from != 'teacher', c.__name__.lower())
+    )
+    return ordered + [getattr(heads, name) for name in heads.__all__]
+
+
+def reads(cls: type) -> str:
+    """What a class reads of its teacher or its peers."""
+    if not issubclass(cls, Method):
+        return 'a head, for plain training too'
+    if cls.learns_from == 'peers':
+        return 'peers'
+    return ', '.join(
+        IN_WORDS.get(need) or str(need)
+        for need in cls.needs  # type: ignore[arg-type]
     )
 
 
-def paper(cls: type) -> str:
-    """The first source of a docstring, as a link."""
+def labels(cls: type) -> str:
+    return 'yes' if getattr(cls, 'needs_labels', True) else 'no'
+
+
+def paper_of(cls: type) -> Paper:
+    """The first source of a docstring."""
     text = ' '.join((cls.__doc__ or '').split())
     found = SOURCE.search(text)
     if found is None:
@@ -101,13 +161,21 @@ def paper(cls: type) -> str:
     shown = {1: authors[0], 2: ' & '.join(authors)}.get(
         len(authors), f'{authors[0]} et al.'
     )
-    return f'{shown}, [{found["title"]}]({found["url"]}), {found["venue"]}'
+    return Paper(shown, found['title'], found['venue'], found['url'])
 
 
+def file_of(cls: type) -> Path:
+    return Path(inspect.getfile(cls)).relative_to(ROOT)
+
+
+# --------------------------------------------------------------------- configs
+
+
+@functools.cache
 def users_of_types() -> dict[str, list[Path]]:
     """All configs that name a class of mmkd, by that name."""
     users: dict[str, list[Path]] = {}
-    for path in sorted((ROOT / 'configs').rglob('*.py')):
+    for path in sorted((ROOT / 'configs').rglob('*.py'), key=_depth):
         if '_base_' not in path.parts:
             for name in set(types_in(Config.fromfile(path).to_dict())):
                 users.setdefault(name, []).append(path.relative_to(ROOT))
@@ -126,38 +194,52 @@ def types_in(value: Any) -> Iterator[str]:
             yield from types_in(part)
 
 
-def config_links(paths: Iterable[Path]) -> list[str]:
+def named(paths: Iterable[Path]) -> list[str]:
     """One by one, but a folder of many at once; those for COCO first."""
     folders: dict[Path, list[Path]] = {}
     for path in paths:
         folders.setdefault(path.parent, []).append(path)
-    links = []
-    for folder, members in sorted(folders.items(), key=_depth):
+    names = []
+    for folder, members in folders.items():
         if len(members) > MOST and folder != Path('configs'):
-            links.append(link(name_of(folder), folder))
+            names.append(f'`{folder.relative_to("configs")}/`')
         else:
-            links += [link(name_of(path), path) for path in members]
-    return links
+            names += [f'`{p.relative_to("configs")}`' for p in members]
+    return names
 
 
-def _depth(item: tuple[Path, Any]) -> tuple[int, Path]:
-    return len(item[0].parts), item[0]
+def _depth(path: Path) -> tuple[int, Path]:
+    return len(path.parts), path
 
 
-def name_of(path: Path) -> str:
-    return path.relative_to('configs').with_suffix('').as_posix()
+def _simplicity(path: Path) -> tuple[int, int]:
+    return len(path.parts), len(path.stem)
 
 
 def tests_of(name: str, code: Path) -> list[Path]:
     """The test of the same name, or else those that name the class."""
-    folder = ROOT / 'tests' / code.parent.name
+    folder = Path('tests', *code.parts[1:-1])
     own = folder / f'test_{code.name}'
-    if own.exists():
-        return [own.relative_to(ROOT)]
-    found = [p for p in sorted(folder.glob('*.py')) if name in p.read_text()]
+    if (ROOT / own).exists():
+        return [own]
+    found = [
+        path.relative_to(ROOT)
+        for path in sorted((ROOT / folder).glob('*.py'))
+        if name in path.read_text()
+    ]
     if not found:
         raise SystemExit(f'no test in {folder} names {name}')
-    return [path.relative_to(ROOT) for path in found]
+    return found
+
+
+# -------------------------------------------------------------------- Markdown
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row is its header."""
+    header, *body = rows
+    lines = [header, ('---',) * len(header), *body]
+    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in lines)
 
 
 def link(text: str, target: Path) -> str:

@@ -1,53 +1,95 @@
-"""The README's table of methods is what its command writes."""
+"""The tables of methods are what their command writes."""
+
+import re
 
 import pytest
 
 from mmkd import methods
+from mmkd.detectors.heads import COPHead
 from tests.helpers.toy import ROOT
-from tools.method_table import BEGIN, END, paper, table, updated
+from tools import method_table
+from tools.method_table import (
+    BEGIN,
+    END,
+    TABLES,
+    Paper,
+    classes,
+    labels,
+    paper_of,
+    reads,
+    updated,
+    users_of_types,
+)
 
 
 @pytest.fixture(scope='module')
 def written():
-    return table()
+    return {page: table() for page, table in TABLES.items()}
 
 
-def test_readme_is_up_to_date(written):
-    text = (ROOT / 'README.md').read_text()
-    assert updated(text, written) == text, (
-        'run `python tools/method_table.py` and commit README.md'
+@pytest.mark.parametrize('page', TABLES)
+def test_pages_are_up_to_date(written, page):
+    text = (ROOT / page).read_text()
+    assert updated(text, written[page]) == text, (
+        f'run `python tools/method_table.py` and commit {page}'
     )
 
 
-def test_every_method_and_every_link(written):
-    rows = written.splitlines()[2:]
-    names = {row.split('`')[1].removeprefix('mmkd.') for row in rows}
-    assert names == {*methods.__all__, 'COPHead'} - {'Method'}
-    for row in rows:
-        targets = [part.split(')')[0] for part in row.split('](')[1:]]
-        local = [t for t in targets if not t.startswith('https://')]
-        assert len(local) >= 2
-        assert all((ROOT / target).exists() for target in local)
+@pytest.mark.parametrize('page', TABLES)
+def test_every_method_is_a_row(written, page):
+    rows = written[page].splitlines()[2:]
+    names = [row.split('`')[1].removeprefix('mmkd.') for row in rows]
+    expected = {getattr(methods, n).__name__ for n in methods.__all__}
+    assert sorted(names) == sorted(expected - {'Method'} | {'COPHead'})
+
+
+def test_every_file_exists(written):
+    links = re.findall(r'\]\((?!https://)(.*?)\)', written['README.md'])
+    code = re.findall(r'`((?:mmkd|tests)/.*?)`', written['docs/methods.md'])
+    assert len(links) > len(classes())
+    assert len(code) > len(classes())
+    assert all((ROOT / path).exists() for path in (*links, *code))
+
+
+def test_every_method_has_a_config():
+    users = users_of_types()
+    without = [c for c in classes() if f'mmkd.{c.__name__}' not in users]
+    assert without == [COPHead]
+
+
+def test_needs_in_words():
+    assert reads(methods.PKD) == 'features'
+    assert reads(methods.KD) == 'class logits'
+    assert reads(methods.LD) == 'predictions per prior'
+    assert reads(methods.DML) == 'peers'
+    assert (labels(methods.PKD), labels(methods.KD)) == ('no', 'yes')
 
 
 def test_only_what_stands_between_the_marks_changes():
     text = f'before\n{BEGIN}\nold\n{END}\nafter\n'
-    assert updated(text, 'new') == f'before\n{BEGIN}\nnew\n{END}\nafter\n'
+    expected = f'before\n{BEGIN}\n\nnew\n\n{END}\nafter\n'
+    assert updated(text, 'new') == expected
     with pytest.raises(SystemExit, match='once'):
         updated('no marks', 'new')
 
 
+def test_a_method_without_a_test_is_refused():
+    code = ROOT.joinpath('mmkd/methods/nothing.py').relative_to(ROOT)
+    with pytest.raises(SystemExit, match='no test in tests/methods names'):
+        method_table.tests_of('mmkd.Nothing' + 'AtAll', code)
+
+
 @pytest.mark.parametrize(
-    ('source', 'expected'),
+    ('source', 'authors'),
     [
-        ('Source: A, "T", ICML 2020, https://x.y/1. More', 'A, [T]('),
-        ('Source: A, B, "T", 2020, https://x.y/1', 'A & B, [T]('),
-        ('Source: A, B, C, "T", 2020, https://x.y/1;', 'A et al., [T]('),
+        ('Source: A, "T", ICML 2020, https://x.y/1. More', 'A'),
+        ('Source: A, B, "T", 2020, https://x.y/1', 'A & B'),
+        ('Source: A, B, C, "T", 2020, https://x.y/1;', 'A et al.'),
     ],
 )
-def test_papers_are_read_from_docstrings(source, expected):
-    shown = paper(type('X', (), {'__doc__': source}))
-    assert shown.startswith(expected)
-    assert '](https://x.y/1), ' in shown
+def test_papers_are_read_from_docstrings(source, authors):
+    paper = paper_of(type('X', (), {'__doc__': source}))
+    venue = 'ICML 2020' if 'ICML' in source else '2020'
+    assert paper == Paper(authors, 'T', venue, 'https://x.y/1')
     with pytest.raises(SystemExit, match='must hold'):
-        paper(type('X', (), {'__doc__': 'Source: somebody'}))
+        paper_of(type('X', (), {'__doc__': 'Source: somebody'}))
