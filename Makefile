@@ -6,7 +6,7 @@ PY := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test package lint format clean
+.PHONY: help install lock demo test package docs lint format clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -33,6 +33,10 @@ package: install ## Build sdist and wheel into dist/, check and try them.
 	$(PY) -m twine check --strict dist/*
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m '' tests/test_packaging.py
 
+# The notebook trains three networks, once; what has not changed is kept.
+docs: install ## Build the documentation into docs/_build/html.
+	@OMP_NUM_THREADS=1 $(PY) -m sphinx -W --keep-going docs docs/_build/html
+
 lint: install ## Check style, types and spelling.
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -45,5 +49,5 @@ format: install ## Mend what ruff can mend.
 	$(PY) -m ruff format .
 
 clean: ## Remove .venv, build outputs and caches (data and runs stay).
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist docs/_build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find mmkd tests tools -name __pycache__ -prune -exec rm -rf {} +
