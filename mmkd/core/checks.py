@@ -1,4 +1,4 @@
-"""What ``distillation`` of a config may say; all raise `ConfigError`."""
+"""Checks of ``distillation`` in a config; all raise `ConfigError`."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from .method import Method, Need
 
 
 def check_keys(cfg: Mapping[str, Any]) -> None:
-    """Its parts: something to learn from, and methods."""
+    """Check that there is something to learn from, and a method."""
     check_options('distillation', cfg, ('teacher', 'peers', 'methods'))
     example = (
         'Example: distillation = dict(teacher=dict(config=..., '
@@ -39,7 +39,7 @@ def check_keys(cfg: Mapping[str, Any]) -> None:
 def check_sources(
     methods: Mapping[str, Method], cfg: Mapping[str, Any]
 ) -> None:
-    """Each method has the teacher or the peers that it learns from."""
+    """Check that each method has the teacher or peers that it learns from."""
     for name, method in methods.items():
         if not cfg.get(method.learns_from):
             raise ConfigError(
@@ -51,38 +51,42 @@ def check_sources(
 def check_names(
     key: str, parts: Any, taken: Mapping[str, Any] | None = None
 ) -> None:
-    """Names of methods or peers, which are parts of losses and weights."""
+    """Check the names of methods or peers.
+
+    They become parts of the names of losses and weights.
+    """
     if not isinstance(parts, Mapping):
         raise ConfigError(
-            f'distillation.{key} must be a dict of a name of your choice to '
-            f'a config, got {parts!r}.'
+            f'distillation.{key} must be a dict from names of your choice to '
+            f'configs, got {parts!r}.'
         )
     for name in parts:
         if not str(name).isidentifier() or hasattr(nn.ModuleDict(), name):
             raise ConfigError(
-                f'distillation.{key}: "{name}" cannot be a name, it is also '
-                'one of losses and weights. Choose a word such as "hint".'
+                f'distillation.{key}: "{name}" cannot be a name, because it '
+                'becomes part of the names of losses and weights. Choose a '
+                'word such as "hint".'
             )
         if name in (taken or {}):
             raise ConfigError(
-                f'distillation.{key}: "{name}" is the name of a method, too. '
+                f'distillation.{key}: "{name}" is also the name of a method. '
                 'Choose another one.'
             )
 
 
 def check_reserved(peers: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
-    """Refuse names that losses and metrics of others begin with."""
+    """Refuse names with which other losses and metrics begin."""
     frozen = ('teacher',) if cfg.get('teacher') else ()
     for name in (*frozen, 'ensemble', 'idle'):
         if name in peers:
             raise ConfigError(
-                f'distillation.peers: "{name}" cannot be a name, other '
-                'losses or metrics begin with it. Choose another one.'
+                f'distillation.peers: "{name}" cannot be a name, because '
+                'other losses or metrics begin with it. Choose another one.'
             )
 
 
 def check_one_steers(methods: Mapping[str, Method]) -> None:
-    """At most one method steers the student's own loss."""
+    """Check that at most one method steers the student's own loss."""
     steering = [name for name, method in methods.items() if method.steers]
     if len(steering) > 1:
         raise ConfigError(
@@ -92,7 +96,7 @@ def check_one_steers(methods: Mapping[str, Method]) -> None:
 
 
 def check_gives(name: str, method: Method, teacher: Teacher) -> None:
-    """Each teacher gives what a method reads of it."""
+    """Check that each teacher gives what a method reads."""
     where = f'distillation.methods.{name} ({type(method).__name__})'
     teachers = teacher.each()
     if method.steers and any(teachers):
@@ -105,7 +109,7 @@ def check_gives(name: str, method: Method, teacher: Teacher) -> None:
         missing = [n for n in method.needs if not _meets(n, each.gives)]
         if missing:
             raise ConfigError(
-                f'{where} needs {_in_words(missing)} of its teacher; '
+                f'{where} needs {_in_words(missing)} from its teacher; '
                 f'{type(each).__name__} gives {listed(each.gives)}. '
                 f'{_remedy(method, missing, each)}'
             )
@@ -123,7 +127,7 @@ def _in_words(needs: Iterable[Need]) -> str:
 
 
 def _remedy(method: Method, missing: list[Need], teacher: Teacher) -> str:
-    """Which option, teachers and methods help."""
+    """Say which option, which teachers and which methods help."""
     options = [
         f'Set {method.without[need]} to do without. '
         for need in missing

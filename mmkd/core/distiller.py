@@ -45,11 +45,11 @@ Observer = Callable[[Losses, dict[str, dict[str, Tensor]]], None]
 class Distiller(nn.Module):
     """Distillation beside a stock student, which stays the model.
 
-    Attached, it is a child of the student (so that its adapters are moved,
-    optimised, wrapped for distributed training and saved with it) and takes
-    the place of the student's ``loss`` on that instance. Everything else of
-    the student, names of parameters included, is as before; detached, no
-    trace is left.
+    While it is attached, it is a child of the student, so that its adapters
+    are moved, optimised, wrapped for distributed training and saved with the
+    student; and it takes the place of ``loss`` on that instance. Everything
+    else about the student stays as it was, including the names of its
+    parameters. Detaching leaves no trace.
 
     Args:
         student: The stock detector.
@@ -68,7 +68,7 @@ class Distiller(nn.Module):
         peers: Mapping[str, Peer] | None = None,
     ) -> None:
         super().__init__()
-        # Past nn.Module's registration: the student is no child of its child.
+        # This bypasses nn.Module: the student is no child of its own child.
         self.__dict__['student'] = student
         self.teacher: Teacher = teacher or NoTeacher()
         self.methods = nn.ModuleDict(methods)
@@ -78,14 +78,14 @@ class Distiller(nn.Module):
         self.steps = 0
         """The number of steps taken; a resumed run continues it."""
         self.epoch_length: int | None = None
-        """The number of steps in an epoch, where the data tell."""
+        """The number of steps in an epoch, if it is known."""
         self.observers: list[Observer] = []
-        """Called with each step's task losses and methods' losses."""
+        """They are called with the task losses and the methods' losses."""
 
     def loss(
         self, inputs: Tensor, data_samples: Sequence[DetDataSample]
     ) -> Losses:
-        """The student's own losses and those of every active method.
+        """Return the student's own losses and those of every active method.
 
         Args:
             inputs: The student's batch, (B, 3, H, W), normalised and padded.
@@ -112,7 +112,7 @@ class Distiller(nn.Module):
         return self._with_idle_parameters(losses, active)
 
     def active_methods(self) -> dict[str, tuple[Method, float]]:
-        """The methods whose weight is not 0 now, with their weights."""
+        """The methods whose current weight is not 0, with that weight."""
         active = {}
         for name, module in self.methods.items():
             method = cast(Method, module)
@@ -123,7 +123,7 @@ class Distiller(nn.Module):
 
     @property
     def networks(self) -> Mapping[str, Any]:
-        """The frozen detectors by their names in logs; often one."""
+        """The frozen detectors, often a single one, by their names in logs."""
         return self.teacher.networks
 
     def set_teacher(
@@ -131,13 +131,13 @@ class Distiller(nn.Module):
     ) -> None:
         """Replace the teacher, or a frozen detector's weights, between rounds.
 
-        What a teacher's cache has kept for other weights is not used: its
-        entries are named after the weights as well.
+        Entries of a teacher's cache that belong to other weights are not
+        used, because the weights are part of an entry's name.
 
         Args:
-            teacher: A stock state dict of the same detector; or another
-                teacher, which gives the same in the same shapes.
-            name: The frozen detector's name in logs, for a state dict.
+            teacher: A stock state dict of the same detector, or another
+                teacher that gives the same things in the same shapes.
+            name: With a state dict, the detector's name in logs.
 
         Raises:
             ConfigError: If there is no such detector, or it has no weights
@@ -164,7 +164,7 @@ class Distiller(nn.Module):
     def _next(
         self, inputs: Tensor, data_samples: Sequence[DetDataSample]
     ) -> Batch:
-        """The batch of the step that begins now."""
+        """Return the batch of the step that begins now."""
         step, length = self.steps, self.epoch_length
         self.steps += 1
         epoch = step // length if length else 0
@@ -188,7 +188,7 @@ class Distiller(nn.Module):
         teacher: TeacherView,
         batch: Batch,
     ) -> Iterator[None]:
-        """Record the networks; let methods steer their losses."""
+        """Record the networks, and let methods steer their losses."""
         with ExitStack() as stack:
             for method, _ in active.values():
                 if method.steers:
@@ -199,7 +199,7 @@ class Distiller(nn.Module):
             yield
 
     def _stock_losses(self, batch: Batch) -> Losses:
-        """The student's own losses and, as ``<peer>.<name>``, the peers'."""
+        """Return the stock losses; those of peers are ``<peer>.<name>``."""
         losses: Losses = type(self.student).loss(
             self.student, batch.inputs, batch.data_samples
         )
@@ -215,7 +215,7 @@ class Distiller(nn.Module):
     def _statistics(
         active: Active, teacher: TeacherView, batch: Batch
     ) -> Losses:
-        """What teachers and methods want in the log beside losses."""
+        """Return what teachers and methods log in addition to losses."""
         found: Losses = {
             f'{log_name(label)}.{key}': batch.inputs.new_tensor(value)
             for label, view in teacher.each().items()
@@ -245,7 +245,7 @@ class Distiller(nn.Module):
         return losses
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies (EMA) are never trained: nobody observes them.
+        # Copies (EMA) are never trained, so nobody observes them.
         return {**self.__dict__, 'observers': []}
 
 
@@ -326,7 +326,7 @@ def build_distiller(
 
 
 def _taught(name: str, method: Method, teacher: Teacher) -> Method:
-    """The method, or one copy of it for each teacher of a list."""
+    """Return the method, or for a list one copy for each teacher."""
     if method.learns_from != 'teacher':
         return method
     check_gives(name, method, teacher)
@@ -335,7 +335,7 @@ def _taught(name: str, method: Method, teacher: Teacher) -> Method:
 
 
 def _prepare(distiller: Distiller, device: torch.device) -> None:
-    """Let the methods see what the networks make of a blank image."""
+    """Show the methods what the networks make of a blank image."""
     student = blank_pass(
         distiller.student, distiller._paths('student_paths'), device
     )

@@ -20,13 +20,14 @@ class FromEach(Method):
     .. math::
         L = \frac{1}{n} \sum_t L_t
 
-    Each of the n teachers has the method with adapters of its own. The
-    weight is shared out among them, so that teachers that agree teach as
+    Each of the n teachers has a copy of the method with adapters of its own.
+    The weight is divided among them, so that teachers that agree teach as
     strongly as one of them would alone. Factors of the student's own losses
     apply once. A loss is logged as ``<method>.loss_<part>_<label>``.
 
-    Methods that compare classes teach those that student and teacher share;
-    features know no classes, and each teacher's are imitated as a whole.
+    Methods that compare classes teach the classes that student and teacher
+    share. Features have no classes, so each teacher's features are imitated
+    as a whole.
 
     Args:
         method: The method; each teacher gets a copy of it.
@@ -63,7 +64,7 @@ class FromEach(Method):
         losses, views = {}, teacher.each()
         self.statistics = {}
         for label, method in self._each():
-            # Not the call: the weight is this method's, and applies once.
+            # Not called: the weight is that of this method, and applies once.
             found = method.forward(student, views[label], batch)
             for part, loss in found.items():
                 losses[f'{part}_{label}'] = loss / len(self.of_teacher)

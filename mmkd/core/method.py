@@ -1,4 +1,4 @@
-"""What every distillation method is to the Distiller."""
+"""The base class of all distillation methods."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,19 @@ from mmkd.errors import ConfigError
 from mmkd.teachers.view import TeacherView
 
 Need = str | tuple[str, ...]
-"""A name of :mod:`mmkd.teachers.view`, or several of which one is enough."""
+"""A name of what teachers give, or a tuple of which one is enough."""
 
 
 class Method(nn.Module):
     """A distillation method: losses from a student's and a teacher's outputs.
 
-    A subclass implements :meth:`forward` or :meth:`steer`, and
-    :meth:`prepare` where it has adapters or fits only certain detectors. The
-    attributes below say what it asks for.
+    A subclass implements :meth:`forward` or :meth:`steer`. It implements
+    :meth:`prepare` as well if it has adapters or fits only certain detectors.
+    The attributes below state what it needs.
 
-    Calling a method gives its losses times its weight; :meth:`forward` is
-    the bare formula. So a method within another one cannot lose its weight.
+    Calling a method returns its losses times its weight; :meth:`forward` is
+    the bare formula. A method within another one can therefore not lose its
+    weight.
 
     Args:
         loss_weight: Weight of all its losses, at least 0. At 0 the method is
@@ -36,12 +37,12 @@ class Method(nn.Module):
     """
 
     learns_from: ClassVar[str] = 'teacher'
-    """``'teacher'``, or ``'peers'`` for a method that ties networks which
-    train together; there may then be no teacher."""
+    """``'teacher'``, or ``'peers'`` if the method ties networks that train
+    together; then there may be no teacher."""
     needs: Sequence[Need] = ()
-    """What the teacher has to give. Empty: any teacher will do."""
+    """What the teacher has to give. If it is empty, any teacher will do."""
     without: Mapping[str, str] = {}
-    """How to do without a need, in words: need to option."""
+    """The option, in words, with which the method does without a need."""
     needs_labels: ClassVar[bool] = True
     """Whether it reads the ground truth of images."""
     steers: ClassVar[bool] = False
@@ -52,7 +53,7 @@ class Method(nn.Module):
         self.check_not_negative(loss_weight=loss_weight)
         self.loss_weight = loss_weight
         self.statistics: dict[str, Tensor] = {}
-        """Of the last step, logged as ``<method>.<name>``."""
+        """Numbers about the last step, logged as ``<method>.<name>``."""
 
     def __call__(
         self,
@@ -61,7 +62,7 @@ class Method(nn.Module):
         batch: Batch,
         scale: float = 1.0,
     ) -> dict[str, Tensor]:
-        """The losses of :meth:`forward`, times weight and ``scale``."""
+        """Return the losses of :meth:`forward`, times weight and ``scale``."""
         weight = self.loss_weight * scale
         losses = super().__call__(student, teacher, batch)
         return {part: weight * loss for part, loss in losses.items()}
@@ -89,7 +90,7 @@ class Method(nn.Module):
             self.check_option(value >= least, name, value, f'at least {least}')
 
     def check_choice(self, known: Sequence[Any], **options: Any) -> None:
-        """Refuse options that are none of the known values."""
+        """Refuse options that are not one of the known values."""
         shown = ', '.join(map(repr, known))
         for name, value in options.items():
             self.check_option(value in known, name, value, f'one of {shown}')
@@ -125,7 +126,7 @@ class Method(nn.Module):
     def prepare(self, student: StepRecord, teacher: TeacherView) -> None:
         """Check that the networks fit and build the adapters.
 
-        Called once, before the optimiser is built.
+        It is called once, before the optimiser is built.
 
         Args:
             student: The student's outputs for one blank image, with those of
@@ -134,20 +135,21 @@ class Method(nn.Module):
         """
 
     def task_factors(self) -> Mapping[str, float]:
-        """Factors of the student's own losses at full weight.
+        """Return factors of the student's own losses at full weight.
 
         Returns:
-            Regular expression of a stock loss' whole name to its factor.
+            A factor for each regular expression that matches the whole name
+            of a stock loss.
         """
         return {}
 
     def steer(
         self, student: StepRecord, teacher: TeacherView, batch: Batch
     ) -> AbstractContextManager[None]:
-        """A context within which the networks compute their own losses.
+        """Return a context in which the networks compute their own losses.
 
-        For methods that change what these train on, such as an assignment of
-        labels; they set :attr:`steers`.
+        It is for methods that change what these losses train on, such as the
+        assignment of labels. They set :attr:`steers`.
 
         Args:
             student: The student and its peers; nothing is recorded yet.
@@ -159,7 +161,7 @@ class Method(nn.Module):
     def forward(
         self, student: StepRecord, teacher: TeacherView, batch: Batch
     ) -> dict[str, Tensor]:
-        """The method's losses for one batch, not yet weighted.
+        """Return the method's losses for one batch, without the weight.
 
         Args:
             student: What the student's own loss has produced.
@@ -168,6 +170,6 @@ class Method(nn.Module):
             batch: The images, their ground truth and meta data.
 
         Returns:
-            Name to scalar; it is logged as ``<method>.loss_<name>``.
+            A scalar for each name, logged as ``<method>.loss_<name>``.
         """
         return {}

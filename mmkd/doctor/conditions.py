@@ -25,14 +25,14 @@ from .report import some
 
 SECTION = 'Conditions'
 MARGIN = 8
-"""Cells beyond an image that convolutions of a method may still see."""
+"""How far beyond an image the convolutions of a method may see, in cells."""
 TOLERANCE = 1e-2
-"""Relative change of a loss from which on it depends on something."""
+"""A loss that changes by a larger share depends on what was changed."""
 OVER_POSITIONS = (nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
 
 
 class Recording:
-    """One step's outputs of both networks, on which methods can run again."""
+    """The outputs of a step, on which methods can run again."""
 
     def __init__(self, patient: Patient, inputs: Tensor, samples: Any) -> None:
         distiller = patient.distiller
@@ -54,11 +54,11 @@ class Recording:
         self.teacher = distiller.teacher.view(self.batch)
 
     def losses(self, only: str | None = None) -> dict[str, float]:
-        """Every method's losses, each with the same random numbers."""
+        """Return every method's losses, each with the same random numbers."""
         return {k: float(v.detach()) for k, v in self._losses(only).items()}
 
     def gradients(self) -> dict[str, list[Tensor | None]]:
-        """The gradients of the same in the student."""
+        """Return the gradients of the losses in the student."""
         parameters = student_parameters(self.student.model)
         losses = self._losses()
         return {k: gradient([v], parameters) for k, v in losses.items()}
@@ -71,7 +71,7 @@ class Recording:
         for name, (method, weight) in self.methods.items():
             if only not in (None, name):
                 continue
-            # Some count their steps, to draw others in each.
+            # Some methods count their steps, to draw other numbers in each.
             method.load_state_dict(self.states[name])
             with isolated_random_state(SEED):
                 found = method.forward(self.student, self.teacher, self.batch)
@@ -80,7 +80,7 @@ class Recording:
         return losses
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change all that is recorded; nothing is computed anew."""
+        """Change everything that is recorded, without computing it anew."""
         student = self.student
         student._fired = mapped(change, student._fired)
         vars(student).pop('anchors', None)
@@ -108,7 +108,7 @@ def _read(
 
 
 def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Nested containers with every tensor changed."""
+    """Return nested containers with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -123,7 +123,7 @@ def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 def differing(
     a: Mapping[str, float], b: Mapping[str, float], tolerance: float
 ) -> list[str]:
-    """Names of the losses that differ, with both values."""
+    """Return the names of the losses that differ, with both values."""
     return [
         f'{name} ({a[name]:.4g} and {b[name]:.4g})'
         for name in a
@@ -133,7 +133,7 @@ def differing(
 
 
 def distance(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
-    """The norm of the difference of two gradients, relative to the first."""
+    """Return the norm of a difference of gradients, relative to the first."""
     difference = [
         x if y is None else y if x is None else x - y
         for x, y in zip(a, b, strict=True)
@@ -145,10 +145,10 @@ def distance(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
 
 
 def check_padding(patient: Patient) -> None:
-    """What lies on the padding of tapped maps changes no loss.
+    """Check that the padding of tapped maps changes no loss.
 
-    One image is padded to twice its width, and what both networks gave for
-    the padding, beyond the reach of a few convolutions, is overwritten.
+    One image is padded to twice its width. What both networks gave for the
+    padding is overwritten beyond the reach of a few convolutions.
     """
     if not patient.distiller.teacher.each():
         return
@@ -174,8 +174,8 @@ def check_padding(patient: Patient) -> None:
         if changed and fired:
             patient.report.say(
                 SECTION,
-                f'padding: {name} is not judged, it runs layers of the '
-                f'networks that span positions ({some(sorted(fired))})',
+                f'padding: {name} is not judged, because it runs layers of '
+                f'the networks that span positions ({some(sorted(fired))})',
             )
             continue
         judged.append(name)
@@ -191,12 +191,12 @@ def check_padding(patient: Patient) -> None:
 
 
 def _of(loss: str) -> str:
-    """The method of a loss's name."""
+    """Return the method that a loss belongs to, by its name."""
     return loss.partition('.')[0]
 
 
 def _overwrite(full: int, width: int, maps: Tensor) -> Tensor:
-    """Noise beyond ``width`` of the ``full`` pixels of maps (1, C, H, W)."""
+    """Put noise beyond ``width`` of ``full`` pixels of maps (1, C, H, W)."""
     if maps.dim() != 4 or len(maps) != 1 or maps.shape[-1] < 2:
         return maps
     first = math.ceil(width * maps.shape[-1] / full) + MARGIN
@@ -209,7 +209,7 @@ def _overwrite(full: int, width: int, maps: Tensor) -> Tensor:
 
 @contextmanager
 def _normalising(patient: Patient) -> Iterator[set[str]]:
-    """Names of the networks' layers over positions that run within."""
+    """Collect the names of layers over positions that run within."""
     fired: set[str] = set()
 
     def record(name: str, *_: Any) -> None:
@@ -232,10 +232,10 @@ def _normalising(patient: Patient) -> Iterator[set[str]]:
 
 
 def check_class_order(patient: Patient) -> None:
-    """A teacher that lists its classes in another order teaches the same.
+    """Check that the order of the teacher's classes changes nothing.
 
-    Asked only where student and teacher differ in their classes; otherwise
-    a method may compare class by class.
+    This is checked only where student and teacher differ in their classes;
+    where they agree, a method may compare class by class.
     """
     for name, teacher in patient.distiller.networks.items():
         if not teacher.class_map.identical:
@@ -266,8 +266,8 @@ def _check_class_order(
         stack.enter_context(replaced(teacher, 'class_map', classes))
         recording.teacher = patient.distiller.teacher.view(recording.batch)
         renamed = recording.gradients()
-    # Not the losses: a student that has learnt nothing yet is as far from
-    # one class as from another.
+    # Gradients and not losses are compared, because a student that has not
+    # learnt anything yet is as far from one class as from another.
     changed = [
         name
         for name in plain
@@ -287,7 +287,7 @@ def _check_class_order(
 
 @contextmanager
 def _permuted(parameter: Tensor, order: Tensor) -> Iterator[None]:
-    """Another order of classes in a classifier's weight or bias."""
+    """Reorder the classes in a classifier's weight or bias."""
     kept = parameter.detach().clone()
     classes = len(order)
     anchors = max(len(kept) // classes, 1)
@@ -305,14 +305,14 @@ def _permuted(parameter: Tensor, order: Tensor) -> Iterator[None]:
 
 
 def check_half_precision(patient: Patient) -> None:
-    """No loss is NaN or infinite in half precision, nor a gradient NaN."""
+    """Check that losses and gradients are finite in half precision."""
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix('torch.')
         where = ''
         if _plain_runs(patient, dtype):
             broken = _broken_step(patient, dtype)
         else:
-            # MMCV's operators on the CPU, for instance.
+            # MMCV's operators on the CPU are an example.
             broken = _broken_recording(patient, dtype)
             where = f'the plain step cannot run in it on {patient.device.type}'
         if broken is None:
@@ -334,7 +334,7 @@ def _plain_runs(patient: Patient, dtype: torch.dtype) -> bool:
     try:
         with torch.no_grad(), torch.autocast(patient.device.type, dtype):
             step = patient._step(patient.stock)
-    except Exception:  # an operator without it raises what it likes
+    except Exception:  # operators without it raise various errors
         return False
     return bool(step.total.isfinite())
 
@@ -349,13 +349,13 @@ def _broken_step(patient: Patient, dtype: torch.dtype) -> list[str] | None:
 def _broken_recording(
     patient: Patient, dtype: torch.dtype
 ) -> list[str] | None:
-    """As of a step, on halved outputs; None where no method can be judged."""
+    """Judge a step by halved outputs; None where no method can be judged."""
     if not patient.distiller.teacher.each():
         return None
     recording = Recording(patient, patient.inputs, patient.samples)
     if not recording.methods:
         return None
-    recording.losses()  # computes what the methods read of the teacher
+    recording.losses()  # this computes what the methods read of the teacher
     recording.change(lambda t: t.to(dtype) if t.is_floating_point() else t)
     with torch.autocast(patient.device.type, dtype):
         losses = recording._losses()
@@ -363,7 +363,7 @@ def _broken_recording(
 
 
 def _broken(patient: Patient, losses: Mapping[str, Tensor]) -> list[str]:
-    """The losses that are not finite, and those with a NaN gradient."""
+    """Return the losses that are not finite, or whose gradient is NaN."""
     trained = [p for part in trained_parts(patient).values() for p in part]
     broken = []
     for name, loss in losses.items():

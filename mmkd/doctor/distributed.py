@@ -13,7 +13,7 @@ from .report import some
 
 
 def check_distributed(patient: Patient) -> None:
-    """In a distributed run every loss is what it is in a single process."""
+    """Check that every loss is the same in a distributed run."""
     if torch_dist.is_initialized():
         return
     plain = _values(patient.distilled_step().distilled)
@@ -23,8 +23,8 @@ def check_distributed(patient: Patient) -> None:
     changed = differing(plain, lost, TOLERANCE)
     if changed:
         patient.report.find(
-            f'{some(changed)}: not the same in one process and wrapped for '
-            'distributed training.'
+            f'{some(changed)}: the value in one process is not that of the '
+            'model wrapped for distributed training.'
         )
     else:
         patient.report.say(
@@ -34,11 +34,11 @@ def check_distributed(patient: Patient) -> None:
 
 @contextmanager
 def group_of_one() -> Iterator[None]:
-    """A process group of this process alone.
+    """Make a process group of this process alone.
 
-    Networks that are wrapped for it must be gone at its end: the wrapper that
-    is the last to know a group joins the group's threads while it holds
-    Python's lock, for which they may be waiting.
+    Networks that are wrapped for it must be gone at its end. The last wrapper
+    that knows a group joins the group's threads while it holds Python's lock,
+    and the threads may be waiting for that lock.
     """
     torch_dist.init_process_group(
         'gloo', store=torch_dist.HashStore(), rank=0, world_size=1

@@ -1,4 +1,4 @@
-"""The walk: build the run as it is, stop at its first iteration, look."""
+"""The examination: build the run, stop at its first iteration, look."""
 
 import copy
 import tempfile
@@ -26,16 +26,16 @@ USER_ERRORS = (CheckpointError, ConfigError, DataError, TapError)
 def diagnose(cfg: Config, *, evaluate: int = 0) -> Report:
     """Examine a config that distils.
 
-    The run is built as its runner builds it, up to the moment at which it
-    would train; one batch of its train loader goes through the plain and the
-    distilled step. Nothing is written but to a temporary folder.
+    The run is built as its runner builds it, up to the moment when it would
+    train. One batch of its train loader goes through the plain and the
+    distilled step. Only a temporary folder is written to.
 
     Args:
         cfg: The config, with ``runner_type`` and ``distillation``.
         evaluate: How many validation images the teacher is evaluated on.
 
     Returns:
-        What was seen, and what is wrong.
+        A report of what was seen and what is wrong.
     """
     report = Report()
     try:
@@ -53,7 +53,7 @@ def diagnose(cfg: Config, *, evaluate: int = 0) -> Report:
 
 
 def _build(cfg: Config, folder: str) -> tuple[Any, Any]:
-    """The runner, and a stock student that nothing has touched."""
+    """Build the runner, and a stock student that nothing has touched."""
     if not cfg.get('distillation') or not cfg.get('runner_type'):
         raise ConfigError(
             'the config does not distil: it needs `distillation` and '
@@ -70,7 +70,7 @@ def _build(cfg: Config, folder: str) -> tuple[Any, Any]:
     cfg.experiment_name = f'doctor {folder}'
     runner = RUNNERS.build(cfg)
     if not isinstance(runner, Runner):
-        raise ConfigError(f'{cfg.runner_type} is no runner of MMEngine.')
+        raise ConfigError(f'{cfg.runner_type} is not a runner of MMEngine.')
     with DefaultScope.overwrite_default_scope('mmdet'):
         return runner, MODELS.build(model)
 

@@ -1,4 +1,4 @@
-"""What each loss is worth, what it trains, and which way it pulls."""
+"""How large each loss is, what it trains, and which way it pulls."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,13 +16,13 @@ from .patient import Patient, Step
 from .report import some, table
 
 EXPLODED = 1000.0
-"""A method's gradient norm over the task's, from which on it is a finding."""
+"""A larger ratio of a method's gradient to the task's is a finding."""
 MORE_BATCHES = 3
-"""A loss that is 0 on the first batch is looked at on as many others."""
+"""How many more batches are tried for a loss that is 0 on the first."""
 
 
 def check_losses(patient: Patient) -> None:
-    """Each loss's value, what it trains, and which way it pulls."""
+    """Check each loss's value, what it trains, and which way it pulls."""
     step = patient.distilled_step()
     report = patient.report
     parts = trained_parts(patient)
@@ -63,7 +63,7 @@ def check_losses(patient: Patient) -> None:
 
 
 def trained_parts(patient: Patient) -> dict[str, list[nn.Parameter]]:
-    """The parameters of all that is trained; the student comes first."""
+    """Return the parameters of each trained part, the student first."""
     distiller = patient.distiller
     parts = {'student': student_parameters(patient.student)}
     modules: dict[str, nn.Module] = {
@@ -77,14 +77,14 @@ def trained_parts(patient: Patient) -> dict[str, list[nn.Parameter]]:
 def _gradients(
     losses: Iterable[Tensor], parts: Mapping[str, Sequence[nn.Parameter]]
 ) -> dict[str, list[Tensor | None]]:
-    """The gradient of a sum of losses in each part, in one pass."""
+    """Compute the gradient of a sum of losses in each part, in one pass."""
     every = [p for part in parts.values() for p in part]
     found = iter(gradient(losses, every))
     return {name: [next(found) for _ in part] for name, part in parts.items()}
 
 
 def _reached(gradients: Mapping[str, Sequence[Tensor | None]]) -> list[str]:
-    """The parts in which losses have a gradient."""
+    """Return the parts in which losses have a gradient."""
     return [name for name, each in gradients.items() if float(norm(each))]
 
 
@@ -116,9 +116,9 @@ def _judge(
 
 
 def _teaches(patient: Patient, name: str, reached: Sequence[str]) -> bool:
-    """Whether a loss reaches what it is for.
+    """Return whether a loss reaches what it is for.
 
-    Of networks that train together, a loss may teach another than the
+    Where networks train together, a loss may teach another network than the
     student, or layers of the method.
     """
     method: Any = patient.distiller.methods[name.partition('.')[0]]
@@ -133,15 +133,15 @@ def _doubt(patient: Patient, what: str) -> str:
     if what != 'value' or not patient.distiller.teacher.each():
         return ''
     return (
-        ' If the teacher is trained (--eval 100 shows its metrics), its '
-        'predictions meet no object of these images as the method asks.'
+        ' If the teacher is trained (--eval 100 shows its metrics), none of '
+        'its predictions fits an object of these images as the method asks.'
     )
 
 
 def _check_student_learns(
     patient: Patient, step: Step, reached: Mapping[str, Sequence[str]]
 ) -> None:
-    """Of the losses of a method, some reach the student."""
+    """Check that some of a method's losses reach the student."""
     for method, losses in step.distilled.items():
         anything = any(reached[name] for name in losses)
         if anything and not any('student' in reached[x] for x in losses):
@@ -156,7 +156,7 @@ def _finite(value: float) -> bool:
 
 
 def _stays_zero(patient: Patient, name: str) -> bool:
-    """Whether a loss or its gradient is 0 on other batches, too."""
+    """Return whether a loss or its gradient is 0 on other batches, too."""
     loader = iter(patient.runner.train_loop.dataloader)
     parts = trained_parts(patient)
     for _ in range(MORE_BATCHES):
@@ -173,7 +173,7 @@ def _stays_zero(patient: Patient, name: str) -> bool:
 
 
 def _check_reached(patient: Patient, step: Step) -> None:
-    """Every trainable parameter gets a gradient, as in the plain step."""
+    """Check that every trainable parameter gets a gradient."""
     named = {
         name: p
         for name, p in patient.student.named_parameters()
@@ -203,5 +203,5 @@ def _check_reached(patient: Patient, step: Step) -> None:
     if new:
         patient.report.find(
             f'{len(new)} trainable parameters get no gradient ({some(new)}): '
-            'distributed training would wait for them for ever.'
+            'distributed training would wait for them forever.'
         )

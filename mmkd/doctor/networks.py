@@ -1,4 +1,4 @@
-"""What the other networks see, in which mode, and of which classes."""
+"""What the other networks see, in which mode, and with which classes."""
 
 import copy
 import functools
@@ -24,12 +24,12 @@ from .report import Report, some, table
 from .weights import resolved
 
 PIXEL_TOLERANCE = 1e-2
-"""Of normalised values: far above rounding, far below a wrong mean."""
+"""For normalised values: far above rounding, far below a wrong mean."""
 DIVISOR = 'pad divisor'
 
 
 def check_precision(runner: Any, images: int, report: Report) -> None:
-    """Each teacher's metrics on the first validation images."""
+    """Report each teacher's metrics on the first validation images."""
     networks = runner.distiller.networks
     if not networks:
         return
@@ -57,7 +57,7 @@ def check_precision(runner: Any, images: int, report: Report) -> None:
 
 
 def check_classes(runner: Any, report: Report) -> None:
-    """Which class is which, and whether that is known or assumed."""
+    """Report how classes are matched, and whether that is assumed."""
     distiller = runner.distiller
     dataset = runner.train_loop.dataloader.dataset
     names = tuple(dataset.metainfo['classes'])
@@ -83,8 +83,8 @@ def _check_teacher_classes(
     )
     if tuple(classes.student) != names:
         report.find(
-            f'the class map has other classes than the training data: {names}'
-            f' in the data, {tuple(classes.student)} in the map.'
+            'the classes of the class map are not those of the training '
+            f'data: {names} in the data, {tuple(classes.student)} in the map.'
         )
     pairs = zip(
         classes.student_index.tolist(),
@@ -195,7 +195,7 @@ def _record(
 def _describe_pixels(
     patient: Patient, seen: Mapping[str, Sequence[Tensor]]
 ) -> None:
-    """How each network wants its pixels, and what it was given."""
+    """Report how each network wants its pixels, and what it was given."""
     ours = preprocessing(patient.student)
     rows = [['network', *ours, 'its batch']]
     rows.append(['student', *ours.values(), '-'])
@@ -203,14 +203,14 @@ def _describe_pixels(
         theirs = preprocessing(model)
         given = _given(patient.inputs, seen[name])
         if seen[name] and theirs[DIVISOR] != ours[DIVISOR]:
-            # The size is the batch's; only what is in it is converted.
+            # The batch keeps its size; only its content is converted.
             given += f', padded to multiples of {ours[DIVISOR]}'
         rows.append([name, *theirs.values(), given])
     patient.report.say('Pixels', *table(rows))
 
 
 def preprocessing(model: Any) -> dict[str, str]:
-    """What a network's data preprocessor does with images, in words."""
+    """Return what a data preprocessor does with images, in words."""
     preprocessor = model.data_preprocessor
     mean, std = (
         ' '.join(f'{v:.6g}' for v in values.tolist())
@@ -226,7 +226,7 @@ def preprocessing(model: Any) -> dict[str, str]:
 
 
 def _given(ours: Tensor, seen: Sequence[Tensor]) -> str:
-    """What became of the student's batch before a network saw it."""
+    """Return how the student's batch was changed for a network."""
     if not seen:
         return 'none, it never ran'
     same = all(x.shape == ours.shape and x.equal(ours.to(x)) for x in seen)
@@ -279,7 +279,7 @@ def _cause(seen: Tensor, expected: Tensor, student: Tensor) -> str:
 
 
 def check_modes(patient: Patient) -> None:
-    """Frozen, not optimised, and the same answer twice."""
+    """Check that teachers are frozen and answer the same twice."""
     distiller, report = patient.distiller, patient.report
     trained = {
         id(p)

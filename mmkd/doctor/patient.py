@@ -1,4 +1,4 @@
-"""What is examined: a run at its first iteration, and steps of it."""
+"""The run that is examined, at its first iteration, and its steps."""
 
 import copy
 import functools
@@ -23,15 +23,15 @@ SEED = 0
 
 @dataclass
 class Step:
-    """One step's losses, still with their graph."""
+    """The losses of one step, still with their graph."""
 
     task: dict[str, Tensor]
-    """Stock name to scalar."""
+    """The stock losses by name, each a scalar."""
     distilled: dict[str, dict[str, Tensor]]
-    """Method to its losses, as weighted."""
+    """The weighted losses of each method."""
     total: Tensor
     random_state: Tensor
-    """PyTorch's, after the step."""
+    """PyTorch's random state after the step."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Patient:
         return cls(runner, stock, raw, inputs, samples, report)
 
     def on(self, raw: Any) -> 'Patient':
-        """The same with another batch."""
+        """Return the same patient with another batch."""
         inputs, samples = preprocessed(self.student, raw)
         other = copy.copy(self)
         other.raw, other.inputs, other.samples = raw, inputs, samples
@@ -65,7 +65,7 @@ class Patient:
 
     def __post_init__(self) -> None:
         self.state = cloned(self.student)
-        # Some heads count in plain attributes what they have seen.
+        # Some heads count what they have seen, in plain attributes.
         self.counts = {
             model: noted(model) for model in (self.student, self.stock)
         }
@@ -102,7 +102,7 @@ class Patient:
         return any(m.steers or m.task_factors() for m in methods)
 
     def plain_step(self) -> Step | None:
-        """The stock student's; None if that cannot run, which is said."""
+        """Take the stock student's step; None, with a note, if it fails."""
         self.restore(self.stock)
         try:
             return self._step(self.stock)
@@ -111,7 +111,7 @@ class Patient:
             return None
 
     def distilled_step(self, scale: float = 1.0) -> Step:
-        """The student's with every method's weight times ``scale``."""
+        """Take the distilled step, with every weight times ``scale``."""
         distiller = self.distiller
         self.restore(self.student)
         scales = dict.fromkeys(distiller.methods, scale)
@@ -119,7 +119,7 @@ class Patient:
             return self._step(self.student)
 
     def distributed_step(self, wrapper: nn.Module) -> Step:
-        """The distilled step through a wrapper of the student."""
+        """Take the distilled step through a wrapper of the student."""
         self.restore(self.student)
         return self._step(wrapper)
 
@@ -136,7 +136,7 @@ class Patient:
         observe = functools.partial(_keep, seen)
         self.distiller.observers.append(observe)
         try:
-            # Peers draw their random numbers by the step.
+            # The random numbers of peers depend on the step.
             with (
                 isolated_random_state(SEED),
                 replaced(self.distiller, 'steps', 0),
@@ -164,7 +164,7 @@ def _keep(
 
 
 def summed(losses: Losses) -> dict[str, Tensor]:
-    """The losses that count, a scalar each."""
+    """Return the losses that count, each as a scalar."""
     return {
         name: torch.stack(
             [v.mean() for v in (x if isinstance(x, list) else [x])]
@@ -175,10 +175,10 @@ def summed(losses: Losses) -> dict[str, Tensor]:
 
 
 def preprocessed(model: Any, raw: Any) -> tuple[Tensor, list[DetDataSample]]:
-    """A batch behind a network's data preprocessor.
+    """Return a batch after a network's data preprocessor.
 
-    Without its batch augmentations: they would hide which pixels another
-    network should see.
+    Batch augmentations are left out, because they would hide which pixels
+    another network should see.
     """
     preprocessor = model.data_preprocessor
     augments = getattr(preprocessor, 'batch_augments', None)
@@ -193,7 +193,7 @@ def preprocessed(model: Any, raw: Any) -> tuple[Tensor, list[DetDataSample]]:
 
 
 def noted(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """The numbers in plain attributes of every module."""
+    """Return the numbers in plain attributes of every module."""
     return [
         (module, copy.deepcopy(found))
         for module in model.modules()
@@ -202,19 +202,19 @@ def noted(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
 
 
 def numbers(value: Any) -> bool:
-    """Whether a value is a number, or a list of them."""
+    """Return whether a value is a number or a list of numbers."""
     if isinstance(value, list):
         return all(map(numbers, value))
     return isinstance(value, int | float)
 
 
 def cloned(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a network's state dict."""
+    """Return a copy of a network's state dict."""
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 def own_state(student: nn.Module) -> dict[str, Tensor]:
-    """The student's part of its state dict while it is distilled."""
+    """Return the student's own part of its state dict."""
     return {
         k: v
         for k, v in student.state_dict().items()

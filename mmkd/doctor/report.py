@@ -1,4 +1,4 @@
-"""What an examination says: sections, findings, and figures for JSON."""
+"""The report of an examination: sections, findings, figures for JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ class Report:
     """The result of :func:`mmkd.doctor.diagnose`."""
 
     sections: dict[str, list[str]] = field(default_factory=dict)
-    """Title to lines."""
+    """The lines of each section, by its title."""
     findings: list[str] = field(default_factory=list)
     """What is wrong; empty for a healthy config."""
     values: dict[str, Any] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class Report:
             self.findings.append(finding)
 
     def text(self) -> str:
-        """All of it, for a terminal."""
+        """Return all of it as text for a terminal."""
         parts = []
         for title, lines in self.sections.items():
             parts.append('\n'.join([title, *(f'  {line}' for line in lines)]))
@@ -38,7 +38,7 @@ class Report:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines with aligned columns; the first is the head."""
+    """Return rows of cells as aligned lines; the first is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         '  '.join(
@@ -49,6 +49,6 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     more = len(names) - shown
     return ', '.join(names[:shown]) + (f' and {more} more' if more > 0 else '')

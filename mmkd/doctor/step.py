@@ -1,4 +1,4 @@
-"""One step: what meets what, what weight 0 leaves, and what it costs."""
+"""One step: what is compared, what weight 0 leaves, and what it costs."""
 
 import contextlib
 import functools
@@ -36,7 +36,7 @@ COLUMNS = (
 
 
 def describe_taps(patient: Patient) -> None:
-    """A row for each level of a tapped module, with the layer behind it."""
+    """Report each level of a tapped module, with the layer after it."""
     calls: dict[str, tuple] = {}
     methods = _single_methods(patient)
     with ExitStack() as stack:
@@ -62,7 +62,7 @@ def describe_taps(patient: Patient) -> None:
 
 
 def _single_methods(patient: Patient) -> dict[str, Any]:
-    """The methods, those of several teachers one by one."""
+    """Return the methods; those of several teachers are listed singly."""
     methods: dict[str, Any] = {}
     for name, method in patient.distiller.methods.items():
         if isinstance(method, FromEach):
@@ -85,14 +85,14 @@ def _keep(
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters that are of no child."""
+    """Return the parameters that belong to no child."""
     return list(module.parameters(recurse=False))
 
 
 def _rows(
     method: Any, student: StepRecord, teacher: Any, patient: Patient
 ) -> Iterator[list[str]]:
-    """The rows of one method, without its name."""
+    """Return the rows of one method, without its name."""
     width = patient.inputs.shape[-1]
     paths = [*dict.fromkeys(method.student_paths)]
     if not paths:
@@ -124,7 +124,7 @@ def _rows(
 def _levels(
     read: Callable[[], tuple[Tensor, ...]], width: int
 ) -> list[tuple[str, list[str]]]:
-    """Number and shape of each level that a module gave."""
+    """Return the number and shape of each level that a module gave."""
     try:
         features = read()
     except TapError:
@@ -133,7 +133,7 @@ def _levels(
 
 
 def _shape(features: Sequence[Tensor], width: int) -> list[str]:
-    """Channels, sizes and strides of features of images ``width`` wide."""
+    """Describe features of images ``width`` wide."""
     maps = [f for f in features if f.dim() == 4]
     if not maps:
         shapes = [str(tuple(f.shape)) for f in features]
@@ -147,10 +147,10 @@ def _shape(features: Sequence[Tensor], width: int) -> list[str]:
 def adapters(
     method: Any, student: StepRecord, teacher: Any
 ) -> dict[tuple[str, str], str]:
-    """What a method has between a student's level and the teacher's.
+    """Return what a method has between a student's and a teacher's level.
 
     Returns:
-        Path and level of the student's to the layer, in words.
+        The layer in words, by path and level of the student.
     """
     method = getattr(method, 'hint', None) or method
     if isinstance(method, CrossKD):
@@ -198,7 +198,7 @@ def _level_adapters(
 
 
 def _in_words(layer: nn.Module, student: Tensor, teacher: Tensor) -> str:
-    """A layer between two features, and whether the sizes differ."""
+    """Describe the layer between two features, and their sizes."""
     text = 'identity'
     if not isinstance(layer, nn.Identity):
         widths = f'{student.shape[1]} -> {teacher.shape[1]}'
@@ -213,11 +213,11 @@ def _in_words(layer: nn.Module, student: Tensor, teacher: Tensor) -> str:
 
 
 def check_zero_weight(patient: Patient) -> None:
-    """With every weight at 0, a step is the stock student's, bit for bit."""
+    """Check that a step with weight 0 is the stock student's, bit for bit."""
     plain = patient.plain_step()
     if plain is None:
         return
-    # At once: the next step puts the weights back in place.
+    # Before the next step, which puts the weights back in place.
     reference = _signature(plain, patient.stock)
     again = patient.plain_step()
     assert again is not None
@@ -240,21 +240,21 @@ def check_zero_weight(patient: Patient) -> None:
     changed = [k for k in state if not torch.equal(state[k], after[k])]
     if changed and noise == 0:
         patient.report.find(
-            'a step at weight 0 leaves other buffers than the plain one: '
-            f'{some(changed)}.'
+            'after a step at weight 0 these buffers differ from those of the '
+            f'plain step: {some(changed)}.'
         )
     if not torch.equal(plain.random_state, zero.random_state):
         patient.report.find(
             'distillation draws from the global random numbers even at '
-            "weight 0: the student's samplers and dropout draw others than "
-            'in the plain run.'
+            "weight 0, so the student's samplers and dropout draw other "
+            'numbers than in the plain run.'
         )
     if not patient.steers:
         _check_own_losses(patient, plain, 10 * noise)
 
 
 def _check_own_losses(patient: Patient, plain: Step, allowed: float) -> None:
-    """At full weight, the student's own losses are still the stock ones."""
+    """Check that the student's own losses are stock at full weight."""
     full = patient.distilled_step()
     name, worst = _difference(plain.task, full.task)
     if worst > allowed:
@@ -267,7 +267,7 @@ def _check_own_losses(patient: Patient, plain: Step, allowed: float) -> None:
 
 
 def _signature(step: Step, model: nn.Module) -> dict[str, Tensor]:
-    """Losses and gradients of the student's own parameters, by name."""
+    """Return the student's losses and gradients, by name."""
     named = {
         k: p
         for k, p in model.named_parameters()
@@ -287,7 +287,7 @@ def _signature(step: Step, model: nn.Module) -> dict[str, Tensor]:
 def _difference(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor]
 ) -> tuple[str, float]:
-    """The entry that differs most, and by how much relative to its norm.
+    """Return the entry that differs most, and its relative difference.
 
     Entries that only ``b`` has (losses of peers) are left out.
     """
@@ -308,7 +308,7 @@ def _difference(
 
 
 def check_cost(patient: Patient) -> None:
-    """Time and memory of forward and backward, plain and distilled."""
+    """Report time and memory of the plain and the distilled step."""
     if patient.plain_step() is None:
         return
     runs: dict[str, Callable[[], Any]] = {
@@ -342,7 +342,7 @@ def check_cost(patient: Patient) -> None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin to measure the peak of memory anew (Linux, CUDA)."""
+    """Start to measure the peak of memory anew (Linux, CUDA)."""
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         return
@@ -351,7 +351,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> float:
-    """MiB since :func:`reset_peak`; 0 where it cannot be measured."""
+    """Return MiB since :func:`reset_peak`, or 0 if they are unknown."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated() / 2**20
     with contextlib.suppress(OSError):

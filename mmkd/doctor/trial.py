@@ -35,24 +35,24 @@ METHODS = {
     'features': dict(type='mmkd.FeatureHint'),
     'class logits': dict(type='mmkd.KD'),
     'RoI': dict(type='mmkd.FasterRCNNDistillation'),
-    'assignment': dict(type='mmkd.LabelAssignmentDistillation'),
+    'assignment': dict(type='mmkd.LAD'),
     'distributions': dict(type='mmkd.LD'),
     'cross-head': dict(type='mmkd.CrossKD'),
 }
-"""Kind of distillation to the method that stands for it."""
+"""The method that stands for each kind of distillation."""
 SIZES: tuple[dict[str, Any], ...] = (
     dict(narrow=True, scale=SCALE),
     dict(narrow=False, scale=SCALE),
     dict(narrow=False, scale=(320, 320)),
 )
-"""Tried in turn, until the plain step runs."""
+"""These are tried in turn until the plain step runs."""
 WORKS, UNFIT, FAILS = 'works', 'does not fit', 'fails'
 
 Report = Callable[[str, dict[str, Any]], None]
 
 
 class TrialError(MMKDError, RuntimeError):
-    """A step that ran, but did not distil."""
+    """Raised for a step that ran but did not distil."""
 
 
 def examine(
@@ -65,11 +65,12 @@ def examine(
     """Try the plain step, then each kind of distillation.
 
     Args:
-        student: A config's path within MMDetection's configs.
-        teacher: The teacher's; it is untrained, of another seed.
+        student: The path of a config within MMDetection's configs.
+        teacher: The path of the teacher's config; the teacher is untrained,
+            with another seed.
         features: Options of the method on features.
-        root: COCO's photos.
-        report: Called with a step's name and its verdict.
+        root: The folder of COCO's photos.
+        report: A function that is called with a step's name and verdict.
     """
     register_all_modules()
     logging.disable(logging.WARNING)
@@ -83,7 +84,7 @@ def examine(
 
 
 def judged(attempt: Callable[[], Any]) -> dict[str, str]:
-    """The verdict on a distilled run."""
+    """Return the verdict on a distilled run."""
     try:
         attempt()
     except Exception as error:
@@ -93,7 +94,7 @@ def judged(attempt: Callable[[], Any]) -> dict[str, str]:
 
 
 def reason(error: Exception) -> str:
-    """An error's first sentence; of mmkd's, without the class' name."""
+    """Return an error's first sentence, with its class if not mmkd's."""
     lines = str(error).strip().splitlines() or ['']
     sentence = re.split(r'(?<=[.]) (?=[A-Z])', lines[0])[0]
     if isinstance(error, ConfigError):
@@ -121,10 +122,10 @@ class Trial:
     """A student, the description of its teacher, and a batch.
 
     Args:
-        student: A config's path within MMDetection's configs.
-        teacher: The teacher's.
-        root: COCO's photos.
-        narrow: Whether layers are narrow, where that is known.
+        student: The path of a config within MMDetection's configs.
+        teacher: The path of the teacher's config.
+        root: The folder of COCO's photos.
+        narrow: Whether to make layers narrow, where we know how.
         scale: (width, height) of the photos in pixels.
     """
 
@@ -149,7 +150,7 @@ class Trial:
         self.plain_losses: dict[str, float] = {}
 
     def plain(self) -> None:
-        """Train as MMDetection does; raise if it cannot."""
+        """Train as MMDetection does, and raise if that fails."""
         student = copy.deepcopy(self.student)
         self.plain_losses = self._train(student)[0]
 
@@ -175,7 +176,7 @@ class Trial:
             raise TrialError('the first step is that of plain training')
 
     def _train(self, student: Any) -> list[dict[str, float]]:
-        """Each iteration's losses."""
+        """Return the losses of each iteration."""
         hub = MessageHub.get_current_instance()
         parameters = [p for p in student.parameters() if p.requires_grad]
         optimizer = OptimWrapper(
@@ -198,7 +199,7 @@ class Trial:
 
 
 def _check(student: nn.Module, losses: Mapping[str, Tensor]) -> None:
-    """Check that losses are finite, and that a method's reach the student."""
+    """Check that losses are finite and reach the student."""
     bad = [k for k, v in losses.items() if not torch.isfinite(v).all()]
     if bad:
         raise TrialError(f'{", ".join(bad)} not finite')
@@ -221,7 +222,7 @@ def _check(student: nn.Module, losses: Mapping[str, Tensor]) -> None:
 
 
 def _untrained(cfg: Config, narrow: bool) -> dict[str, Any]:
-    """The description of an untrained teacher."""
+    """Return the description of an untrained teacher."""
     return dict(
         config=dict(
             model=small_model(cfg.model, narrow=narrow).to_dict(),
@@ -234,7 +235,7 @@ def _untrained(cfg: Config, narrow: bool) -> dict[str, Any]:
 def _read(
     cfg: Config, root: Path, scale: tuple[int, int]
 ) -> tuple[dict[str, Any], str]:
-    """Two photos through the config's own pipeline; noise without those."""
+    """Read two photos through the config's pipeline, or make noise."""
     dataset = copy.deepcopy(cfg.train_dataloader.dataset)
     try:
         small_dataset(dataset, root, 4, scale)

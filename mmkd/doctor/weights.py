@@ -25,17 +25,17 @@ COUNTER = 'num_batches_tracked'
 
 @dataclass
 class Loaded:
-    """How a network's weights relate to a file's."""
+    """How the weights of a network relate to those of a file."""
 
     source: str
     total: int
     equal: list[str]
     missing: list[str]
-    """In the network, not in the file (or of another shape there)."""
+    """In the network, but not in the file, or of another shape there."""
     unexpected: list[str]
-    """In the file, not in the network (or of another shape there)."""
+    """In the file, but not in the network, or of another shape there."""
     different: list[str]
-    """In both, with other values: initialised after they were loaded."""
+    """In both, with other values: initialised after loading."""
 
     def __str__(self) -> str:
         text = f'{self.source}: {len(self.equal)} of {self.total} tensors'
@@ -56,10 +56,10 @@ def compare(
 
     Args:
         state: The weights.
-        scratch: A network of that kind, into which the file is loaded: it
-            knows which keys of older versions have other names.
+        scratch: A network of that kind, into which the file is loaded,
+            because it knows the names of keys in older versions.
         file: The state dict of the file.
-        source: Its name.
+        source: The name of the file.
     """
     # Without the counters of batches, which files of old versions lack.
     own = {k: v for k, v in scratch.state_dict().items() if COUNTER not in k}
@@ -93,7 +93,7 @@ def _same(a: Tensor | None, b: Tensor) -> bool:
 
 
 def check_loaded(runner: Any, stock: nn.Module, report: Report) -> None:
-    """Say where each network's weights come from, and if they are still so."""
+    """Report where weights come from, and whether they still have them."""
     distiller = runner.distiller
     scratch = copy.deepcopy(stock)
     student = own_state(distiller.student)
@@ -113,7 +113,7 @@ def check_loaded(runner: Any, stock: nn.Module, report: Report) -> None:
 
 
 def resolved(cfg: Mapping[str, Any] | str) -> dict[str, Any]:
-    """A network's description with what the model index says of its name."""
+    """Return a description with what the model index has for its name."""
     options = {'name': cfg} if isinstance(cfg, str) else dict(cfg)
     if 'name' in options:
         options = {**find_in_model_index(options.pop('name')), **options}
@@ -128,7 +128,7 @@ def _describe(
     runner: Any,
     report: Report,
 ) -> None:
-    """The student's weights: of ``load_from``, or of its config."""
+    """Report the student's weights, from ``load_from`` or its config."""
     source = runner._load_from
     if source is None:
         _check_pretrained(role, model, scratch, report)
@@ -139,15 +139,15 @@ def _describe(
     _tell(role, model, loaded, report)
     if not loaded.equal and not loaded.different:
         report.find(
-            f'the {role} has taken nothing from load_from={source}: none of '
-            'its names and shapes fit.'
+            f'the {role} has taken nothing from load_from={source}: no name '
+            'and shape in it fits.'
         )
 
 
 def _check_pretrained(
     role: str, model: nn.Module, scratch: nn.Module, report: Report
 ) -> None:
-    """Parts that start from a file (``init_cfg``), and random ones."""
+    """Report parts that start from a file (``init_cfg``), or random."""
     scratch = copy.deepcopy(scratch)
     found: dict[str, Loaded] = {}
     for path, module in model.named_modules():
@@ -200,8 +200,8 @@ def _check_file(
         )
         return
     if options.get('fold_bn'):
-        # Its tensors are no longer the file's. Building it has loaded these
-        # strictly, and compared what both forms answer to a test image.
+        # Its tensors are no longer those of the file. When it was built, they
+        # were loaded strictly, and both forms were compared on a test image.
         report.say(SECTION, f'{role:<9} {source}, batch norms folded')
         return
     trust = bool(options.get('trust_checkpoint'))
@@ -232,7 +232,7 @@ def _tell(role: str, model: nn.Module, loaded: Loaded, report: Report) -> None:
 def check_checkpoint_file(
     runner: Any, stock: nn.Module, folder: str, report: Report
 ) -> None:
-    """Save as the run would, and look at the file."""
+    """Save as the run would, and check the file."""
     runner.save_checkpoint(folder, 'doctor.pth', meta={})
     path = osp.join(folder, 'doctor.pth')
     size = osp.getsize(path) / 2**20
@@ -270,9 +270,9 @@ def _of_teacher(
     teacher: nn.Module,
     student: Mapping[str, Tensor],
 ) -> list[str]:
-    """Names in a checkpoint, beside the student's, of the teacher's weights.
+    """Return names in a checkpoint that hold weights of the teacher.
 
-    Peers may start from the same file as the teacher, and the student, too.
+    Peers and the student may start from the same file as the teacher.
     """
     known: dict[tuple, list[Tensor]] = {}
     for tensor in teacher.state_dict().values():

@@ -1,4 +1,4 @@
-"""Distillation methods, one paper a file."""
+"""Distillation methods, one file per paper."""
 
 from mmkd.core.method import Method
 
@@ -23,7 +23,7 @@ from .pkd import PKD
 from .solad import SoftLabelDistillation, SoLAD
 from .tat import TaT
 
-# The names before the papers' acronyms, for code that imports them.
+# These are the names before the acronyms, for code that imports them.
 CoLearningAssignment = CoLAD
 LabelAssignmentDistillation = LAD
 MutualLearning = DML

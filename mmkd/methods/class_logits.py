@@ -1,4 +1,4 @@
-"""Both networks' class logits of the same boxes, of any kind of detector."""
+"""The class logits of both networks for the same priors or RoIs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from mmkd.teachers.class_map import ClassMap
 from mmkd.teachers.view import DENSE, ROIS, TeacherView
 
 CLASS_LOGITS = (DENSE, ROIS)
-"""What a teacher of class logits has to give: one of the two."""
+"""A teacher of class logits has to give one of these two."""
 
 
 @dataclass
@@ -32,30 +32,30 @@ class ClassLogits:
     """Logits of the S shared classes for M priors or RoIs of B images."""
 
     prefix: str
-    """What a loss' name starts with: ``''``, in cascades ``'s0_'``."""
+    """How the name of a loss starts: ``''``, or ``'s0_'`` in cascades."""
     student: Tensor
     """(M, S), or (M, S + 1) with the background last."""
     teacher: Tensor
-    """The same of the teacher."""
+    """The teacher's logits in the same shape."""
     sigmoid: bool
-    """Whether columns are independent binary problems."""
+    """Whether the columns are independent binary problems."""
     labels: Tensor
     """(M,) the student's targets: 0..S-1, S for the background, -1 for what
-    is ignored or of a class that the teacher does not know."""
+    is ignored or has a class that the teacher does not know."""
     weights: Tensor
     """(M,); 0 for what is ignored and for padding."""
     images: Tensor
-    """(M,) the image that each is of, 0..B-1."""
+    """(M,) the image that each belongs to, 0..B-1."""
     avg_factor: float | Tensor
-    """What sums are divided by: the positives of a dense head, averaged over
-    the processes, or the number of RoIs."""
+    """The divisor of sums: the number of positives of a dense head, averaged
+    over the processes, or the number of RoIs."""
     classes: int
-    """S."""
+    """The number S of shared classes."""
     scale: float = 1.0
-    """The weight of a cascade's stage."""
+    """The weight of the stage in a cascade."""
 
     def objects(self) -> 'ClassLogits':
-        """Only those whose label is one of the shared classes."""
+        """Keep only what has a label of the shared classes."""
         is_object = (self.labels >= 0) & (self.labels < self.classes)
         (index,) = is_object.nonzero(as_tuple=True)
         parts = {
@@ -65,7 +65,7 @@ class ClassLogits:
         return dataclasses.replace(self, **parts)
 
     def labelled(self) -> 'ClassLogits':
-        """The same, where what has no label gets weight 0 (and some label)."""
+        """Give what has no label some label, and weight 0."""
         known = self.labels >= 0
         return dataclasses.replace(
             self,
@@ -74,7 +74,7 @@ class ClassLogits:
         )
 
     def average(self, losses: Tensor) -> Tensor:
-        """The weighted average of losses (M,), as a scalar."""
+        """Return the weighted average of losses (M,) as a scalar."""
         total = (losses * self.weights).sum() / self.avg_factor
         return self.scale * total
 
@@ -86,9 +86,9 @@ def class_logits(
 ) -> list[ClassLogits]:
     """Pair the class logits of a step.
 
-    One-stage detectors give those of all priors. Two-stage ones give, stage
-    by stage, those of the RoIs that the student was trained on, which the
-    teacher scores on its own features.
+    One-stage detectors give the logits of all priors. Two-stage detectors
+    give, stage by stage, those of the RoIs that the student was trained on;
+    the teacher scores these RoIs on its own features.
     """
     if not student.facts.is_two_stage:
         return [_of_priors(student, teacher, data_samples)]
@@ -103,14 +103,14 @@ def check_class_logits(
 
     Args:
         student: The student's outputs for a blank image.
-        teacher: The teacher's view of it.
-        method: The method that asks, for the message.
+        teacher: The teacher's view of that image.
+        method: The name of the method, for the message.
 
     Returns:
         Whether the classes are independent binary problems (sigmoid).
 
     Raises:
-        ConfigError: If they cannot.
+        ConfigError: If they cannot be compared.
     """
     facts, others = student.facts, teacher.facts
     if facts.is_two_stage and others.is_two_stage:
@@ -127,9 +127,9 @@ def check_class_logits(
     if own.sigmoid != other.sigmoid:
         kinds = {True: 'sigmoid', False: 'softmax with background'}
         raise ConfigError(
-            f'{method}: the class logits cannot be compared, those of the '
-            f"student are a {kinds[own.sigmoid]}'s, those of the teacher a "
-            f"{kinds[other.sigmoid]}'s. Train both with the same kind of "
+            f'{method}: the class logits cannot be compared; those of the '
+            f'student belong to a {kinds[own.sigmoid]}, those of the teacher '
+            f'to a {kinds[other.sigmoid]}. Train both with the same kind of '
             'loss_cls.'
         )
     return own.sigmoid
@@ -167,7 +167,7 @@ def _of_rois(
     cascade = len(student.facts.rois) > 1
     return ClassLogits(
         prefix=f's{stage}_' if cascade else '',
-        # The last column is the background's, also of a sigmoid.
+        # The last column is the background, in a sigmoid head as well.
         student=_of_student(sample.logits, classes),
         teacher=_of_teacher(teacher.score_rois(sample, stage).logits, classes),
         sigmoid=facts.sigmoid,
@@ -193,7 +193,7 @@ def _of_teacher(logits: Tensor, classes: ClassMap) -> Tensor:
 def _shared(
     logits: Tensor, index: Tensor, known: int, identical: bool
 ) -> Tensor:
-    """(..., K or K + 1) to (M, S or S + 1): a background column stays."""
+    """Turn (..., K or K + 1) into (M, S or S + 1) with the background."""
     logits = logits.flatten(0, -2)
     if identical:
         return logits
@@ -201,16 +201,16 @@ def _shared(
 
 
 def shared_labels(labels: Tensor, classes: ClassMap) -> Tensor:
-    """Labels counted through the S shared classes.
+    """Renumber labels by the S shared classes.
 
     Args:
-        labels: The student's, 0..K-1 for objects, K for the background,
-            below 0 for ignored.
+        labels: The student's labels: 0..K-1 for objects, K for the
+            background, below 0 for ignored.
         classes: The class map.
 
     Returns:
-        The same shape: 0..S-1, S for the background, -1 for ignored and for
-        classes that the teacher does not know.
+        Labels of the same shape: 0..S-1, S for the background, -1 for
+        ignored and for classes that the teacher does not know.
     """
     if classes.identical:
         return labels

@@ -27,29 +27,29 @@ class CoLAD(Method):
     The student and its peers each train by their own stock PAA loss, on the
     same positives. For every image, object and level, the costs of the
     pre-assigned candidates are those of the network with the larger
-    indicator (:func:`.switch`); from there on it
-    is PAA: the cheapest of each level are joined, so that one mixture can
-    hold costs of several networks.
+    indicator (:func:`.switch`). The rest is PAA: the cheapest candidates of
+    each level are joined, so one mixture can hold costs of several networks.
 
-    The networks may differ in depth and width, not in their priors; each
-    starts from its own initialisation or checkpoint. For heads of PAA alone:
-    other dynamic assigners keep their costs to themselves.
+    The networks may differ in depth and width, but not in their priors. Each
+    starts from its own initialisation or checkpoint. The method is only for
+    heads of PAA, because other dynamic assigners do not expose their costs.
 
     The share of the groups that a network has decided is logged as
     ``<method>.share_<network>``.
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
     Distillation", WACV 2022, https://arxiv.org/abs/2108.10520. Its official
-    code does not survive an image without candidates, nor an object with one;
-    equal indicators go to its second network, here to the student.
+    code fails on an image without candidates and on an object with one. It
+    gives equal indicators to its second network; mmkd gives them to the
+    student.
 
     Args:
         indicator: ``'std_mean'``, ``'fisher'``, or the name of a function in
-            :data:`mmkd.registry.INDICATORS`.
-        box_weighting: See
-            :class:`~mmkd.methods.lad.LAD`.
-        keep_single: An object's only candidate is positive.
-        loss_weight: 0 switches the sharing off: each network trains alone.
+            ``mmkd.INDICATORS``.
+        box_weighting: See :class:`~mmkd.methods.lad.LAD`.
+        keep_single: Make an object's only candidate positive.
+        loss_weight: 0 switches the sharing off, and each network trains
+            alone.
 
     Raises:
         ConfigError: If an option is unknown or the networks do not fit.

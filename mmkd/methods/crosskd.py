@@ -39,19 +39,20 @@ EPSILON = 1e-6
 
 @METHODS.register_module()
 class CrossKD(Method):
-    r"""The student's head features, through the teacher's head.
+    r"""The student's head features pass through the teacher's head.
 
-    The features that the student's head has behind its layer i go on through
-    the layers i + 1 to n and the predictors of the frozen teacher's head.
-    These cross-head predictions (z, and boxes b) approach the teacher's own,
-    so that the student's own predictions answer to the ground truth alone:
+    The features after layer i of the student's head continue through the
+    layers i + 1 to n and the predictors of the frozen teacher's head. These
+    cross-head predictions (z, and boxes b) approach the teacher's own
+    predictions, while the student's own predictions follow only the ground
+    truth:
 
     .. math::
         L_{cls} &= \frac{w_{cls}}{N} \sum_{i, c} v_i
             \, |\sigma(z_{ic}) - p^t_{ic}|^{\kappa}
             \, \mathrm{BCE}(\sigma(z_{ic}), p^t_{ic}) \\
         L_{box} &= \frac{w_{box}}{N} \sum_i u_i (1 - \mathrm{GIoU}(b_i, b^t_i))
-        \quad\text{or, of bins,}\quad
+        \quad\text{or, with bins,}\quad
         \frac{w_{box}}{4 \sum_i u_i} \sum_i u_i
             \sum_{sides} \mathrm{KL}(q^t_i \| q_i)
 
@@ -62,21 +63,23 @@ class CrossKD(Method):
     processes. :math:`L_{quality}` is the binary cross-entropy of centerness
     (or IoU) with the teacher's, averaged over the positives.
 
-    The features are taken behind the convolution and its norm, before the
-    activation, and get the teacher's mean and standard deviation of each
-    channel: ``align='image'`` over each image without its padding;
-    ``'batch'`` over the batch with its padding, as in the official code;
-    None leaves them as they are, as the paper writes. Where the widths
-    differ, a 1x1 convolution comes first (the official code refuses them).
+    The features are taken after the convolution and its norm and before the
+    activation. Each channel gets the teacher's mean and standard deviation,
+    which are taken with ``align='image'`` over each image without its
+    padding, and with ``'batch'`` over the batch with its padding, as in the
+    official code. None leaves the features as they are, as the paper writes.
+    Where the widths differ, a 1x1 convolution comes first (the official code
+    refuses such pairs).
 
     Source: Wang, Chen, Cai, Wang, Lin, Cheng, "CrossKD: Cross-Head Knowledge
     Distillation for Dense Object Detection", CVPR 2024,
-    https://arxiv.org/abs/2306.11369. The weights :math:`u_i` are of its code
-    (jbwang1997/CrossKD); the paper says 1 in the foreground, 0 elsewhere.
-    Its code uses layer 3, :math:`w_{cls} = 1`, and :math:`w_{box} = 4` for
-    bins (GFL), 1 for boxes (RetinaNet, ATSS), with a quality weight of 1 in
-    ATSS alone; in FCOS layer 2, :math:`w_{cls} = 0.4`, 0.75 times the
-    negative logarithm of the IoU, both divided by the sum of centerness.
+    https://arxiv.org/abs/2306.11369. The weights :math:`u_i` are those of
+    its code (jbwang1997/CrossKD); the paper says 1 in the foreground and 0
+    elsewhere. Its code uses layer 3, :math:`w_{cls} = 1`, and
+    :math:`w_{box} = 4` for bins (GFL), 1 for boxes (RetinaNet, ATSS), with a
+    quality weight of 1 only in ATSS. In FCOS it uses layer 2,
+    :math:`w_{cls} = 0.4`, and 0.75 times the negative logarithm of the IoU,
+    both divided by the sum of centerness.
 
     Args:
         layer: i, from 0 (the neck's maps) to the number of layers in a
@@ -132,7 +135,7 @@ class CrossKD(Method):
     def teacher_paths(self) -> Sequence[str]:
         if self.layer == 0:
             return ('neck',)
-        # A layer is tapped behind its norm, or else behind its convolution.
+        # A layer is tapped after its norm, or else after its convolution.
         return [
             f'bbox_head.{tower}.{self.layer - 1}.{part}'
             for tower, weight in self.weights.items()
@@ -144,14 +147,14 @@ class CrossKD(Method):
         own = check_dense(student, 'student', 'CrossKD')
         check_is_dense(teacher.facts, 'teacher', 'CrossKD')
         other = teacher.dense
-        # Not the centres: the box loss has the teacher's priors on both sides.
+        # Centres may differ: the box loss uses the teacher's priors twice.
         check_same_priors(own.facts, other.facts, 'CrossKD')
         for role, dense in (('student', own), ('teacher', other)):
             check_towers(dense, role, self.layer, 'CrossKD')
         if self.quality_weight and other.quality is None:
             raise ConfigError(
                 'CrossKD.quality_weight is for heads with a centerness or '
-                f"IoU, the teacher's {other.facts.kind} has none. "
+                f"IoU branch; the teacher's {other.facts.kind} has none. "
                 'Set it to 0.'
             )
         towers = self._read_towers(other.facts)
@@ -203,7 +206,7 @@ class CrossKD(Method):
     def tapped_pairs(
         self, student: StepRecord, teacher: TeacherView
     ) -> dict[str, tuple[str, str]]:
-        """Each tower's tap in the student and in the teacher."""
+        """Return each tower's tap in the student and in the teacher."""
         own, other = student.facts.dense, teacher.facts.dense
         assert own is not None
         assert other is not None
@@ -216,7 +219,7 @@ class CrossKD(Method):
         }
 
     def _read_towers(self, facts: DenseFacts) -> list[str]:
-        """The towers that losses of this head read."""
+        """Return the towers that the losses of this head read."""
         return [
             tower
             for tower, weight in self.weights.items()
@@ -231,7 +234,7 @@ class CrossKD(Method):
         teacher: TeacherView,
         batch: Batch,
     ) -> list[Tensor]:
-        """What enters the teacher's layer i + 1: (B, C, H, W) a level."""
+        """Return the input of the teacher's layer i + 1 for each level."""
         path, other = self.tapped_pairs(student, teacher)[tower]
         pairs = zip(
             student.features(path),
@@ -279,12 +282,13 @@ def align_moments(
     Args:
         feature: (B, C, H, W).
         target: (B, C, H, W), without gradient.
-        over: ``'image'``: each image without padding; ``'batch'``: all
-            images with their padding; None leaves the feature as it is.
-        data_samples: The images' sizes.
+        over: ``'image'`` for each image without its padding, ``'batch'`` for
+            all images with their padding, None to leave the feature as it
+            is.
+        data_samples: The images, with their sizes.
     """
     if over is None:
-        return feature.clone()  # an activation in place comes next
+        return feature.clone()  # the next activation works in place
     feature, target = feature.float(), target.float()
     images, _, height, width = feature.shape
     if over == 'batch':
@@ -304,7 +308,7 @@ def _moments(
 ) -> tuple[Tensor, Tensor]:
     mean = (weights * maps).sum(axes, keepdim=True)
     variance = (weights * (maps - mean).square()).sum(axes, keepdim=True)
-    # A root without epsilon has no gradient on a map of one position.
+    # Without epsilon the root has no gradient on a map of one position.
     return mean, (variance + EPSILON**2).sqrt()
 
 

@@ -16,7 +16,7 @@ from .feature_base import FeatureMethod, position_weights
 
 @METHODS.register_module()
 class CWD(FeatureMethod):
-    r"""Where each channel is active: a distribution over the positions.
+    r"""The distribution over positions where a channel is active.
 
     .. math::
         L = \sum_l \frac{T^2}{C} \sum_{c=1}^{C} \sum_{i=1}^{H W}
@@ -24,7 +24,7 @@ class CWD(FeatureMethod):
         \qquad
         \phi(F_{c,i}) = \frac{\exp(F_{c,i} / T)}{\sum_j \exp(F_{c,j} / T)}
 
-    of each level l, averaged over the images. Positions on padding are not
+    over the levels l, averaged over the images. Positions on padding are not
     part of the distributions.
 
     Source: Shu, Liu, Gao, Yan, Shen, "Channel-wise Knowledge Distillation for
@@ -38,12 +38,12 @@ class CWD(FeatureMethod):
     Args:
         temperature: T, above 0; softens the distributions.
         loss_weight: Weight of the method.
-        **features: Which features meet, and how: the other options of
-            :class:`FeatureMethod`.
+        **features: Which features are compared, and how: the other options
+            of :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If an option is outside its range or the features
-            cannot meet.
+            cannot be compared.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CWD(FeatureMethod):
                 t,
                 position_weights(batch.data_samples, t),
                 temperature=self.temperature,
-            ).mean()  # of (B, C)
+            ).mean()  # the mean of (B, C)
             for s, t in self.pairs(student, teacher)
         ]
         return {'cwd': torch.stack(losses).sum()}

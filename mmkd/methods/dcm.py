@@ -24,10 +24,11 @@ STAGES = ('backbone.layer2', 'backbone.layer3')
 
 @METHODS.register_module()
 class DCM(Method):
-    r"""Two networks teach each other between all of their depths.
+    r"""Two networks teach each other at every pair of depths.
 
-    Each of the two, the student and its one peer, has auxiliary heads on
-    earlier stages of its backbone beside the stock head h = 3:
+    Each of the two networks, the student and its only peer, has auxiliary
+    heads on earlier stages of its backbone in addition to the stock head
+    h = 3:
 
     .. math::
         L = \sum_{h=1}^{6} L_{task, h}
@@ -35,36 +36,37 @@ class DCM(Method):
               \mathrm{KL}(\mathrm{sg}[p^2_b] \| p^1_a)
               + \mathrm{KL}(\mathrm{sg}[p^1_a] \| p^2_b) \right)
 
-    which are 3 same-stage and 6 cross-stage pairs in both directions, 18
-    terms; none within one network. No gradient is stopped on its way into
-    the backbones. KL, weights and normaliser are those of
-    :class:`~mmkd.methods.mutual.MutualLearning`, with the learning head's
-    own assignment.
+    These are 3 same-stage and 6 cross-stage pairs in both directions, hence
+    18 terms, none of them within one network. No gradient into the backbones
+    is stopped. KL, weights and normaliser are those of
+    :class:`~mmkd.methods.mutual.DML`, with the learning head's own
+    assignment.
 
-    What carries over to detectors: heads at three depths with the full task
-    each, all pairs of logits, all weights 1, and that the auxiliary heads are
-    gone from the stock checkpoints. What does not: the paper's auxiliary
-    classifiers end in one vector an image, behind copies of the building
-    blocks of the later stages. A dense head needs maps of all strides: here
-    each auxiliary head is a copy of the network's own dense head, freshly
-    initialised, on a pyramid of convolutions from that one stage
-    (:class:`.StagePyramid`), so that its priors are those of
-    the stock head and every pair of logits corresponds. It is shallower than
-    the paper's. Two-stage detectors are left out: their RoIs differ from
-    head to head.
+    Some of the paper carries over to detectors: heads at three depths, each
+    with the full task; all pairs of logits; all weights 1; and auxiliary
+    heads that are not in the stock checkpoints. Some does not: the paper's
+    auxiliary classifiers end in one vector per image, after copies of the
+    building blocks of the later stages, but a dense head needs maps of all
+    strides. Here each auxiliary head is a freshly initialised copy of the
+    network's own dense head, on a pyramid of convolutions from that single
+    stage (:class:`.StagePyramid`). Its priors are therefore those of the
+    stock head, and every pair of logits corresponds. It is shallower than
+    the paper's. Two-stage detectors are left out, because their RoIs differ
+    from head to head.
 
-    Logged as ``<method>.loss_aux<n>_<network>``, the task loss of auxiliary
-    head n, and ``loss_kl_<network>``, the 9 terms that a network learns by.
+    The log has ``<method>.loss_aux<n>_<network>``, the task loss of auxiliary
+    head n, and ``loss_kl_<network>``, the 9 terms by which a network learns.
 
     Source: Yao, Sun, "Knowledge Transfer via Dense Cross-Layer
     Mutual-Distillation", ECCV 2020, https://arxiv.org/abs/2008.07816, and its
-    code sundw2014/DCM, for classification. Detectors are ours.
+    code sundw2014/DCM, for classification. What it becomes for detectors is
+    ours.
 
     Args:
         stages: Module paths of the student's earlier stages, shallow first.
-        peer_stages: Those of the peer, as many; None for the same paths.
-        kl_weight: Weight of the 18 terms, at least 0; at 0 the heads
-            supervise their backbones, and nobody teaches anybody.
+        peer_stages: As many module paths of the peer; None takes the same.
+        kl_weight: Weight of the 18 terms, at least 0. At 0 the heads only
+            supervise their own backbones.
         temperature: T, above 0; 1 in the paper.
         loss_weight: Weight of the method, auxiliary task losses included.
 
@@ -93,8 +95,8 @@ class DCM(Method):
         self.peer_stages = tuple(peer_stages or stages)
         if not stages or len(self.stages) != len(self.peer_stages):
             raise ConfigError(
-                'DCM needs as many stages of the peer as of the student, at '
-                f'least one: stages={self.stages}, '
+                'DCM needs as many stages of the peer as of the student, and '
+                f'at least one, got stages={self.stages} and '
                 f'peer_stages={self.peer_stages}'
             )
         self.auxiliary: Any = nn.ModuleDict()
@@ -156,11 +158,11 @@ class DCM(Method):
         heads: Mapping[str, Sequence[StepRecord]],
         data_samples: Sequence[DetDataSample],
     ) -> dict[str, Tensor]:
-        """All pairs of two networks' heads, summed for each that learns."""
+        """Sum over all pairs of heads, for each network that learns."""
         (one, ours), (other, theirs) = heads.items()
         return {
             f'kl_{name}': self.kl_weight
-            * len(targets)  # the sum of what mutual_kl averages
+            * len(targets)  # mutual_kl averages, but the terms are summed
             * sum_of(
                 [
                     mutual_kl(each, targets, data_samples, self.temperature)

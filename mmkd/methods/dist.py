@@ -17,26 +17,26 @@ from .class_logits import CLASS_LOGITS, check_class_logits, class_logits
 
 @METHODS.register_module()
 class DIST(Method):
-    r"""Class probabilities correlate with the teacher's, by box and by class.
+    r"""Class probabilities correlate with the teacher's by box and by class.
 
     .. math::
         L = \beta \frac{T^2}{N} \sum_i (1 - \rho(p^s_{i,:}, p^t_{i,:}))
           + \gamma \frac{T^2}{C} \sum_c (1 - \rho(p^s_{:,c}, p^t_{:,c}))
 
-    with :math:`\rho` Pearson's correlation, over the C columns of a box
+    where :math:`\rho` is Pearson's correlation over the C columns of a box
     (between classes) and over the N boxes of a column (within a class).
 
-    Softmax heads: :math:`p = \mathrm{softmax}(z / T)` with the background as
-    a column, and the boxes are those that the student is trained on: all
-    sampled RoIs, or all priors with the weights of the stock loss. Sigmoid
-    heads: :math:`p = \sigma(z / T)`, and the boxes are those assigned to an
-    object: of a background prior, the differences between classes are noise.
-    Classes that only one of the networks knows are left out.
+    In softmax heads, :math:`p = \mathrm{softmax}(z / T)` with the background
+    as a column, and the boxes are those that the student is trained on: all
+    sampled RoIs, or all priors with the weights of the stock loss. In sigmoid
+    heads, :math:`p = \sigma(z / T)`, and the boxes are those assigned to an
+    object, because the differences between the classes of a background prior
+    are noise. Classes that only one of the networks knows are left out.
 
     As in the paper, the relation within a class spans the boxes of all
-    images of a process' batch; ``per_image`` computes it image by image
-    instead, and averages over those that have boxes. N of the relation
-    between classes is averaged over the processes, at least 1.
+    images in the batch of a process; ``per_image`` computes it image by image
+    instead, and averages over the images that have boxes. In the relation
+    between classes, N is averaged over the processes and is at least 1.
 
     Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A
     Stronger Teacher", NeurIPS 2022, https://arxiv.org/abs/2205.10536, with
@@ -88,7 +88,7 @@ class DIST(Method):
         for pair in class_logits(student, teacher, batch.data_samples):
             if pair.student.shape[1] < 2:
                 raise ConfigError(
-                    'DIST relates classes, the networks share '
+                    'DIST relates classes; the networks share '
                     f'{pair.classes} and no background column. Use mmkd.KD.'
                 )
             if pair.sigmoid:

@@ -33,19 +33,19 @@ class DKD(Method):
         NCKD &= T^2 \, \mathrm{KL}(\hat p^t \| \hat p^s), \qquad
             \hat p = \mathrm{softmax}_{c \ne y}(z_c / T)
 
-    Softmax heads (RoI heads, SSD): i, :math:`w_i` and N as in :class:`KD`,
-    the background is a class. Boxes of classes that the teacher does not
-    know are left out.
+    In softmax heads (RoI heads, SSD), i, :math:`w_i` and N are those of
+    :class:`KD`, and the background is a class. Boxes of classes that the
+    teacher does not know are left out.
 
-    Sigmoid heads know no distribution over classes, and their background no
-    target. There i runs over the boxes assigned to an object,
+    Sigmoid heads have no distribution over classes, and their background has
+    no target. There i runs over the boxes assigned to an object,
     :math:`p_y = \sigma(z_y / T)` is the target's own binary probability, and
-    NCKD stays as it is, the softmax over the other classes' logits, which
-    the target's logit does not enter. This carrying over is ours.
+    NCKD is unchanged: the softmax over the logits of the other classes, in
+    which the target's logit does not occur. This extension is ours.
 
     Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation",
-    CVPR 2022, https://arxiv.org/abs/2203.08679. alpha 1, beta 8, T 4 are of
-    its classifiers; its official code (megvii-research/mdistiller) distils
+    CVPR 2022, https://arxiv.org/abs/2203.08679. Its classifiers have alpha 1,
+    beta 8 and T 4; its official code (megvii-research/mdistiller) distils
     the RoI head of Faster R-CNN on COCO with alpha 1, beta 0.25, T 1.
 
     Args:
@@ -56,8 +56,8 @@ class DKD(Method):
 
     Raises:
         ConfigError: If an option is outside its range, the pair's heads
-            differ in kind or in priors, or there are not at least two
-            classes beside the target.
+            differ in kind or in priors, or there are fewer than two
+            classes besides the target.
     """
 
     needs = (CLASS_LOGITS,)
@@ -104,7 +104,7 @@ class DKD(Method):
         columns = pair.student.shape[1]
         if columns < 3:
             raise ConfigError(
-                f'DKD asks for at least two classes beside the target, the '
+                f'DKD needs at least two classes besides the target; the '
                 f'networks share {pair.classes} and '
                 f'{"a" if columns > pair.classes else "no"} background '
                 'column. Use mmkd.KD.'

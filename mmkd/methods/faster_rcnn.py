@@ -43,25 +43,25 @@ class FasterRCNNDistillation(Method):
         L_{cls} &= \mu L_{hard} + (1 - \mu) L_{soft} \\
         L_{reg} &= \lambda (L_{stock} + \nu L_b)
 
-    for RPN and RCN (the RoI head) alike, averaged over the sampled boxes;
-    :math:`L_{hard}` and :math:`L_{stock}` are the student's own losses,
-    which the method scales, :math:`L_{soft}` is
+    for both the RPN and the RCN (the RoI head), averaged over the sampled
+    boxes. :math:`L_{hard}` and :math:`L_{stock}` are the student's own losses,
+    which the method scales; :math:`L_{soft}` is
     :class:`~mmkd.losses.WeightedSoftCrossEntropyLoss`, :math:`L_b` is
-    :class:`~mmkd.losses.TeacherBoundedRegressionLoss` on the positives and
+    :class:`~mmkd.losses.TeacherBoundedRegressionLoss` on the positives; and
     :math:`L_{hint}` is :class:`FeatureHint`.
 
-    Which boxes: the RPN's on the student's sampled anchors; the RoI head's
-    on the student's sampled RoIs, which the teacher scores on its own
-    features (the paper does not say; only so do both see the same box). Each
-    stage of a cascade is distilled from the same stage of the teacher (its
-    last, where it has fewer), with the student's own stage weight.
+    The RPN is distilled on the student's sampled anchors, and the RoI head on
+    the student's sampled RoIs, which the teacher scores on its own features.
+    (The paper does not say so, but only then do both see the same box.) Each
+    stage of a cascade is distilled from the same stage of the teacher, or
+    from its last if it has fewer, with the student's own stage weight.
 
-    Fits Faster, Mask (its box part), Cascade and Double-Head R-CNN with FPN
-    or C4, softmax or sigmoid heads, class-agnostic or class-specific
+    The method fits Faster, Mask (its box part), Cascade and Double-Head R-CNN
+    with FPN or C4, softmax or sigmoid heads, class-agnostic or class-specific
     regression, and box coders that differ: the teacher's deltas are decoded
     and encoded again. Only what is distilled has to fit: ``rpn=False`` takes
     proposals from anywhere (Fast R-CNN, guided anchors, Cascade RPN), and
-    ``bounded=None`` box targets of any kind (SABL's RoI head, with
+    ``bounded=None`` takes box targets of any kind (SABL's RoI head, with
     ``lambda_reg`` 1). A sigmoid classifier is the two-class case of the same
     formula, column by column. Where class sets differ, RoI probabilities are
     renormalised over the shared classes and the background, and boxes of
@@ -71,19 +71,20 @@ class FasterRCNNDistillation(Method):
     Detection Models with Knowledge Distillation", NeurIPS 2017,
     https://papers.nips.cc/paper/2017/hash/e1e32e235eee1f970470a3a6658dfdd5-Abstract.html,
     with :math:`\lambda = 1, \gamma = \nu = 0.5`. The paper gives no
-    :math:`\mu` (here 0.5) and no margin (here 0). No official code.
+    :math:`\mu` (here 0.5) and no margin (here 0). There is no official code.
 
     Args:
         mu: Share of the hard labels in the classification loss, 0 to 1.
         lambda_reg: Factor of the regression loss, at least 0.
-        soft: Config of the soft classification loss; None keeps the hard
-            loss alone.
+        soft: Config of the soft classification loss; None keeps only the
+            hard loss.
         bounded: Config of the bounded regression loss, or None.
         hint: Config of the :class:`FeatureHint`, or None.
         rpn: Distil the RPN.
         rcn: Distil the RoI head.
-        loss_weight: Scales the whole method: at 0 the student's losses are
-            stock, at 1 they are the formula above, linear in between.
+        loss_weight: Weight of the whole method. At 0 the student's losses
+            are stock, at 1 they are the formula above, and in between they
+            change linearly.
 
     Raises:
         ConfigError: If an option is outside its range or the pair of
@@ -129,8 +130,9 @@ class FasterRCNNDistillation(Method):
         self.hint: FeatureHint | None = _build(METHODS, hint, 'hint')
         if getattr(self.soft, 'use_sigmoid', False):
             raise ConfigError(
-                'FasterRCNNDistillation.soft: use_sigmoid=True is not for a '
-                'config, the method looks at each head. Leave it out.'
+                'FasterRCNNDistillation.soft: use_sigmoid=True does not '
+                'belong in a config, because the method looks at each head. '
+                'Leave it out.'
             )
         self.rpn = rpn and bool(soft or bounded)
         self.rcn = rcn and bool(soft or bounded)
@@ -259,8 +261,9 @@ class FasterRCNNDistillation(Method):
             return self.soft(
                 ours, theirs, sample.label_weights, sample.avg_factor
             )
-        # Each column a two-class problem, summed; the last column's "class"
-        # is the background itself, so its two outcomes change places.
+        # Each column is a two-class problem, and they are summed. The "class"
+        # of the last column is the background itself, so its two outcomes
+        # change places.
         columns = ours.shape[1]
         ours, theirs = (
             torch.cat([z[:, :-1], -z[:, -1:]], 1).reshape(-1, 1)
@@ -292,8 +295,8 @@ class FasterRCNNDistillation(Method):
         targets = sample.targets
         if sample.facts.decoded_targets:
             targets = coder.encode(boxes, targets)
-        # Background has no target box, and its own may be empty: encoded,
-        # both give infinity, which not even a weight of 0 makes 0.
+        # The background has no target box, and its own may be empty. Encoding
+        # either gives infinity, which not even a weight of 0 makes 0.
         positive, own = weights > 0, deltas.detach()
         return self.bounded(
             deltas,
@@ -311,7 +314,7 @@ def _build(registry: Registry, cfg: Any, option: str) -> Any:
 
 
 def _object_or_not(logits: Tensor) -> Tensor:
-    """RPN logits as those of (object, background).
+    """Return RPN logits as logits of (object, background).
 
     A sigmoid's single logit z becomes (z, 0), whose softmax is the same.
     """
@@ -327,7 +330,7 @@ def _with_background(logits: Tensor, index: Tensor) -> Tensor:
 def _teacher_labels(
     labels: Tensor, classes: ClassMap
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's labels (N,) and whether it knows them (N,)."""
+    """Return the teacher's labels (N,) and whether it knows them (N,)."""
     if classes.identical:
         return labels, torch.ones_like(labels)
     mapped = classes.to_teacher[labels]

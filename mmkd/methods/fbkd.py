@@ -22,14 +22,14 @@ from .feature_base import (
 )
 
 EPS = 1e-5
-"""Of batch normalisation."""
+"""The epsilon of batch normalisation."""
 
 
 @METHODS.register_module()
 class FBKD(FeatureMethod):
-    r"""Features where both networks look, attention, and relations.
+    r"""Features where both networks look, attention and relations.
 
-    The sum over the levels of
+    The loss is the sum over the levels of
 
     .. math::
         L_{feat} &= w_1 \sqrt{\sum_{c,i} M_i
@@ -49,10 +49,10 @@ class FBKD(FeatureMethod):
     \bigr)` over the m cells j of a max-pooled map, with 1x1 convolutions and
     batch normalisation in W, which starts at 0. The product is linear, so
     :math:`\sum_j \phi F_j (g F_j)^T` is computed first and memory is linear
-    in the number of positions. Padding is part of nothing.
+    in the number of positions. Padding is left out everywhere.
 
-    The norms are those over the whole batch, as in the official code, and so
-    is batch normalisation; ``per_image=True`` takes each image's, and
+    The norms and batch normalisation are taken over the whole batch, as in
+    the official code; ``per_image=True`` takes them over each image, and
     averages over the images.
 
     Source: Zhang, Ma, "Improve Object Detection with Feature-based Knowledge
@@ -61,9 +61,9 @@ class FBKD(FeatureMethod):
     are those of the official code for Faster R-CNN (the supplement, and
     MMRazor's copy), which takes P2 to P5. It differs from the paper, which
     also masks by the channels' attention (``channel_mask=True``). For
-    one-stage detectors weights six times as large are in use, UNVERIFIED.
-    Max-pooling rounds the number of cells up, not down: nothing is dropped,
-    whatever the padding.
+    one-stage detectors, weights six times as large are in use (UNVERIFIED).
+    Max-pooling rounds the number of cells up, not down, so nothing is
+    dropped, whatever the padding.
 
     Args:
         temperature: T of the attention masks, above 0.
@@ -73,16 +73,16 @@ class FBKD(FeatureMethod):
         channel_mask: Multiply the mask by that of the channels,
             :math:`\tfrac{1}{2} (A^{C,s} + A^{C,t})`, where the widths are
             equal.
-        pooling: Side of the non-local blocks' cells, one a level; the last
-            one holds for all levels that follow.
-        per_image: Norms and statistics of each image.
+        pooling: Sides of the non-local blocks' cells, one per level; the
+            last one holds for all further levels.
+        per_image: Take norms and statistics over each image.
         loss_weight: Weight of the method.
-        **features: Which features meet, and how: the other options of
-            :class:`FeatureMethod`.
+        **features: Which features are compared, and how: the other options
+            of :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If an option is outside its range or the features
-            cannot meet.
+            cannot be compared.
     """
 
     adaptable = False
@@ -137,7 +137,7 @@ class FBKD(FeatureMethod):
                 f'networks, which have {student.shape[1]} and '
                 f'{teacher.shape[1]}. Set it to False.'
             )
-        return nn.Identity()  # each loss has a layer of its own
+        return nn.Identity()  # each loss adapts with a layer of its own
 
     def build_layers(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor]
@@ -194,7 +194,7 @@ class FBKD(FeatureMethod):
         return mask
 
     def _norm(self, differences: Tensor) -> Tensor:
-        """The L2 norm of (B, ...), or the mean of the images' norms."""
+        """Return the L2 norm of (B, ...), or the mean of the images' norms."""
         if self.per_image:
             return torch.linalg.vector_norm(
                 differences.flatten(1), dim=1
@@ -221,7 +221,7 @@ class LevelLayers(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor, weights: Tensor
     ) -> dict[str, Tensor]:
-        """What is left of each loss' target, (B, ...), 0 on padding."""
+        """Return the difference to each loss's target, (B, ...)."""
         inside = weights > 0
         ours, theirs = (maps.where(inside, 0.0) for maps in (student, teacher))
         pooled_s, pooled_t = (
@@ -249,7 +249,7 @@ class NonLocal(nn.Module):
 
     def __init__(self, width: int, *, pooling: int, per_image: bool) -> None:
         super().__init__()
-        # As in the official code: a quarter where cells are large.
+        # As in the official code, a quarter of the width for large cells.
         hidden = max(width // (4 if pooling > 2 else 2), 1)
         self.theta = nn.Conv2d(width, hidden, 1)
         self.phi = nn.Conv2d(width, hidden, 1)
@@ -260,7 +260,7 @@ class NonLocal(nn.Module):
         self.pooling, self.per_image = pooling, per_image
 
     def forward(self, maps: Tensor, weights: Tensor) -> Tensor:
-        """Add to each position of (B, C, H, W) what relates to it."""
+        """Add related features to each position of (B, C, H, W)."""
         inside = weights > 0
         phi, g = (
             self._pool(layer(maps), inside) for layer in (self.phi, self.g)
@@ -275,7 +275,7 @@ class NonLocal(nn.Module):
         return maps + normal * self.scale + self.shift
 
     def _pool(self, maps: Tensor, inside: Tensor) -> Tensor:
-        """The maximum of each cell's positions; 0 where there are none."""
+        """Return the maximum of each cell's positions, or 0 without any."""
         lowest = torch.finfo(maps.dtype).min
         cells = F.max_pool2d(
             maps.masked_fill(~inside, lowest), self.pooling, ceil_mode=True

@@ -1,4 +1,4 @@
-"""What the methods that compare feature maps have in common."""
+"""The base of all methods that compare feature maps."""
 
 import math
 from collections.abc import Sequence
@@ -25,28 +25,29 @@ from mmkd.teachers.view import FEATURES, TeacherView
 class FeatureMethod(Method):
     """A method that compares features of paired levels.
 
-    A subclass implements :meth:`forward` on :meth:`pairs`, and
+    A subclass implements :meth:`forward` with the help of :meth:`pairs`, and
     :meth:`build_layers` if it trains more than the adapters. Student maps of
-    another size are resized (bilinear), never cropped. Features know no
-    classes: a dense head's class scores meet only where both networks have
-    the same classes in the same order, or with ``adapt=True``.
+    another size are resized (bilinear), never cropped. Features have no
+    classes. A dense head's class scores are therefore compared only where
+    both networks have the same classes in the same order, or with
+    ``adapt=True``.
 
     Args:
-        source: Module path in the student: ``'neck'`` (the backbone in
-            detectors without one), ``'backbone'``, or any other whose output
-            is a map (B, C, H, W) of every image, a tensor a level.
+        source: Module path in the student: ``'neck'`` (in detectors without
+            one, the backbone), ``'backbone'``, or any other module whose
+            output is a map (B, C, H, W) of every image, a tensor per level.
         teacher_source: Module path in the teacher; the same by default.
-        levels: The student's levels to use, from 0; all by default.
+        levels: The student's levels to use, counted from 0; all by default.
         teacher_levels: The teacher's levels to pair with them; the same
             numbers by default.
-        adapt: A 1x1 convolution from the student's to the teacher's width:
-            True for every level, None where the widths differ, False for
-            none.
+        adapt: Whether a 1x1 convolution leads from the student's to the
+            teacher's width: True for every level, None where the widths
+            differ, False for none.
         resize: Allow sizes that differ by a factor, not only by rounding.
         loss_weight: Weight of the method.
 
     Raises:
-        ConfigError: If the features cannot meet.
+        ConfigError: If the features cannot be compared.
         TapError: If a source never produced anything.
     """
 
@@ -54,10 +55,10 @@ class FeatureMethod(Method):
     needs_labels = False
 
     images_only = True
-    """The features must be maps of whole images, whose padding is known."""
+    """Whether features must be maps of whole images, with known padding."""
 
     adaptable = True
-    """Whether ``adapt`` is an option; if not, its layers adapt anyway."""
+    """Whether ``adapt`` is an option. If not, its own layers adapt."""
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class FeatureMethod(Method):
     def build_adapter(
         self, student: Tensor, teacher: Tensor, where: str
     ) -> nn.Module:
-        """The layer between one level's features."""
+        """Build the layer between the features of one level."""
         adapt = self.adapt
         if adapt is None:
             adapt = student.shape[1:2] != teacher.shape[1:2]
@@ -129,17 +130,17 @@ class FeatureMethod(Method):
     def build_layers(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor]
     ) -> None:
-        """Build what the method trains besides the adapters.
+        """Build the layers that the method trains besides the adapters.
 
         Args:
-            student: The student's features of one blank image, as tapped.
-            teacher: The teacher's, paired with them.
+            student: The student's tapped features of one blank image.
+            teacher: The teacher's features that are paired with them.
         """
 
     def pairs(
         self, student: StepRecord, teacher: TeacherView
     ) -> list[tuple[Tensor, Tensor]]:
-        """Each level's adapted and resized feature and the teacher's."""
+        """Return each level's adapted, resized feature and the teacher's."""
         ours = student.features(self.source)
         theirs = teacher.features(self.teacher_source, student, self.source)
         ours, theirs = self._chosen(ours, theirs)
@@ -172,16 +173,16 @@ class FeatureMethod(Method):
                         f'{self.where}: the {role}\'s "{path}" must give '
                         'maps (B, C, H, W) of whole images, got '
                         f'{tuple(feature.shape)}. Tap the neck, the backbone '
-                        'or a convolution in front of the RoIs, or use '
+                        'or a convolution before the RoIs, or use '
                         'mmkd.FeatureHint.'
                     )
 
     def _check_classes(self, classes: ClassMap) -> None:
         if not classes.identical:
             raise ConfigError(
-                f'{self.where}: class scores meet channel by channel, so '
-                'both networks must have the same classes in the same order, '
-                f'got {", ".join(classes.student)} in the student and '
+                f'{self.where}: class scores are compared channel by channel, '
+                'so both networks must have the same classes in the same '
+                f'order, got {", ".join(classes.student)} in the student and '
                 f'{", ".join(classes.teacher)} in the teacher. Use mmkd.KD, '
                 'which compares the classes that both have, or set '
                 'adapt=True.'
@@ -197,8 +198,8 @@ class FeatureMethod(Method):
                     f"{len(s)} maps for the batch, the teacher's "
                     f'"{self.teacher_source}" {len(t)}: a module that sees '
                     'an image several times, as the branches of TridentNet '
-                    'do, has no one map to compare. Tap a module in front '
-                    'of it, such as an earlier layer of the backbone.'
+                    'do, has no single map to compare. Tap a module before '
+                    'it, such as an earlier layer of the backbone.'
                 )
 
     def _checked_levels(
@@ -222,7 +223,7 @@ class FeatureMethod(Method):
 def _are_class_scores(
     facts: DetectorFacts, path: str, features: Sequence[Tensor]
 ) -> bool:
-    """Whether a tap in a dense head has a channel a class (and prior)."""
+    """Return whether a tap in a dense head has a channel per class."""
     if facts.dense is None or not path.startswith('bbox_head'):
         return False
     widths = [facts.dense.columns * n for n in facts.dense.priors_per_point]
@@ -236,8 +237,8 @@ def _choose(
         return features
     if any(level >= len(features) for level in levels):
         raise ConfigError(
-            f'{where}: levels {list(levels)} are asked for, there are '
-            f'{len(features)} (0 to {len(features) - 1}).'
+            f'{where}: the levels {list(levels)} are asked for, but there '
+            f'are {len(features)} (0 to {len(features) - 1}).'
         )
     return tuple(features[level] for level in levels)
 
@@ -245,10 +246,10 @@ def _choose(
 def image_weights(
     data_samples: Sequence[DetDataSample], maps: Tensor
 ) -> Tensor | None:
-    """Weights of the positions of maps that average over each image alone.
+    """Return weights that average maps over each image without its padding.
 
     Args:
-        data_samples: One a map, with ``img_shape`` and, from the data
+        data_samples: One per map, with ``img_shape`` and, from the data
             preprocessor, ``batch_input_shape``.
         maps: (B, C, H, W).
 
@@ -257,7 +258,7 @@ def image_weights(
         None where nothing is padded (or for vectors).
 
     Raises:
-        ConfigError: If there is not one map an image.
+        ConfigError: If there is not one map per image.
     """
     if maps.dim() != 4:
         return None
@@ -291,12 +292,12 @@ def position_weights(
 def spatial_attention(
     maps: Tensor, weights: Tensor, temperature: float
 ) -> Tensor:
-    """How much stronger a position is than the others of its image.
+    """Return how much stronger a position is than the others of its image.
 
     Args:
         maps: (B, C, H, W), float32.
-        weights: Of :func:`position_weights`, (B, 1, H, W).
-        temperature: Divides the mean sizes over the channels.
+        weights: Weights of :func:`position_weights`, (B, 1, H, W).
+        temperature: The divisor of the mean sizes over the channels.
 
     Returns:
         (B, 1, H, W): the softmax over an image's positions, times their
@@ -311,12 +312,12 @@ def spatial_attention(
 def channel_attention(
     maps: Tensor, weights: Tensor, temperature: float
 ) -> Tensor:
-    """How much stronger a channel is than the others of its image.
+    """Return how much stronger a channel is than the others of its image.
 
     Args:
         maps: (B, C, H, W), float32.
-        weights: Of :func:`position_weights`, (B, 1, H, W).
-        temperature: Divides the mean sizes over the image's positions.
+        weights: Weights of :func:`position_weights`, (B, 1, H, W).
+        temperature: The divisor of the mean sizes over the positions.
 
     Returns:
         (B, C, 1, 1): the softmax over the channels, times their number.

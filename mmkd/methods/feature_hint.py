@@ -24,29 +24,31 @@ class FeatureHint(FeatureMethod):
         L = \frac{1}{n} \sum_{l=1}^{n}
             L_{hint}(\mathrm{adapt}_l(F^s_l), F^t_l)
 
-    over the n pairs of levels. Maps are averaged per image over its
-    positions, without the padding, then over the images: what shares a batch
-    does not matter. The RoIs' features are averaged over all RoIs. Student
+    over the n pairs of levels. Maps are averaged over the positions of each
+    image, without the padding, and then over the images, so it does not
+    matter which images share a batch. Features of RoIs are averaged over all
+    RoIs. Student
     maps of another size are resized (bilinear), never cropped.
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015,
     https://arxiv.org/abs/1412.6550; for detectors Chen et al., "Learning
     Efficient Object Detection Models with Knowledge Distillation", NeurIPS
-    2017, which adapts also at equal widths and finds that it helps.
+    2017, which also adapts at equal widths and finds that it helps.
 
     Args:
-        adapt: 1x1 convolutions (linear layers for vectors); None adapts only
-            where the widths differ, False compares the features as they are.
+        adapt: Adapt by 1x1 convolutions, or linear layers for vectors. None
+            adapts only where the widths differ, False compares the features
+            as they are.
         loss: Config of the loss, with the signature of
             :class:`~mmkd.losses.HintLoss`, which is the default.
         loss_weight: Weight of the method.
-        **features: Which features meet, and how: the other options of
-            :class:`FeatureMethod`. Here ``source`` may also give the vectors
-            of the RoIs, as ``'roi_head.bbox_head.shared_fcs.1'`` does; the
-            teacher's RoI head runs on the student's RoIs.
+        **features: Which features are compared, and how: the other options
+            of :class:`FeatureMethod`. Here ``source`` may also give vectors
+            of RoIs, as ``'roi_head.bbox_head.shared_fcs.1'`` does; the
+            teacher's RoI head then runs on the student's RoIs.
 
     Raises:
-        ConfigError: If the features cannot meet.
+        ConfigError: If the features cannot be compared.
         TapError: If a source never produced anything.
     """
 
@@ -82,7 +84,7 @@ class FeatureHint(FeatureMethod):
         target: Tensor,
         data_samples: Sequence[DetDataSample],
     ) -> Tensor:
-        # What a RoI head computes has no padding: its first axis is RoIs.
+        # RoI features have no padding: their first axis is the RoIs.
         of_images = not self.source.startswith('roi_head.')
         weight = image_weights(data_samples, target) if of_images else None
         if weight is None:

@@ -34,10 +34,11 @@ EPSILON = 1e-12
 
 @METHODS.register_module()
 class FFSD(Method):
-    r"""Common students are fused; the leader, the student, learns from that.
+    r"""Common students are fused, and the student, the leader, learns from it.
 
-    The K peers are the common students, the student is the leader and alone
-    meant for use. With the attention :math:`A(F) = \mathrm{mean}_c F^2` and
+    The K peers are the common students. The student is the leader, and the
+    only network that is meant for use. With the attention
+    :math:`A(F) = \mathrm{mean}_c F^2` and
     :math:`d(x, y) = \mathrm{mean}((x / \|x\| - y / \|y\|)^2)` over the
     positions of an image (not of its padding), averaged over images and FPN
     levels:
@@ -45,9 +46,9 @@ class FFSD(Method):
     * ``mutual_<peer>``: DML among the common students, with T.
     * ``fusion``, ``fusion_kl``: the levels of their necks, without gradient,
       are joined and fused by a depthwise 3x3 and a 1x1 convolution, each
-      with BN and ReLU, to :math:`F_f`; a copy of the leader's head on it has
-      the stock task, and :math:`T^2 \mathrm{KL}(\bar z \| z_f)` towards the
-      common students' mean logits.
+      with BN and ReLU, to :math:`F_f`. A copy of the leader's head on it
+      learns the stock task, and :math:`T^2 \mathrm{KL}(\bar z \| z_f)`
+      towards the common students' mean logits.
     * ``kd_student``: :math:`T^2 \mathrm{KL}(\mathrm{sg}[z_f] \| z_0)`.
     * ``features_student``: :math:`\lambda_f [d(A(F_0), \mathrm{sg}[A(F_f)])
       + d(A(t(F_0)), \mathrm{sg}[A(\mathrm{concat})])]`, t a 1x1 convolution.
@@ -59,31 +60,31 @@ class FFSD(Method):
       with :math:`\lambda_f` for the leader, :math:`\lambda_{div}` for common
       students.
     * ``div_<peer>``: :math:`\lambda_{div}` times the mean squared difference
-      of the normalised :math:`A(F_i)` and a target from the student before:
-      of its normalised attention y the lowest third stays, the rest becomes
-      :math:`\|y\| - y` with :math:`\|y\| = 1`.
+      of the normalised :math:`A(F_i)` and a target from the previous common
+      student: the lowest third of its normalised attention y stays, and the
+      rest becomes :math:`\|y\| - y` with :math:`\|y\| = 1`.
 
-    ``div``, ``sd`` and ``module`` are for every network but the first common
-    student. Both :math:`\lambda` rise as :math:`\exp(-5 (1 - e / 5)^2)` over
-    the epochs e.
+    ``div``, ``sd`` and ``module`` apply to every network except the first
+    common student. Both :math:`\lambda` rise as
+    :math:`\exp(-5 (1 - e / 5)^2)` over the epochs e.
 
     Source: Li, Lin, Ji, Ye, Tian, Wu, Tian, "Distilling a Powerful Student
     Model via Online Knowledge Distillation", 2021,
     https://arxiv.org/abs/2103.14473, and its code SJLeo/FFSD, for
-    classification. For detectors, ours: neck levels in the place of the last
-    stage, a dense head in that of the classifier, one fusion for all levels.
-    All modules train in one step with the student's optimiser; the code has
-    one for each network and trains the chain after the students. With
-    ``clip_grad`` the method's layers are clipped together: lower
-    ``module_weight`` there. UNVERIFIED: that t is a plain 1x1 convolution, and
-    the norm in the target of ``div``.
+    classification. For detectors, our choices are neck levels instead of the
+    last stage, a dense head instead of the classifier, and one fusion for all
+    levels. All modules train in one step with the student's optimiser; the
+    code has an optimiser for each network and trains the chain after the
+    students. With ``clip_grad`` the method's layers are clipped together, so
+    lower ``module_weight`` there. UNVERIFIED: that t is a plain 1x1
+    convolution, and the norm in the target of ``div``.
 
     Args:
         temperature: T, above 0.
         feature_weight: :math:`\lambda_f`, at least 0.
         diversity_weight: :math:`\lambda_{div}`, at least 0.
         module_weight: Weight of the rebuilt maps, at least 0.
-        ramp_epochs: Epochs over which both :math:`\lambda` rise; 0: none.
+        ramp_epochs: Epochs over which both :math:`\lambda` rise; 0 for none.
         stages: Module paths of all networks' backbone stages, shallow first,
             at least two.
         loss_weight: Weight of the method.
@@ -180,7 +181,7 @@ class FFSD(Method):
         data_samples: Sequence[DetDataSample],
         ramp: float,
     ) -> dict[str, Tensor]:
-        """Fusion of the common students, and what the leader has of it."""
+        """Fuse the common students, and let the leader learn from it."""
         common = student.peers.values()
         levels = zip(*(o.features('neck') for o in common), strict=True)
         joined = [torch.cat(maps, dim=1).detach() for maps in levels]
@@ -248,7 +249,7 @@ class FFSD(Method):
         return losses
 
     def _self_distilled(self, networks: Mapping[str, StepRecord]) -> list[str]:
-        """All but the first common student."""
+        """Return all networks except the first common student."""
         leader, _, *others = networks
         return [leader, *others]
 
@@ -262,12 +263,12 @@ class FFSD(Method):
 
 
 class Fusion(nn.Module):
-    """Common students' joined maps to the leader's width, and a head on it.
+    """Fuses common students' joined maps, with a head on the result.
 
     Args:
-        joined: The sum of their widths.
-        width: The leader's.
-        facts: About the leader's head, of which a copy is trained.
+        joined: The sum of the common students' widths.
+        width: The leader's width.
+        facts: The facts of the leader's head, of which a copy is trained.
     """
 
     def __init__(self, joined: int, width: int, facts: DenseFacts) -> None:
@@ -306,7 +307,7 @@ class StageDecoder(nn.Module):
         )
 
     def forward(self, deep: Tensor, shallow: Sequence[Tensor]) -> list[Tensor]:
-        """Maps of the sizes of ``shallow``, in their order."""
+        """Rebuild maps of the sizes of ``shallow``, in their order."""
         rebuilt = []
         for layer, like in zip(self.layers, reversed(shallow), strict=True):
             deep = resize_to(layer(deep), like.shape)
@@ -315,7 +316,7 @@ class StageDecoder(nn.Module):
 
 
 def unit_attention(feature: Tensor, weights: Tensor) -> Tensor:
-    """Attention of maps (B, C, H, W) as unit vectors, (B, 1, H, W).
+    """Return the attention of (B, C, H, W) as unit vectors (B, 1, H, W).
 
     ``weights`` are those of :func:`position_weights`; padding is 0.
     """
@@ -330,7 +331,7 @@ def distance(
     targets: Sequence[Tensor],
     data_samples: Sequence[DetDataSample],
 ) -> Tensor:
-    """D of the attentions, averaged over levels; no gradient to targets."""
+    """Return d of the attentions, averaged over levels; targets are fixed."""
     each = []
     for level, target in zip(maps, targets, strict=True):
         weights = position_weights(data_samples, level)
@@ -342,14 +343,15 @@ def distance(
 
 
 def shifted(attention: Tensor, weights: Tensor) -> Tensor:
-    """The target that turns attention elsewhere.
+    """Return the target that turns attention elsewhere.
 
     Args:
-        attention: y, unit vectors (B, 1, H, W).
+        attention: The unit vectors y, (B, 1, H, W).
         weights: 0 on padding.
 
     Returns:
-        y on the lowest third of each image's positions, 1 - y on the rest.
+        (B, 1, H, W): y on the lowest third of each image's positions, 1 - y
+        on the rest.
     """
     flat, inside = attention.flatten(1), weights.flatten(1) > 0
     ordered = flat.masked_fill(~inside, torch.inf).sort(dim=1).values
@@ -361,7 +363,7 @@ def shifted(attention: Tensor, weights: Tensor) -> Tensor:
 def mean_square(
     maps: Tensor, targets: Tensor, data_samples: Sequence[DetDataSample]
 ) -> Tensor:
-    """The mean squared error over channels, positions and images."""
+    """Return the mean squared error over channels, positions and images."""
     weights = position_weights(data_samples, maps)
     square = F.mse_loss(maps.float(), targets.float(), reduction='none')
     square = square.mean(1, keepdim=True)
@@ -369,7 +371,7 @@ def mean_square(
 
 
 def _width(name: str, outputs: StepRecord) -> int:
-    """The width of all levels of a network's neck."""
+    """Return the width of all levels of a network's neck."""
     widths = {level.shape[1] for level in outputs.features('neck')}
     if len(widths) > 1:
         raise ConfigError(

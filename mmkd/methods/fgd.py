@@ -23,15 +23,15 @@ from .feature_base import (
 )
 
 AT_ONCE = 32
-"""Boxes of an image that are painted at once: a mask each."""
+"""How many boxes of an image are painted at once, with a mask each."""
 
 
 @METHODS.register_module()
 class FGD(FeatureMethod):
-    r"""Where the teacher looks, objects and background apart, and relations.
+    r"""Features by the teacher's attention, in objects and in background.
 
-    Attention of a feature map, over the n positions of its image and over
-    its C channels:
+    The attention of a feature map, over the n positions of its image and over
+    its C channels, is
 
     .. math::
         A^S_i = n \, \mathrm{softmax}_i
@@ -39,8 +39,8 @@ class FGD(FeatureMethod):
         A^C_c = C \, \mathrm{softmax}_c
             \Bigl(\tfrac{1}{n} \textstyle\sum_i |F_{c,i}| / T\Bigr)
 
-    and the losses of each level, averaged over the images and summed over
-    the levels, with the adapted :math:`F^s`:
+    and the losses, averaged over the images and summed over the levels, with
+    the adapted :math:`F^s`, are
 
     .. math::
         L_{fg} &= \alpha \sum_{c,i} M^{fg}_i A^{S,t}_i A^{C,t}_c
@@ -52,20 +52,21 @@ class FGD(FeatureMethod):
         L_{rel} = \lambda \sum_{c,i} (R_t(F^t) - R_s(F^s))_{c,i}^2
 
     :math:`M^{fg}_i` is 1 / area of the smallest ground-truth box (xyxy,
-    pixels) over position i, in positions of the level from the floor of its
-    left upper to the ceiling of its right lower corner, both included, or 0;
-    :math:`M^{bg}_i` is 1 / their number on all others. R are two GcBlocks,
-    which are trained (the teacher's as well), :math:`R(F) = F + W_2
+    pixels) over position i, counted in positions of the level from the floor
+    of its upper left to the ceiling of its lower right corner, both included,
+    or 0. :math:`M^{bg}_i` is 1 / their number on all other positions. R are
+    two GcBlocks, which are trained (including the teacher's),
+    :math:`R(F) = F + W_2
     \mathrm{ReLU}(\mathrm{LN}(W_1 \sum_j \mathrm{softmax}_j(W_k F_j) F_j))`.
-    Positions on padding are part of nothing.
+    Positions on padding are left out everywhere.
 
     Source: Yang, Li, Jiang, Gong, Yuan, Zhao, Yuan, "Focal and Global
     Knowledge Distillation for Detectors", CVPR 2022,
     https://arxiv.org/abs/2111.11837, and its code (yzd-v/FGD), whose RetinaNet
     weights are the defaults; its Faster R-CNN has 5e-5, 2.5e-5, 5e-5 and 5e-7,
     its FCOS 1.6e-3, 8e-4, 8e-4, 8e-6 and T = 0.8. That code scales boxes by
-    the size of the unpadded image, which shifts them on padded ones, and
-    counts padding as background; neither is repeated here. Its recipe also
+    the size of the unpadded image, which shifts them on padded images, and
+    counts padding as background; mmkd does neither. Its recipe also
     starts the student's neck and head from the teacher's.
 
     Args:
@@ -75,12 +76,12 @@ class FGD(FeatureMethod):
         attention_weight: :math:`\gamma`, at least 0.
         relation_weight: :math:`\lambda`, at least 0.
         loss_weight: Weight of the method.
-        **features: Which features meet, and how: the other options of
-            :class:`FeatureMethod`.
+        **features: Which features are compared, and how: the other options
+            of :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If an option is outside its range or the features
-            cannot meet.
+            cannot be compared.
     """
 
     needs_labels = True
@@ -147,7 +148,7 @@ class FGD(FeatureMethod):
     def _focal(
         self, student: Tensor, teacher: Tensor, weights: Tensor, boxes: Tensor
     ) -> dict[str, Tensor]:
-        """Sums over the batch of one level's unweighted focal losses."""
+        """Return a level's unweighted focal losses, summed over the batch."""
         where_s, where_t = (
             spatial_attention(maps, weights, self.temperature)
             for maps in (student, teacher)
@@ -204,7 +205,7 @@ class ContextBlock(nn.Module):
 
 
 def relative_boxes(data_samples: Sequence[DetDataSample]) -> Tensor:
-    """The ground truth as shares of the padded batch's width and height.
+    """Return the boxes as shares of the padded batch's width and height.
 
     Returns:
         (B, N, 4) as xyxy; images of fewer boxes are filled up with NaN.
@@ -224,11 +225,11 @@ def relative_boxes(data_samples: Sequence[DetDataSample]) -> Tensor:
 
 
 def paint_boxes(boxes: Tensor, size: Sequence[int]) -> Tensor:
-    """1 / area of the smallest box over each position, or 0.
+    """Paint 1 / area of the smallest box over each position, or 0.
 
     Args:
-        boxes: Of :func:`relative_boxes`, (B, N, 4).
-        size: H and W.
+        boxes: Boxes of :func:`relative_boxes`, (B, N, 4).
+        size: H and W of the result.
 
     Returns:
         (B, 1, H, W).
@@ -253,7 +254,7 @@ def _paint(boxes: Tensor, size: Sequence[int]) -> Tensor:
     share = 1 / ((right - left + 1) * (below - top + 1))
     x = torch.arange(width, device=boxes.device)
     y = torch.arange(height, device=boxes.device)
-    # A NaN is neither above nor below: it covers nothing.
+    # A NaN is neither above nor below, so it covers nothing.
     across = (x >= left[..., None]) & (x <= right[..., None])  # (B, N, W)
     down = (y >= top[..., None]) & (y <= below[..., None])  # (B, N, H)
     covered = down[..., None] & across[:, :, None]

@@ -28,27 +28,27 @@ class KD(Method):
     background. In a sigmoid head every class is a binary problem with
     :math:`p = \sigma(z / T)`, and the divergence is the sum over them.
 
-    * One-stage detectors: i runs over all priors; :math:`w_i` is the weight
-      that the student's own loss gives to the prior's classification (0 in
-      the padding, for ignored priors, and in YOLOv3 and YOLOX for all but
-      the positives), N the number of its positives, averaged over the
-      processes, at least 1. The heads' priors must correspond. SSD and
-      YOLACT: all negatives, not only the mined ones; FSAF: its objects'
-      priors on all levels, before it selects one.
-    * Two-stage detectors: i runs over the N RoIs that the student is trained
-      on, which the teacher scores on its own features; stage by stage in a
-      cascade, with the stage's weight.
+    * In one-stage detectors, i runs over all priors. :math:`w_i` is the
+      weight that the student's own loss gives to the prior's classification
+      (0 in the padding, for ignored priors, and in YOLOv3 and YOLOX for all
+      but the positives). N is the number of its positives, averaged over the
+      processes, at least 1. The priors of the heads must correspond. SSD and
+      YOLACT use all negatives, not only the mined ones; FSAF uses the priors
+      of its objects on all levels, before it selects one.
+    * In two-stage detectors, i runs over the N RoIs that the student is
+      trained on, which the teacher scores on its own features. A cascade is
+      distilled stage by stage, with the stage's weight.
 
     Classes that only one of the networks knows are left out.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural
-    Network", 2015, https://arxiv.org/abs/1503.02531. Nothing in it is about
+    Network", 2015, https://arxiv.org/abs/1503.02531. It is not about
     detectors: the sum over binary problems and the normaliser N, which is
     that of the stock losses, are ours.
 
     Args:
-        temperature: T, above 0. Above 1 the many background priors of a
-            sigmoid head weigh more.
+        temperature: T, above 0. With a T above 1, the many background priors
+            of a sigmoid head weigh more.
         loss_weight: Weight of the method.
 
     Raises:
@@ -81,7 +81,7 @@ class KD(Method):
 
 
 def class_kl(pair: ClassLogits, temperature: float) -> Tensor:
-    """The loss of :class:`KD` for one pair of logits, a scalar."""
+    """Return the loss of :class:`KD` for one pair of logits, a scalar."""
     if pair.sigmoid:
         divergence = sigmoid_kl(pair.student, pair.teacher, temperature)
         return pair.average(divergence.sum(-1))

@@ -38,36 +38,37 @@ QUALITIES = ('student', 'teacher')
 class LAD(Method):
     r"""LAD: the teacher decides which priors are trained on which object.
 
-    The teacher's head assigns the ground truth by *its own* predictions; the
-    student's stock loss trains on that assignment. There is no other loss:
-    the teacher's scores and boxes are not imitated.
+    The teacher's head assigns the ground truth by *its own* predictions, and
+    the student's stock loss trains on that assignment. There is no other
+    loss: the teacher's scores and boxes are not imitated.
 
-    * PAA: the costs of the candidates, from which a mixture of two Gaussians
-      separates the positives, are the teacher's: focal + GIoU loss of its
-      predictions. The pre-assignment by IoU is the student's own.
-    * Other heads (TOOD, RTMDet, YOLOX, DDOD): the teacher's assigner runs on
-      the teacher's predictions. Where the assignment carries a soft quality
-      target (IoU, alignment), *which* priors are positive comes from the
-      teacher and the quality from the student's own boxes. TOOD's static
-      assigner of the first epochs is left out: it stands in for predictions
-      that are not yet any good, and the teacher's are.
+    * In PAA, a mixture of two Gaussians separates the positives by the costs
+      of the candidates. These costs are the teacher's: the focal and GIoU
+      loss of its predictions. The pre-assignment by IoU is the student's own.
+    * In other heads (TOOD, RTMDet, YOLOX, DDOD), the teacher's assigner runs
+      on the teacher's predictions. Where the assignment carries a soft
+      quality target (IoU, alignment), the teacher decides *which* priors are
+      positive, and the quality comes from the student's own boxes. TOOD's
+      static assigner of the first epochs is left out, because it replaces
+      predictions that are not good yet, and the teacher's are.
 
-    Both heads need the same priors (strides, anchors a position); class
-    names are mapped, and the teacher has to know each of the student's.
+    Both heads need the same priors (strides, anchors per position). Class
+    names are mapped, and the teacher has to know all of the student's.
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
     Distillation", WACV 2022, https://arxiv.org/abs/2108.10520, for PAA
     (official code: CoLAD). The extension to other assigners is mmkd's.
 
     Args:
-        box_weighting: PAA only. ``'iou'``: the stock loss, GIoU weighted by
-            each box' IoU over the sum of these; ``'none'``: as in the
-            official code, GIoU over the number of positives.
+        box_weighting: For PAA only. ``'iou'`` is the stock loss, in which
+            each GIoU is weighted by the IoU of its box, over the sum of these
+            weights. ``'none'`` is the official code, in which GIoU is divided
+            by the number of positives.
         quality: ``'student'``, or ``'teacher'`` for the soft targets of the
             teacher's boxes.
-        keep_single: PAA only: an object's only candidate is positive, as in
-            the official code; MMDetection leaves such an object without.
-        loss_weight: 0 switches the method off, every other value on.
+        keep_single: For PAA only. Make an object's only candidate positive,
+            as in the official code; MMDetection gives such an object none.
+        loss_weight: 0 switches the method off, and any other value on.
 
     Raises:
         ConfigError: If an option is unknown, or the pair does not fit.
@@ -139,7 +140,7 @@ class LAD(Method):
 def ground_truth(
     data_samples: Sequence[DetDataSample], classes: ClassMap
 ) -> tuple[list[InstanceData], list[dict], list[InstanceData | None]]:
-    """Objects with the teacher's labels, meta data, regions to ignore."""
+    """Return objects with the teacher's labels, meta data, ignored regions."""
     objects, ignored, metas = unpack_gt_instances(data_samples)
     if not classes.identical:
         objects = [gt.clone() for gt in objects]
@@ -151,7 +152,7 @@ def ground_truth(
 def _teacher_costs(
     dense: DenseOutputs, classes: ClassMap, candidates: Candidates, *_: Tensor
 ) -> Tensor:
-    """The costs of a PAA student's candidates in the eyes of a teacher."""
+    """Return the teacher's costs of a PAA student's candidates."""
     labels = candidates.labels
     if not classes.identical:
         labels = classes.to_teacher[labels]
@@ -162,11 +163,11 @@ def check_all_classes_known(classes: ClassMap, method: str) -> None:
     """Check that the teacher can judge each of the student's objects.
 
     Raises:
-        ConfigError: If it does not know a class.
+        ConfigError: If the teacher does not know a class.
     """
     if len(classes.shared) < len(classes.student):
         unknown = [n for n in classes.student if n not in classes.teacher]
         raise ConfigError(
-            f'{method}: the teacher has to assign every object, but does not '
-            f'know {", ".join(unknown)}. Use a teacher of these classes.'
+            f'{method}: the teacher has to assign every object, but it does '
+            f'not know {", ".join(unknown)}. Use a teacher of these classes.'
         )

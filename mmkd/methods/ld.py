@@ -28,8 +28,8 @@ from mmkd.registry import METHODS
 from mmkd.teachers.view import DENSE, TeacherView
 
 VLR_FACTOR = 0.25
-"""The official code divides the valuable region's sum by 16, not by the 4
-sides."""
+"""The official code divides the sum of the valuable region by 16, not by the
+4 sides."""
 
 
 @METHODS.register_module()
@@ -47,25 +47,26 @@ class LD(Method):
         L_{VLR} &= \frac{w_{VLR}}{4} \sum_{i \in VLR} u_i D_i, \qquad
         u_i = \max_{j : i \in VLR_j} \mathrm{IoU}_{ij}
 
-    The main region are the student's positives. The valuable localization
-    region of object j are the anchors with :math:`\gamma \alpha_j \le
-    \mathrm{DIoU}_{ij} < \alpha_j`, where :math:`\alpha_j` is ATSS'
-    threshold: mean plus standard deviation of the IoU of the ``topk``
-    anchors of each level whose centres are nearest.
+    The main region is made of the student's positives. The valuable
+    localization region of object j is made of the anchors with
+    :math:`\gamma \alpha_j \le \mathrm{DIoU}_{ij} < \alpha_j`. Here
+    :math:`\alpha_j` is ATSS' threshold: the mean plus the standard deviation
+    of the IoU of the ``topk`` anchors of each level whose centres are
+    nearest.
 
-    The sums are those of the official code: they grow with the objects in
-    a process' batch (its configs have 2 or 3 images of COCO). With
-    ``normalize`` each region's sum (without the 1/4) is divided by its sum
-    of weights, averaged over the processes, as GFL's own DFL loss is; w then
-    has to be of the order of 100 times larger.
+    The sums are those of the official code. They grow with the number of
+    objects in the batch of a process (its configs have 2 or 3 images of
+    COCO). With ``normalize``, the sum of each region (without the 1/4) is
+    divided by its sum of weights, averaged over the processes, as GFL's own
+    DFL loss is; w then has to be about 100 times larger.
 
-    Localization knows no classes: those of the networks may differ.
+    Localization does not depend on classes, so the networks' may differ.
 
     Source: Zheng et al., "Localization Distillation for Dense Object
     Detection", CVPR 2022, https://arxiv.org/abs/2102.12252, and its code
-    (HikariTJU/LD), from which come the weights :math:`s_i` and :math:`u_i`,
-    the mean over bins, the factor 1/4 of the valuable region and the missing
-    normaliser; the paper writes plain sums of the divergence. Its
+    (HikariTJU/LD). The weights :math:`s_i` and :math:`u_i`, the mean over
+    bins, the factor 1/4 of the valuable region and the missing normaliser
+    come from the code; the paper writes plain sums of the divergence. Its
     classification KD is :class:`KD`.
 
     Args:
@@ -73,7 +74,7 @@ class LD(Method):
         main_weight: w, at least 0.
         vlr_weight: :math:`w_{VLR}`, at least 0; 0 leaves the region out.
         gamma: Lower bound of the valuable region, 0 to 1.
-        topk: Anchors a level that ATSS' threshold looks at, at least 1.
+        topk: Anchors per level for ATSS' threshold, at least 1.
         normalize: Divide by the sums of the weights.
         loss_weight: Weight of the method.
 
@@ -112,20 +113,20 @@ class LD(Method):
         for role, dense in (('student', ours), ('teacher', theirs)):
             if dense.bins is None:
                 raise ConfigError(
-                    f'LD distils distributions of box sides (DFL), the '
+                    f'LD distils distributions of box sides (DFL); the '
                     f"{role}'s {dense.facts.kind} predicts none. "
                     'Use GFLHead in both networks.'
                 )
         check_same_priors(ours.facts, theirs.facts, 'LD', centres=True)
         if ours.facts.reg_max != theirs.facts.reg_max:
             raise ConfigError(
-                'LD: the distributions of box sides have other bins, reg_max '
-                f'is {ours.facts.reg_max} in the student and '
-                f'{theirs.facts.reg_max} in the teacher. Set the same.'
+                'LD: the distributions of box sides have different bins: '
+                f'reg_max is {ours.facts.reg_max} in the student and '
+                f'{theirs.facts.reg_max} in the teacher. Give both the same.'
             )
         if self.vlr_weight and not ours.facts.has_anchors:
             raise ConfigError(
-                'LD: the valuable region asks for anchors, the student has '
+                'LD: the valuable region needs anchors, but the student has '
                 'points. Set vlr_weight=0.'
             )
 
@@ -160,7 +161,7 @@ class LD(Method):
         index: tuple[Tensor, Tensor],
         weights: Tensor,
     ) -> Tensor:
-        """The weighted divergences of P priors; weights are (P,)."""
+        """Sum the weighted divergences of P priors; weights are (P,)."""
         assert ours.bins is not None
         assert theirs.bins is not None
         bins = ours.bins[index]
@@ -177,7 +178,7 @@ class LD(Method):
         targets: DenseTargets,
         data_samples: Sequence[DetDataSample],
     ) -> Tensor:
-        """(B, N) the valuable region's weights, 0 elsewhere."""
+        """Return the weights of the valuable region, (B, N), 0 elsewhere."""
         level_sizes = [h * w for h, w in dense.sizes]
         return torch.stack(
             [
@@ -205,19 +206,19 @@ def valuable_region(
     gamma: float,
     topk: int,
 ) -> Tensor:
-    """The weights of one image's anchors in the valuable region.
+    """Return the weights of an image's anchors in the valuable region.
 
     Args:
         anchors: (N, 4) as xyxy, in pixels, level by level.
         valid: (N,) which of them lie in the image.
-        level_sizes: How many each level has.
+        level_sizes: The number of anchors in each level.
         boxes: (M, 4) the objects' boxes as xyxy, in pixels.
-        gamma: Lower bound of the DIoU, as a part of ATSS' threshold.
-        topk: Anchors a level that the threshold looks at.
+        gamma: Lower bound of the DIoU, as a share of ATSS' threshold.
+        topk: Anchors per level that the threshold depends on.
 
     Returns:
-        (N,) the largest IoU with an object in whose region the anchor is; 0
-        for anchors in none.
+        (N,) the largest IoU with an object whose region holds the anchor; 0
+        for anchors in no region.
     """
     boxes = getattr(boxes, 'tensor', boxes)
     if len(boxes) == 0:
@@ -248,7 +249,7 @@ def _centres(boxes: Tensor) -> Tensor:
 
 
 def _mean_plus_std(values: Tensor, chosen: Tensor) -> Tensor:
-    """Of the chosen rows (L, M) of each column, (M,); unbiased."""
+    """Return it for the chosen rows (L, M) of each column, (M,)."""
     count = chosen.sum(0)
     mean = values.where(chosen, 0.0).sum(0) / count.clamp(min=1)
     squares = (values - mean).where(chosen, 0.0).square().sum(0)

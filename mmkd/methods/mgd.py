@@ -18,7 +18,7 @@ from .feature_base import FeatureMethod, position_weights
 
 @METHODS.register_module()
 class MGD(FeatureMethod):
-    r"""The teacher's whole feature, generated from a masked student's.
+    r"""The teacher's feature, generated from a masked student's.
 
     .. math::
         L = \sum_l \frac{1}{B} \sum_{b, c, i}
@@ -26,16 +26,16 @@ class MGD(FeatureMethod):
         G = \mathrm{conv}_{3 \times 3} \circ \mathrm{ReLU}
             \circ \mathrm{conv}_{3 \times 3}
 
-    with a mask M of one random value a position: 0 with the probability
-    ``mask_ratio``, else 1. Padding counts as masked and its errors do not
-    count. The errors are summed, not averaged, as the weights are published
-    for: the loss of a larger image is larger.
+    with a mask M of one random value per position: 0 with the probability
+    ``mask_ratio``, else 1. Padding counts as masked, and its errors do not
+    count. The errors are summed, not averaged, because the published weights
+    are for sums; the loss of a larger image is larger.
 
-    The masks come from a stream of their own: mask n of a process is drawn
-    from a generator that is seeded with the run's seed, n and the process'
-    rank, and n is saved with the adapters. So no global random state is
-    touched (the student's samplers draw what they would without MGD), and a
-    resumed run draws the masks that the uninterrupted one would have.
+    The masks come from a stream of their own. Mask n of a process is drawn
+    from a generator that is seeded with the run's seed, n and the rank of the
+    process, and n is saved with the adapters. No global random state is
+    touched, so the student's samplers draw the same numbers as without MGD,
+    and a resumed run draws the masks of the uninterrupted one.
 
     Source: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation",
     ECCV 2022, https://arxiv.org/abs/2205.01529; weight 2e-5 and mask ratio .65
@@ -45,12 +45,12 @@ class MGD(FeatureMethod):
     Args:
         mask_ratio: Share of the masked positions, from 0, below 1.
         loss_weight: Weight of the method.
-        **features: Which features meet, and how: the other options of
-            :class:`FeatureMethod`.
+        **features: Which features are compared, and how: the other options
+            of :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If an option is outside its range or the features
-            cannot meet.
+            cannot be compared.
     """
 
     draws: Tensor
@@ -71,7 +71,7 @@ class MGD(FeatureMethod):
         self.seed = torch.initial_seed()
         self.register_buffer('draws', torch.zeros((), dtype=torch.long))
         self._draws: int | None = None
-        """``draws`` on the host: reading a GPU's would wait for it."""
+        """``draws`` on the host, as reading it from a GPU would wait."""
 
     def build_layers(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor]
@@ -96,7 +96,7 @@ class MGD(FeatureMethod):
         return {'mgd': torch.stack(losses).sum()}
 
     def next_stream(self) -> torch.Generator:
-        """The random numbers of this process' next step."""
+        """Return the random numbers of this process's next step."""
         if self._draws is None:
             self._draws = int(self.draws)
         entropy = (self.seed, self._draws, get_rank())
@@ -111,7 +111,7 @@ class MGD(FeatureMethod):
 
 
 class Generator(nn.Module):
-    """Two 3x3 convolutions, to which padding is like the map's edge."""
+    """Two 3x3 convolutions that treat padding like the edge of a map."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -126,12 +126,12 @@ class Generator(nn.Module):
 def draw_mask(
     inside: Tensor, mask_ratio: float, stream: torch.Generator
 ) -> Tensor:
-    """Which positions stay, each with the probability 1 - ``mask_ratio``.
+    """Draw which positions stay, with the probability 1 - ``mask_ratio``.
 
-    Drawn on the CPU, so that all devices see the same masks.
+    The mask is drawn on the CPU, so that all devices see the same masks.
 
     Args:
-        inside: (B, 1, H, W), whose shape and device the mask has.
+        inside: (B, 1, H, W), of the shape and device of the mask.
         mask_ratio: Probability of a masked position.
         stream: The random numbers.
     """
@@ -140,6 +140,6 @@ def draw_mask(
 
 
 def squared_error(generated: Tensor, target: Tensor, inside: Tensor) -> Tensor:
-    """The squared error summed over an image, averaged over the images."""
+    """Return the squared error summed over an image, averaged over images."""
     error = generated.float() - target.float()
     return error.where(inside, 0.0).square().sum() / max(len(target), 1)

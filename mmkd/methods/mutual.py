@@ -39,43 +39,44 @@ class DML(Method):
 
     for the student and each of ``distillation.peers``. KL, weights and
     normaliser are those of :class:`~mmkd.methods.kd.KD`; sg stops the
-    gradient: a network is never pulled as a target.
+    gradient, so a network does not move as a target.
 
-    * One-stage detectors: n runs over all priors, which must correspond;
+    * In one-stage detectors, n runs over all priors, which must correspond.
       :math:`w_n` is the weight of the prior's classification in network i's
-      own loss, :math:`N_i` the number of its positives.
-    * Two-stage detectors: n runs over the RoIs that i *and* j are trained
-      on, :math:`N_i` is their number. Either network scores the other's RoIs
-      on its own features, with a gradient into the network that learns.
-      Stage by stage in a cascade.
+      own loss, and :math:`N_i` is the number of its positives.
+    * In two-stage detectors, n runs over the RoIs that i *and* j are trained
+      on, and :math:`N_i` is their number. Each network scores the other's
+      RoIs on its own features, with a gradient into the network that learns.
+      Cascades are compared stage by stage.
 
-    ``box_weight`` adds the boxes of the positives of i, of which there are
-    :math:`P_i` (averaged over the processes; in two-stage detectors those of
+    ``box_weight`` adds a term on the boxes of the :math:`P_i` positives of i
+    (averaged over the processes; in two-stage detectors, the positives among
     its RoIs, stage by stage):
 
     .. math::
         \frac{1}{K - 1} \sum_{j \ne i} \frac{1}{P_i} \sum_{n \in P_i}
             (1 - \mathrm{GIoU}(b^i_n, \mathrm{sg}[b^j_n]))
 
-    ``features`` adds any method on feature maps, by which each network
-    learns from each other one's maps, through adapters of each pair's own.
+    ``features`` adds any method on feature maps. Each network then learns
+    from the maps of each other network, and every pair has its own adapters.
 
-    All networks are updated in the same step from the same outputs; the
-    paper updates one after the other and computes the targets anew.
+    All networks are updated in the same step from the same outputs. The paper
+    updates one after the other and computes the targets anew.
 
-    Logged as ``<method>.loss_<network>``, ``loss_box_<network>`` and
-    ``loss_features_<network>``; ``student`` is the name of the first.
+    The losses are logged as ``<method>.loss_<network>``,
+    ``loss_box_<network>`` and ``loss_features_<network>``; the first network
+    is called ``student``.
 
     Source: Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning", CVPR 2018,
-    https://arxiv.org/abs/1706.00384, for classification with T = 1. What it
-    becomes for detectors, the temperature and the other two terms are ours.
+    https://arxiv.org/abs/1706.00384, for classification with T = 1. The
+    form for detectors, the temperature and the other two terms are ours.
 
     Args:
         temperature: T, above 0.
         box_weight: Weight of the box term, at least 0.
         features: Config of a method on feature maps, with its own
             ``loss_weight``, such as ``dict(type='mmkd.PKD')``.
-        loss_weight: Weight of the method; 0: every network trains alone.
+        loss_weight: Weight of the method. At 0 every network trains alone.
 
     Raises:
         ConfigError: If an option is out of range, or the networks' heads
@@ -104,7 +105,7 @@ class DML(Method):
             both = (*method.student_paths, *method.teacher_paths)
             self.paths = tuple(dict.fromkeys(('neck', *both)))
         self.features = nn.ModuleDict()
-        """``<learner>_from_<target>`` to the method between their maps."""
+        """The methods between maps, by ``<learner>_from_<target>``."""
 
     @property
     def student_paths(self) -> Sequence[str]:
@@ -159,7 +160,7 @@ class DML(Method):
         other: tuple[str, StepRecord],
         batch: Batch,
     ) -> Tensor:
-        """What one network's maps have to learn from another one's."""
+        """Return the loss of one network's maps against another's."""
         target, record = other
         method = cast(Method, self.features[f'{name}_from_{target}'])
         losses = method(learner, as_teacher(record), batch)
@@ -171,7 +172,7 @@ def mutual_losses(
     data_samples: Sequence[DetDataSample],
     temperature: float,
 ) -> dict[str, Tensor]:
-    """Each network's average divergence from the K - 1 others', by name."""
+    """Return each network's average divergence from the others, by name."""
     losses = {}
     for name, learner in networks.items():
         others = [o for o in networks.values() if o is not learner]
@@ -185,7 +186,7 @@ def mutual_kl(
     data_samples: Sequence[DetDataSample],
     temperature: float,
 ) -> Tensor:
-    """A network's average divergence from others, which get no gradient."""
+    """Return a network's average divergence from others, which are fixed."""
     if not learner.facts.is_two_stage and student_dense(learner).sigmoid:
         return _of_priors(learner, targets, data_samples, temperature)
     divergences = []
@@ -201,7 +202,7 @@ def _of_priors(
     data_samples: Sequence[DetDataSample],
     temperature: float,
 ) -> Tensor:
-    """The same of sigmoid heads; see :class:`BinaryProblems`."""
+    """Return it for sigmoid heads; see :class:`BinaryProblems`."""
     ours, *theirs = (
         _binary_problems(outputs, temperature)
         for outputs in (learner, *targets)
@@ -226,7 +227,7 @@ def box_distance(
     target: StepRecord,
     data_samples: Sequence[DetDataSample],
 ) -> Tensor:
-    """1 - GIoU on the learner's positives; the target gets no gradient."""
+    """Return 1 - GIoU on the learner's positives; the target is fixed."""
     if learner.facts.is_two_stage:
         stages = range(len(learner.rois))
         return sum_of([_roi_box_distance(learner, target, s) for s in stages])
@@ -240,7 +241,7 @@ def box_distance(
 def _roi_box_distance(
     learner: StepRecord, target: StepRecord, stage: int
 ) -> Tensor:
-    """The same on the RoIs that one stage of the learner was trained on."""
+    """Return it on the RoIs of one of the learner's stages."""
     sample, facts = learner.rois[stage], learner.facts.rois[stage]
     scores = as_teacher(target).score_rois(sample, stage)
     assert sample.deltas is not None

@@ -19,13 +19,13 @@ def mutual_logits(
 ) -> list[ClassLogits]:
     """Pair two networks' class logits of the same priors or RoIs.
 
-    Two-stage networks are compared on the RoIs of both: the learner's,
-    which the target scores on its own features, and the target's, which the
-    learner scores, with a gradient; both are divided by the number of all.
+    Two-stage networks are compared on the RoIs of both. The target scores the
+    learner's RoIs on its own features, and the learner scores the target's
+    RoIs with a gradient. Both are divided by the number of all RoIs.
 
     Returns:
-        One-stage: one pair. Two-stage: two a stage, the learner's RoIs
-        first. ``student`` of each is the learner.
+        One pair for one-stage detectors. For two-stage detectors, two pairs
+        per stage, the learner's RoIs first. ``student`` is the learner.
     """
     pairs = class_logits(learner, as_teacher(target), data_samples)
     if not learner.facts.is_two_stage:
@@ -46,12 +46,12 @@ def check_mutual(networks: Mapping[str, StepRecord], method: str) -> None:
     """Check that all networks' class logits can be compared.
 
     Args:
-        networks: By name, with their outputs for a blank image.
-        method: The method that asks, for the message.
+        networks: The networks' records of a blank image, by name.
+        method: The name of the method, for the message.
 
     Raises:
-        ConfigError: If the classes' number, kind or places differ; names the
-            networks.
+        ConfigError: If the number, kind or places of the classes differ; the
+            message names the networks.
     """
     (leader, first), *others = networks.items()
     for name, other in others:
@@ -61,8 +61,7 @@ def check_mutual(networks: Mapping[str, StepRecord], method: str) -> None:
         except ConfigError as error:
             raise ConfigError(
                 f'{method}: the networks "{leader}" and "{name}" cannot learn '
-                f'from each other. "{name}" in the place of a teacher: '
-                f'{error}'
+                f'from each other. With "{name}" as the teacher: {error}'
             ) from error
 
 
@@ -74,5 +73,5 @@ def _check_counts(first: StepRecord, other: StepRecord) -> None:
         if counts[0] != counts[1]:
             raise ConfigError(
                 f'The student has {counts[0]} {what}, the teacher '
-                f'{counts[1]}; give both as many.'
+                f'{counts[1]}; give both the same number.'
             )

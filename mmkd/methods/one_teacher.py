@@ -30,30 +30,30 @@ class OneTeacherSeveralStudents(Method):
               \mathrm{KL}(\mathrm{sg}[p_{S_j}] \| p_{S_k})
 
     The students are the model and ``distillation.peers``. The teacher is
-    ``distillation.teacher``, trained before and frozen (offline) or, with
-    ``teacher=dict(config=..., trainable=True)``, trained in the same step by
-    its own task loss alone (online). The first KL is exactly
-    :class:`~mmkd.methods.kd.KD` for each student, the second exactly
-    :class:`~mmkd.methods.mutual.MutualLearning` among them, with their
-    weights and normalisers: :math:`\alpha = 0` is DML, :math:`\beta = 0` is
-    KD of K students that do not know each other.
+    ``distillation.teacher``. It was trained before and is frozen (offline),
+    or, with ``teacher=dict(config=..., trainable=True)``, it trains in the
+    same step by its own task loss alone (online). The first KL is exactly
+    :class:`~mmkd.methods.kd.KD` for each student, and the second is exactly
+    :class:`~mmkd.methods.mutual.DML` among the students, with their weights
+    and normalisers. So :math:`\alpha = 0` is DML, and :math:`\beta = 0` is KD
+    of K students that do not learn from each other.
 
-    Logged as ``<method>.loss_kd_<network>`` and ``loss_mutual_<network>``;
-    ``student`` is the model. :class:`~mmkd.engine.hooks.ensemble_validation.
-    EnsembleValidationHook` tells how good the students are as an ensemble,
-    which is what the paper evaluates.
+    The losses are logged as ``<method>.loss_kd_<network>`` and
+    ``loss_mutual_<network>``, where ``student`` is the model. The hook
+    ``mmkd.EnsembleValidationHook`` evaluates the students as an ensemble, as
+    the paper does.
 
     Source: Niyaz, Bathula, "Augmenting Knowledge Distillation with
     Peer-to-Peer Mutual Learning for Model Compression", ISBI 2022,
     https://arxiv.org/abs/2110.11023. There the teacher trains together with
     its students. UNVERIFIED: no code is public, and neither the weights nor
-    T are given; the form of the loss above is a reading of the text.
+    T are given; the loss above is our reading of the text.
 
     Args:
         alpha: Weight of the teacher, at least 0.
         beta: Weight of the other students, at least 0.
         temperature: T, above 0.
-        loss_weight: Weight of the method; 0: every network trains alone.
+        loss_weight: Weight of the method. At 0 every network trains alone.
 
     Raises:
         ConfigError: If an option is out of range, the teacher is missing,
@@ -78,7 +78,7 @@ class OneTeacherSeveralStudents(Method):
 
     @property
     def student_paths(self) -> Sequence[str]:
-        return ('neck',)  # what RoI heads score the others' RoIs on
+        return ('neck',)  # on which RoI heads score the others' RoIs
 
     @property
     def peer_paths(self) -> Sequence[str]:
@@ -90,7 +90,7 @@ class OneTeacherSeveralStudents(Method):
         if self.beta:
             if len(students) < 2:
                 raise ConfigError(
-                    f'{name}.beta is the weight of other students, and there '
+                    f'{name}.beta is the weight of other students, but there '
                     'are none: add one to distillation.peers, or set it to 0.'
                 )
             check_mutual(students, name)
@@ -98,7 +98,7 @@ class OneTeacherSeveralStudents(Method):
             source = self._source(student, teacher)
             if not source.each():
                 raise ConfigError(
-                    f'{name}.alpha is the weight of a teacher, and there is '
+                    f'{name}.alpha is the weight of a teacher, but there is '
                     'none: add distillation.teacher, or set alpha to 0.'
                 )
             for each in students.values():
@@ -128,7 +128,7 @@ class OneTeacherSeveralStudents(Method):
 
     @staticmethod
     def _source(student: StepRecord, teacher: TeacherView) -> TeacherView:
-        """The teacher that trains in the same step, or else the frozen one."""
+        """Return the teacher in training, or else the frozen one."""
         if TRAINED_TEACHER in student.peers:
             return as_teacher(student.peers[TRAINED_TEACHER], learns=False)
         return teacher

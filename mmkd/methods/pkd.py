@@ -23,16 +23,16 @@ class PKD(FeatureMethod):
           = \sum_l \frac{1}{C} \sum_{c=1}^{C} (1 - r_c), \qquad
         \hat F_c = \frac{F_c - \mu_c}{\sigma_c}
 
-    of each level l: mean and standard deviation of a channel are those over
-    its positions of *all images of the batch*, (B, H, W), and :math:`r_c` is
-    the Pearson correlation of student and teacher over the same positions,
-    padding excepted. Only patterns count, so that detectors of different
-    kinds, whose features have other magnitudes, can be paired.
+    over the levels l. The mean and standard deviation of a channel are taken
+    over its positions in *all images of the batch*, (B, H, W), and
+    :math:`r_c` is the Pearson correlation of student and teacher over the
+    same positions, without padding. Only patterns count, so detectors of
+    different kinds, whose features differ in magnitude, can be paired.
 
-    That over the batch is the default, because the paper normalises so and
-    its figures come from it; an image's loss then depends on the others of
-    its process' batch. ``per_image=True`` takes each image's own statistics
-    and averages over the images.
+    Statistics of the batch are the default, because the paper normalises in
+    this way and its figures come from it. An image's loss then depends on the
+    other images in the batch of its process. ``per_image=True`` takes each
+    image's own statistics, and averages over the images.
 
     Source: Cao, Zhang, Gao, Cheng, Cheng, Zhang, "PKD: General Distillation
     Framework for Object Detectors via Pearson Correlation Coefficient",
@@ -42,13 +42,13 @@ class PKD(FeatureMethod):
     of Faster R-CNN.
 
     Args:
-        per_image: Statistics of each image instead of the batch.
+        per_image: Take statistics over each image instead of the batch.
         loss_weight: Weight of the method.
-        **features: Which features meet, and how: the other options of
-            :class:`FeatureMethod`.
+        **features: Which features are compared, and how: the other options
+            of :class:`FeatureMethod`.
 
     Raises:
-        ConfigError: If the features cannot meet.
+        ConfigError: If the features cannot be compared.
     """
 
     def __init__(

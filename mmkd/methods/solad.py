@@ -35,18 +35,19 @@ class SoftLabelDistillation(Method):
             + w_{box} \, u_a \, GIoU(b^t_a, b^s_a) \big] \Big),
         \quad A = \sum_{a \in V} u_a
 
-    FKL is :class:`~mmkd.losses.FocalKLLoss`, :math:`u_a` the largest IoU of
-    the teacher's decoded box with an object and :math:`V` the anchors where
-    it is above ``min_iou``. Anchors on padding do not count. Fits sigmoid
-    heads with anchors and a box coder (PAA, ATSS, DDOD, RetinaNet); the IoU
-    (centerness) term is left out where there is no such branch.
+    FKL is :class:`~mmkd.losses.FocalKLLoss`, :math:`u_a` is the largest IoU
+    of the teacher's decoded box with an object, and :math:`V` holds the
+    anchors where it is above ``min_iou``. Anchors on padding do not count.
+    The method fits sigmoid heads with anchors and a box coder (PAA, ATSS,
+    DDOD, RetinaNet). The IoU (centerness) term is left out where there is no
+    such branch.
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
     Distillation", WACV 2022, https://arxiv.org/abs/2108.10520: the baseline,
-    and the soft part of SoLAD. Of the official code's details: its class sum
-    also runs over anchors on padding; A is not averaged over processes, and
-    where it is 0 it divides by machine precision. Here it is averaged and at
-    least 1.
+    and the soft part of SoLAD. In the official code, the class sum also runs
+    over anchors on padding, A is not averaged over the processes, and a sum
+    is divided by the machine precision where A is 0. Here A is averaged and
+    is at least 1.
 
     Args:
         cls_weight: :math:`w_{cls}`.
@@ -54,7 +55,7 @@ class SoftLabelDistillation(Method):
         box_weight: :math:`w_{box}`.
         min_iou: Threshold of V, from 0 to 1.
         gamma: Exponent of FKL's focusing factor.
-        loss_weight: Weight of the whole.
+        loss_weight: Weight of the method.
 
     Raises:
         ConfigError: If an option is outside its range or the pair of
@@ -138,19 +139,19 @@ class SoftLabelDistillation(Method):
 class SoLAD(LAD):
     """SoLAD: LAD and soft labels together.
 
-    :class:`LAD` for the assignment, beside
+    It is :class:`LAD` for the assignment, together with
     :class:`SoftLabelDistillation` with the weights below.
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
-    Distillation", WACV 2022, https://arxiv.org/abs/2108.10520; weights of its
-    official code.
+    Distillation", WACV 2022, https://arxiv.org/abs/2108.10520. The
+    weights are those of its official code.
 
     Args:
         soft: Options of :class:`SoftLabelDistillation` other than these
             defaults: ``cls_weight=2, min_iou=0.5``.
         box_weighting: See :class:`LAD`.
         keep_single: See :class:`LAD`.
-        loss_weight: Weight of the soft labels; 0 switches all off.
+        loss_weight: Weight of the soft labels; 0 also switches LAD off.
     """
 
     def __init__(
@@ -188,11 +189,11 @@ class SoLAD(LAD):
 def best_overlap(
     boxes: Tensor, data_samples: Sequence[DetDataSample]
 ) -> Tensor:
-    """The largest IoU of each box with an object of its image.
+    """Return the largest IoU of each box with an object of its image.
 
     Args:
         boxes: (B, N, 4), xyxy in pixels.
-        data_samples: B, with their objects.
+        data_samples: The B images, with their objects.
 
     Returns:
         (B, N), 0 in an image without objects.

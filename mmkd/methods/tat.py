@@ -19,7 +19,7 @@ from .feature_base import FeatureMethod, position_weights
 THETAS = ('identity', 'conv')
 SOFTMAXES = ('student', 'teacher')
 EPS = 1e-5
-"""Of batch normalisation."""
+"""The epsilon of batch normalisation."""
 NEGLIGIBLE = -40.0
 """A logit so far below the largest has the weight 4e-18. Smaller weights may
 be denormal numbers, which slow a CPU down up to a hundredfold."""
@@ -27,7 +27,7 @@ be denormal numbers, which slow a CPU down up to a hundredfold."""
 
 @METHODS.register_module()
 class TaT(FeatureMethod):
-    r"""Every teacher position, rebuilt from all of the student's.
+    r"""Every position of the teacher, rebuilt from all of the student's.
 
     .. math::
         W_{ij} = \operatorname{softmax}_j
@@ -35,29 +35,30 @@ class TaT(FeatureMethod):
         F'_i = \sum_j W_{ij} \, \phi(F^s)_j, \qquad
         L_{TaT} = \overline{(F' - F^t)^2}
 
-    with :math:`\gamma, \phi` = 1x1 convolution and batch normalisation, to
-    the teacher's width, and no :math:`1/\sqrt{d}`. The mean is each image's,
-    then that of the images, then that of the levels (the paper takes one).
-    To compare all positions with all takes memory that is quadratic in their
-    number, so large maps are compared in a hierarchy of two levels,
+    where :math:`\gamma` and :math:`\phi` are each a 1x1 convolution to the
+    teacher's width and batch normalisation, without :math:`1/\sqrt{d}`. The
+    mean is taken over each image, then over the images, then over the levels
+    (the paper has one level). Comparing all positions with all others takes
+    memory that is quadratic in their number, so large maps are compared in a
+    hierarchy of two levels,
 
     .. math::
         L = \delta L_{patch} + \zeta L_{anchor}
 
     * Patch groups: the map is cut into patches; ``patches_per_group``
       neighbours of a row are joined along the channels, and TaT runs between
-      the positions within a patch, once a group.
+      the positions within a patch, once per group.
     * Anchor points: each image is average-pooled to ``anchor_grid`` cells
       (of whole positions: their sizes differ by at most one), and TaT runs
       once, between the cells.
 
-    Memory is linear in the number of positions, as patches have a fixed size
-    and the grid a fixed number of cells. Maps of any size are padded to
-    whole groups. This padding and that of the batch are masked: they attend
-    to nothing, nothing attends to them, and their errors don't count. Batch
-    normalisation leaves padding out as well; it takes the batch's other
-    images in, as in the paper, unless ``per_image`` is set. Nothing is
-    tested with it, so it keeps no running statistics.
+    Memory is linear in the number of positions, because patches have a fixed
+    size and the grid has a fixed number of cells. Maps of any size are padded
+    to whole groups. This padding and that of the batch are masked: they
+    attend to nothing, nothing attends to them, and their errors don't count.
+    Batch normalisation leaves padding out as well. It includes the other
+    images of the batch, as in the paper, unless ``per_image`` is set. It is
+    not used after training, so it keeps no running statistics.
 
     Source: Lin, Xie, Wang, Yu, Chang, Liang, Wang, "Knowledge Distillation via
     the Target-aware Transformer", CVPR 2022, https://arxiv.org/abs/2205.10793,
@@ -75,19 +76,21 @@ class TaT(FeatureMethod):
             patch groups.
         patches_per_group: How many patches are joined.
         anchor_grid: Rows and columns of cells; None for no anchor points.
-            With neither, the plain quadratic form, with weight 1.
+            With neither of them, TaT has its plain quadratic form, with
+            weight 1.
         patch_weight: :math:`\delta`, at least 0.
         anchor_weight: :math:`\zeta`, at least 0.
         theta: ``'identity'`` or ``'conv'``.
-        softmax: Over which positions: ``'student'`` or ``'teacher'``.
-        per_image: Normalise with each image's statistics.
+        softmax: The positions that it runs over: ``'student'`` or
+            ``'teacher'``.
+        per_image: Normalise with the statistics of each image.
         loss_weight: Weight of the method.
-        **features: Which features meet, and how: the other options of
-            :class:`FeatureMethod`.
+        **features: Which features are compared, and how: the other options
+            of :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If an option is outside its range or the features
-            cannot meet.
+            cannot be compared.
     """
 
     adaptable = False
@@ -166,7 +169,7 @@ class TaT(FeatureMethod):
     def _level_losses(
         self, maps: Sequence[Tensor], weights: Tensor
     ) -> dict[str, Tensor]:
-        """TaT of keys, values, queries and targets, each (B, C, H, W)."""
+        """Return TaT of keys, values, queries and targets (B, C, H, W)."""
         losses = {}
         if self.patch_size:
             groups = [
@@ -191,7 +194,7 @@ class TaT(FeatureMethod):
         targets: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        """The weighted error of the rebuilt targets.
+        """Return the weighted error of the rebuilt targets.
 
         Args:
             keys: gamma(F_s) of G groups, (G, N, p * C).
@@ -215,7 +218,7 @@ class TaT(FeatureMethod):
 
 
 class Embeddings(nn.Module):
-    """gamma and phi of the student's map and theta of the teacher's."""
+    """Embeds the student's map (gamma, phi) and the teacher's (theta)."""
 
     def __init__(
         self, student: int, teacher: int, *, theta: str, per_image: bool
@@ -230,7 +233,7 @@ class Embeddings(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor, weights: Tensor
     ) -> list[Tensor]:
-        """Keys, values, queries and targets, all 0 on padding."""
+        """Return keys, values, queries and targets, all 0 on padding."""
         queries = teacher
         if self.theta is not None:
             queries = self.theta(teacher, weights)
@@ -287,7 +290,7 @@ def pool_cells(
     """Average each image, without its padding, to a grid of cells.
 
     Args:
-        maps: Each (B, C, H, W).
+        maps: Maps, each (B, C, H, W).
         weights: (B, 1, H, W), 0 on padding, which lies right and below.
         grid: Rows and columns of cells. An image of fewer positions leaves
             some empty.
@@ -309,7 +312,7 @@ def pool_cells(
 
 
 def _cell_shares(inside: Tensor, cells: int) -> Tensor:
-    """The share of each position in each cell's average along an axis.
+    """Return each position's share in each cell's average along an axis.
 
     Args:
         inside: (B, L), True on the first positions of each image.

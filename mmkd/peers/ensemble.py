@@ -31,16 +31,16 @@ MEMBER_OPTIONS = ('config', 'checkpoint', 'trust_checkpoint')
 class EnsembleDetector(BaseModel):
     """Several detectors as one, for inference.
 
-    ``fusion='boxes'``: every member detects by itself, in its own
-    normalisation; their boxes are fused class by class. Boxes that overlap
-    become one, at their mean weighted by the scores; its score is the sum of
-    theirs over the number of members, at most their mean. Fits any
-    detectors with the same classes; masks are left out.
+    With ``fusion='boxes'`` every member detects by itself, in its own
+    normalisation, and their boxes are fused class by class. Boxes that
+    overlap become one box, at their mean weighted by the scores. Its score is
+    the sum of their scores divided by the number of members, at most their
+    mean. This fits any detectors with the same classes; masks are left out.
 
-    ``fusion='logits'``: members have the same dense head on the same
-    priors; what the heads return (class logits, deltas or bins, centerness)
+    With ``fusion='logits'`` the members have the same dense head on the same
+    priors. What the heads return (class logits, deltas or bins, centerness)
     is averaged, and the rest (decoding, NMS) runs once. Heads that return
-    probabilities (TOOD) have these averaged.
+    probabilities (TOOD) have their probabilities averaged.
 
     Source of the fusion of boxes: Solovyev, Wang, Gabruseva, "Weighted boxes
     fusion", Image and Vision Computing 2021,
@@ -64,13 +64,15 @@ class EnsembleDetector(BaseModel):
             dict), ``checkpoint`` and, for pickles of more than weights,
             ``trust_checkpoint``; or detectors.
         fusion: ``'boxes'`` or ``'logits'``.
-        iou_threshold: Boxes with a larger IoU are one, between 0 and 1; for
-            ``'boxes'`` alone. None: 0.05 above the largest threshold of the
-            members' own NMS, and at least the library's 0.55. At or below
-            that of NMS, boxes would be fused that one member alone has found
-            to be two. (Above it they still are where another member's box
-            lies between them. Soft-NMS keeps no boxes apart.)
-        max_per_img: The best fused boxes of an image are kept, at least 1.
+        iou_threshold: Boxes with a larger IoU, between 0 and 1, become one;
+            only for ``'boxes'``. None takes 0.05 above the largest threshold
+            of the members' own NMS, and at least the library's 0.55. At or
+            below the threshold of NMS, two boxes would be fused that a single
+            member has found to be two objects. (Above it they are still fused
+            where another member's box lies between them. Soft-NMS keeps no
+            boxes apart.)
+        max_per_img: How many of the best fused boxes of an image are kept,
+            at least 1.
 
     Raises:
         ConfigError: If an option is unknown or out of range, the members'
@@ -119,7 +121,7 @@ class EnsembleDetector(BaseModel):
 
     @torch.no_grad()
     def test_step(self, data: Any) -> list[DetDataSample]:
-        """Detections of a batch as the data loader gives it."""
+        """Detect in a batch as the data loader gives it."""
         if self.fusion == 'logits':
             return detect_by_mean(list(self.members), data)
         first, *others = (member.test_step(data) for member in self.members)
@@ -134,11 +136,11 @@ class EnsembleDetector(BaseModel):
         return first
 
     def val_step(self, data: Any) -> list[DetDataSample]:
-        """The same as :meth:`test_step`."""
+        """Do the same as :meth:`test_step`."""
         return self.test_step(data)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for training.
+        """Refuse: an ensemble does not train.
 
         Raises:
             ConfigError: Always.
@@ -158,14 +160,14 @@ def fuse_boxes(
     """Fuse several detectors' boxes of an image.
 
     Args:
-        predictions: Of each, with bboxes (n, 4) as xyxy in pixels of the
-            original image, scores and labels (n,).
+        predictions: The boxes of each detector: ``bboxes`` (n, 4) as xyxy in
+            pixels of the original image, ``scores`` and ``labels`` (n,).
         shape: Height and width of the image.
         iou_threshold: See :class:`EnsembleDetector`.
         max_per_img: See :class:`EnsembleDetector`.
 
     Returns:
-        The same three, by falling score.
+        The same three, sorted by falling score.
     """
     device = predictions[0].bboxes.device
     size = torch.tensor([*shape[::-1]] * 2, dtype=torch.float64)
@@ -187,7 +189,7 @@ def fuse_boxes(
 
 
 def _build(members: Sequence[Mapping[str, Any] | nn.Module]) -> list[Any]:
-    """Detectors in eval mode, all with the same classes."""
+    """Build detectors in eval mode, all with the same classes."""
     models, names = [], []
     for number, member in enumerate(members):
         if isinstance(member, nn.Module):
@@ -213,16 +215,16 @@ def _build(members: Sequence[Mapping[str, Any] | nn.Module]) -> list[Any]:
     counts = [class_count(model) for model in models]
     if len(set(counts)) > 1:
         raise ConfigError(
-            'EnsembleDetector: the members detect other numbers of classes, '
-            f'{counts}. Give members of the same classes.'
+            'EnsembleDetector: the members detect different numbers of '
+            f'classes, {counts}. Give members of the same classes.'
         )
     return models
 
 
 def _threshold(members: Iterable[nn.Module], given: float | None) -> float:
-    """The given IoU, or one above that of each member's NMS.
+    """Return the given IoU, or one above that of each member's NMS.
 
-    A given one that is not above it is used with a warning.
+    A given IoU that is not above it is used, with a warning.
     """
     own = max(map(nms_threshold, members))
     if given is None:
@@ -231,7 +233,7 @@ def _threshold(members: Iterable[nn.Module], given: float | None) -> float:
     if given <= own:
         print_log(
             f'EnsembleDetector.iou_threshold={given} is not above that of '
-            f"the members' NMS ({own}): boxes that one member alone has "
+            f"the members' NMS ({own}): two boxes that a single member has "
             'found to be two objects become one. Raise it, or leave it out.',
             'current',
             logging.WARNING,

@@ -39,23 +39,23 @@ PEER_OPTIONS = (
 )
 
 TRAINED_TEACHER = 'teacher'
-"""The peer that ``teacher=dict(..., trainable=True)`` is."""
+"""The name of the peer that is ``teacher=dict(..., trainable=True)``."""
 
 
 class Peer(nn.Module):
-    """A detector that trains on the student's batches, by its own loss.
+    """A detector that trains on the student's batches by its own loss.
 
-    It sees the batch in its own normalisation and draws its random numbers
-    (samplers, dropout) from a stream of its own, so that the student's are
-    those of training alone.
+    It sees the batch in its own normalisation, and draws its random numbers
+    (samplers, dropout) from a stream of its own. The student's random numbers
+    are therefore those of training alone.
 
     Args:
         model: The stock detector.
         config: Its config.
         student: The student, for the normalisation.
-        optim_wrapper: The peer's own optimiser settings; None for the
-            student's.
-        seed: Begins its stream of random numbers.
+        optim_wrapper: The peer's own optimiser settings. None takes those of
+            the student.
+        seed: The seed of its stream of random numbers.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Peer(nn.Module):
         )
 
     def loss(self, batch: Batch) -> dict[str, Tensor | list[Tensor]]:
-        """The stock losses of the student's batch."""
-        # A stream that a resumed run takes up where it was.
+        """Return the peer's stock losses of the student's batch."""
+        # The step is in the seed, so that a resumed run continues the stream.
         stream = np.random.SeedSequence((self.seed, get_rank(), batch.step))
         with isolated_random_state(int(stream.generate_state(1)[0])):
             return self.model.loss(
@@ -87,16 +87,16 @@ class Peer(nn.Module):
 
 
 def with_trained_teacher(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Put a teacher that trains in the same step where it is built.
+    """Move a teacher that trains in the same step to the peers.
 
     ``distillation.teacher=dict(..., trainable=True)`` has the options of a
-    peer, and is one: the last, with the name ``teacher``.
+    peer and becomes one: the last, with the name ``teacher``.
 
     Args:
-        cfg: ``distillation`` of a config, which is left as it is.
+        cfg: ``distillation`` of a config, which is not changed.
 
     Returns:
-        The same without the option ``trainable``.
+        The same config without the option ``trainable``.
     """
     teacher = cfg.get('teacher')
     if not isinstance(teacher, Mapping) or 'trainable' not in teacher:
@@ -110,7 +110,7 @@ def with_trained_teacher(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def place_of(name: str) -> str:
-    """Where in a config a peer is described."""
+    """Return where in a config a peer is described."""
     part = 'teacher' if name == TRAINED_TEACHER else f'peers.{name}'
     return f'distillation.{part}'
 
@@ -128,15 +128,16 @@ def build_peer(
     Args:
         name: The key in ``distillation.peers``; ``'teacher'`` for a teacher
             with ``trainable=True``.
-        cfg: ``config`` (a path, ``mmdet::…``, a config dict), or the
-            ``name`` of a model in MMDetection's index whose config and
-            weights it takes. ``checkpoint`` to start from, otherwise the
-            initialisation of the config. ``cfg_options`` overrides entries
-            of the config. ``optim_wrapper``: optimiser settings of its own,
-            with the student's kind of optimiser.
+        cfg: A dict with ``config`` (a path, ``mmdet::…``, a config dict), or
+            with the ``name`` of a model in MMDetection's index, whose config
+            and weights are taken. With ``checkpoint`` it starts from a file,
+            and without from the initialisation of its config.
+            ``cfg_options`` overrides entries of the config, and
+            ``optim_wrapper`` has optimiser settings of its own for the
+            student's kind of optimiser.
         student: The student's detector.
         classes: The class names of the training data.
-        seed: Seeds its weights and its random numbers.
+        seed: The seed of its weights and its random numbers.
 
     Raises:
         ConfigError: If the description is incomplete or does not fit.
@@ -184,7 +185,7 @@ def build_peer(
 def _check_class_names(
     config: Config, classes: Sequence[str], where: str
 ) -> None:
-    """Refuse a config that names as many, but other classes."""
+    """Refuse a config that names other classes, but as many."""
     names = class_names({}, config)
     if names and len(names) == len(classes) and names != tuple(classes):
         raise ConfigError(
@@ -202,19 +203,19 @@ def add_to_optimizer(
 ) -> None:
     """Let the student's optimiser train the peers, each with its settings.
 
-    Each network's gradient is clipped by its own norm, as in training alone,
-    and that of the methods' own layers by theirs.
+    The gradient of each network is clipped by its own norm, as in training
+    alone, and so is that of the methods' own layers.
 
     Args:
-        wrapper: The student's, built without the peers.
+        wrapper: The student's wrapper, built without the peers.
         peers: The networks to add.
-        student_cfg: The student's ``optim_wrapper``, for peers without.
+        student_cfg: The student's ``optim_wrapper``, for peers without one.
         adapters: The methods' own parameters.
 
     Raises:
-        ConfigError: If a peer asks for another kind of optimiser or wrapper,
-            accumulates other numbers of steps, or clips gradients where the
-            student does not.
+        ConfigError: If a peer has another kind of optimiser or wrapper,
+            accumulates over another number of steps, or clips gradients
+            although the student does not.
     """
     trained = [p for g in wrapper.optimizer.param_groups for p in g['params']]
     apart = {id(parameter) for parameter in adapters}
@@ -239,7 +240,7 @@ def check_trained(wrapper: OptimWrapper, peers: Mapping[str, Peer]) -> None:
     """Refuse an optimiser that was built elsewhere, without the peers.
 
     Raises:
-        ConfigError: Names the first peer that it does not train.
+        ConfigError: If it leaves out a peer; the message names the first.
     """
     trained = {
         id(p) for g in wrapper.optimizer.param_groups for p in g['params']
@@ -247,9 +248,9 @@ def check_trained(wrapper: OptimWrapper, peers: Mapping[str, Peer]) -> None:
     for name, peer in peers.items():
         if not any(id(p) in trained for p in peer.parameters()):
             raise ConfigError(
-                'optim_wrapper is an optimiser that is built already, and '
-                f'does not train {place_of(name)}. Give its config: the peers '
-                'are added to what is built of it.'
+                'optim_wrapper is an optimiser that is already built, and '
+                f'it does not train {place_of(name)}. Give its config: the '
+                'peers are then added to it.'
             )
 
 
@@ -275,8 +276,8 @@ def _check_same_steps(
     if peer.clip_grad_kwargs and not student.clip_grad_kwargs:
         raise ConfigError(
             f'{where} has clip_grad, the student has none. Give the '
-            "student's optim_wrapper clip_grad=dict(max_norm=...), too; "
-            'a large one clips nothing.'
+            "student's optim_wrapper a clip_grad=dict(max_norm=...) as well; "
+            'a large norm clips nothing.'
         )
 
 
@@ -318,16 +319,16 @@ def save_peers(
     peers: Mapping[str, Peer],
     saved: Mapping[str, Any],
 ) -> None:
-    """Write each peer's stock checkpoint, in a folder of its name.
+    """Write each peer's stock checkpoint into a folder of its name.
 
-    Its config lies beside it: ``mmkd test <peer>/config.py
+    Its config lies beside it, for ``mmkd test <peer>/config.py
     <peer>/<filename>``.
 
     Args:
-        folder: Of the student's checkpoint.
-        filename: The student's.
-        peers: By name.
-        saved: The student's checkpoint, split.
+        folder: The folder of the student's checkpoint.
+        filename: The name of the student's checkpoint.
+        peers: The peers by name.
+        saved: The student's checkpoint after it was split.
     """
     states = saved[ATTACHED]['state_dict']
     for name, peer in peers.items():

@@ -13,9 +13,9 @@ from mmkd.teachers.view import BoxScores, TeacherView
 
 
 class PeerView(RecordView):
-    """A network in training in the place of a teacher.
+    """A network in training, read like a teacher.
 
-    Whoever uses it as a target stops the gradient.
+    Whoever uses its outputs as targets stops the gradient.
 
     Args:
         record: What the network has produced in this step.
@@ -25,16 +25,16 @@ class PeerView(RecordView):
     def __init__(self, record: StepRecord, *, learns: bool) -> None:
         super().__init__(record, _same_classes(record.facts.classes or 0))
         self._learns = learns
-        # Kept there, so that all views of a step have the same.
+        # Kept in the record, so that all views of a step share them.
         self._roi_scores: dict[int, tuple[RoIOutputs, Any]]
         self._roi_scores = self.cache.setdefault(f'RoIs, {learns=}', {})
 
     def score_rois(self, sample: RoIOutputs, stage: int) -> BoxScores:
-        """The network's RoI head on another's RoIs, on its own features.
+        """Score another network's RoIs with the own RoI head and features.
 
-        Its running statistics (batch norm) stay those of its own training.
+        The running statistics (batch norm) stay those of its own training.
         """
-        # With the sample itself, so that its id stays its own.
+        # The sample is kept, so that no other one gets its id.
         if id(sample) not in self._roi_scores:
             model = self.record.model
             with torch.set_grad_enabled(self._learns):
@@ -48,22 +48,22 @@ class PeerView(RecordView):
 
 
 def as_teacher(record: StepRecord, *, learns: bool = True) -> TeacherView:
-    """A network in the place of a teacher, for all that read it in a step.
+    """Return a network's view that is read like that of a teacher.
 
     Args:
-        record: Of the network that stands in the place of a teacher.
-        learns: Whether it learns itself from what it is compared with.
+        record: The record of the network that takes the teacher's place.
+        learns: Whether it also learns from what it is compared with.
     """
     return PeerView(record, learns=learns)
 
 
 @functools.cache
 def _same_classes(number: int) -> ClassMap:
-    """Networks that train together train on the same labels."""
+    """Return the class map of networks that train on the same labels."""
     names = [str(label) for label in range(number)]
     return ClassMap(names, names)
 
 
 def networks_of(student: StepRecord) -> dict[str, StepRecord]:
-    """The networks that train together by name; the first is the student."""
+    """Return the networks that train together by name, the student first."""
     return {'student': student, **student.peers}

@@ -43,12 +43,12 @@ def build_teacher(cfg: Any, context: TeacherContext) -> Teacher:
 
     Args:
         cfg: A dict with the ``type`` of a registered teacher and its options.
-            Short forms: without ``type``, the frozen detector of
-            :func:`frozen_detector`; the name of a model in MMDetection's
-            index; a list of descriptions, to be taught by each; and
-            ``dict(mean=[...])``, to be taught by their mean. None or an
-            empty description is no teacher.
-        context: About the training.
+            There are short forms: a dict without ``type`` is the frozen
+            detector of :func:`frozen_detector`; a string is the name of a
+            model in MMDetection's index; with a list of descriptions, each
+            of them teaches; and with ``dict(mean=[...])`` their mean does.
+            None or an empty description means that there is no teacher.
+        context: What the teacher is told about the training.
 
     Raises:
         ConfigError: If a description is wrong, or the teachers do not fit.
@@ -58,7 +58,7 @@ def build_teacher(cfg: Any, context: TeacherContext) -> Teacher:
         return NoTeacher()
     options = spelled_out(cfg)
     kind = find_class(TEACHERS, options.pop('type'), WHERE)
-    options.pop('_scope_', None)  # of configs with a base in another package
+    options.pop('_scope_', None)  # a base in another package adds it
     known = option_names(kind)
     if known is not None:
         check_options(WHERE, options, known - {'context'})
@@ -72,7 +72,7 @@ def build_teacher(cfg: Any, context: TeacherContext) -> Teacher:
 
 
 def spelled_out(cfg: Any) -> dict[str, Any]:
-    """A description without short forms: a dict with ``type``."""
+    """Return a description without short forms, a dict with ``type``."""
     if isinstance(cfg, str):
         return dict(type='mmkd.FrozenDetector', name=cfg)
     if isinstance(cfg, list | tuple):
@@ -80,7 +80,7 @@ def spelled_out(cfg: Any) -> dict[str, Any]:
     if not isinstance(cfg, Mapping):
         raise ConfigError(
             f'{WHERE} must be a dict, the name of a model in '
-            f"MMDetection's index or a list of such, got {cfg!r}."
+            f"MMDetection's index, or a list of these, got {cfg!r}."
         )
     options = dict(cfg)
     if 'type' in options:
@@ -92,16 +92,16 @@ def spelled_out(cfg: Any) -> dict[str, Any]:
 
 
 def kind_of(cfg: Any) -> str:
-    """The name of a description's type, without its scope."""
+    """Return the name of a description's type, without its scope."""
     kind = spelled_out(cfg)['type']
     name = kind if isinstance(kind, str) else kind.__name__
     return name.rpartition('.')[2]
 
 
 def descriptions(cfg: Any, name: str = 'teacher') -> dict[str, Any]:
-    """The description of each frozen detector, by its name in logs.
+    """Return the description of each frozen detector by its name in logs.
 
-    Teachers of other kinds have none.
+    Teachers of other kinds are left out.
     """
     if not cfg:
         return {}
@@ -117,7 +117,7 @@ def descriptions(cfg: Any, name: str = 'teacher') -> dict[str, Any]:
 
 
 def changed(cfg: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
-    """A description with every frozen detector's options changed."""
+    """Return a description with the options of every detector changed."""
     if isinstance(cfg, list | tuple):
         return [changed(each, change) for each in cfg]
     options = dict(name=cfg) if isinstance(cfg, str) else dict(cfg)
@@ -158,13 +158,13 @@ def frozen_detector(
     """Build and load a frozen detector of MMDetection.
 
     Args:
-        context: About the training.
+        context: What the teacher is told about the training.
         name: The name of a model in MMDetection's installed model index,
             instead of ``config`` and ``checkpoint``.
         config: A path, ``mmdet::…``, or a config dict.
-        checkpoint: A path or URL; None for an untrained network, with a
+        checkpoint: A path or URL. None makes an untrained network, with a
             warning.
-        cfg_options: Overrides entries of the config.
+        cfg_options: Entries of the config to override.
         trust_checkpoint: Allow a pickle that holds more than weights.
         fold_bn: See :class:`~mmkd.teachers.speed.Speed`.
         channels_last: See :class:`~mmkd.teachers.speed.Speed`.
@@ -227,16 +227,16 @@ def several_teachers(
     """Build teachers that teach one by one.
 
     Args:
-        context: About the training.
-        teachers: Their descriptions; each may carry a ``label`` for the log.
-            The labels are numbers otherwise.
+        context: What the teachers are told about the training.
+        teachers: Their descriptions. Each may carry a ``label`` for the log;
+            without labels they are numbered.
     """
     built = {}
     for label, cfg in labelled(teachers, WHERE).items():
         if isinstance(cfg, list | tuple):
             raise ConfigError(
-                f'{WHERE}: a list within the list, {cfg!r}. Write all '
-                'teachers into one.'
+                f'{WHERE}: the list holds another list, {cfg!r}. Write all '
+                'teachers into one list.'
             )
         with named(log_name(label)):
             built[label] = build_teacher(cfg, context)
@@ -250,8 +250,8 @@ def ensemble_teacher(
     """Build one teacher that is the mean of several frozen detectors.
 
     Args:
-        context: About the training.
-        teachers: Their descriptions; each may carry a ``label`` for the log.
+        context: What the teachers are told about the training.
+        teachers: Their descriptions. Each may carry a ``label`` for the log.
     """
     built = {}
     for label, cfg in labelled(teachers, f'{WHERE}.mean').items():
@@ -272,10 +272,10 @@ def ensemble_teacher(
 
 
 def labelled(cfgs: Any, where: str) -> dict[str, Any]:
-    """Label to description, without the labels in them.
+    """Return the descriptions by label, without the labels in them.
 
     Raises:
-        ConfigError: If there are none, or labels are no words or not unique.
+        ConfigError: If there are none, or labels are not words or not unique.
     """
     if not isinstance(cfgs, list | tuple) or not cfgs:
         raise ConfigError(
@@ -302,8 +302,8 @@ def _check_label(label: Any, where: str) -> None:
     word = isinstance(label, str) and label.replace('_', '').isalnum()
     if not word or hasattr(nn.ModuleDict(), label):
         raise ConfigError(
-            f'{where}: {label!r} cannot be a label, it is a part of the names '
-            'of losses and weights. Choose a word such as "coco".'
+            f'{where}: {label!r} cannot be a label, because labels are parts '
+            'of the names of losses and weights. Choose a word such as "coco".'
         )
 
 
@@ -337,13 +337,13 @@ def _classes_of(
     config: Config,
     context: TeacherContext,
 ) -> tuple[str, ...]:
-    """The teacher's class names, or else the student's, with a warning."""
+    """Return the teacher's class names, or the student's with a warning."""
     classes = class_names(meta, config)
     if classes is None:
         classes = tuple(context.classes)
         print_log(
             "Neither the teacher's checkpoint nor its config names its "
-            f"classes; the student's are assumed: {', '.join(classes)}",
+            f"classes. The student's are assumed: {', '.join(classes)}",
             'current',
             logging.WARNING,
         )

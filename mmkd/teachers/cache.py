@@ -1,4 +1,4 @@
-"""A teacher's outputs on disk, for images that it has seen before."""
+"""A cache on disk of a teacher's outputs for images it has seen before."""
 
 import functools
 import math
@@ -30,29 +30,29 @@ SOURCES = (
 )
 """The modules of mmkd that decide what a teacher's outputs are."""
 TOLERANCE = 1e-3
-"""Of an output's largest value; rounding makes about 1e-5."""
+"""A share of an output's largest value; rounding makes about 1e-5."""
 
 
 class TeacherCache:
-    """What a teacher has computed, by image and output.
+    """Keeps what a teacher has computed, by image and output.
 
-    The key of an entry is a hash of all that its value depends on: the
-    pixels as the teacher gets them, padding included (and in them whatever
-    the pipeline has done to the image), the teacher's weights, config and
-    options, the precision of the step, the device, the versions of PyTorch,
-    MMCV and MMDetection, and the text of mmkd's own modules that compute it
-    (:data:`SOURCES`); and which output it is. So entries are never out of
-    date, and nothing about the pipeline has to be declared.
+    The key of an entry is a hash of everything that its value depends on:
+    the pixels as the teacher gets them, padding included (and so whatever
+    the pipeline has done to the image); the teacher's weights, config and
+    options; the precision of the step and the device; the versions of
+    PyTorch, MMCV and MMDetection; the text of mmkd's own modules that compute
+    it (``SOURCES``); and which output it is. Entries are therefore never out
+    of date, and nothing about the pipeline has to be declared.
 
     Args:
-        teacher: With its weights and options, on its device.
+        teacher: The teacher with its weights and options, on its device.
         config: The config of its model.
-        dir: Folder of the cache; runs and processes may share it.
-        max_gib: Limit of its size, in GiB.
+        dir: The folder of the cache. Runs and processes may share it.
+        max_gib: The limit of its size, in GiB.
 
     Raises:
-        ConfigError: If an option is wrong, or what the teacher says of an
-            image depends on the other images of the batch.
+        ConfigError: If an option is wrong, or if the teacher's outputs for
+            an image depend on the other images of the batch.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class TeacherCache:
             ) from error
 
     def open_view(self, teacher: FrozenDetector, batch: Batch) -> 'CachedView':
-        """The teacher's view of a batch, read through this cache."""
+        """Return the teacher's view of a batch, read through this cache."""
         return CachedView(teacher, batch, self)
 
     def key(self, image: Tensor, sample: DetDataSample) -> str:
-        """Of an image (3, H, W), padded, as the teacher gets it."""
+        """Return the key of a padded image (3, H, W) of the teacher."""
         device = image.device.type
         half = torch.is_autocast_enabled(device)
         facts = (
@@ -104,7 +104,7 @@ class TeacherCache:
 
 
 def check_cache_options(cfg: Any) -> dict[str, Any]:
-    """The options of ``distillation.teacher.cache``.
+    """Check and return the options of ``distillation.teacher.cache``.
 
     Raises:
         ConfigError: If one is missing, unknown or outside its range.
@@ -112,7 +112,7 @@ def check_cache_options(cfg: Any) -> dict[str, Any]:
     where = 'distillation.teacher.cache'
     if not isinstance(cfg, Mapping) or not isinstance(cfg.get('dir'), str):
         raise ConfigError(
-            f'{where} must be a dict with the folder "dir" and, if need be, '
+            f'{where} must be a dict with the folder "dir" and, if needed, '
             f'"max_gib", got {cfg!r}. Example: dict(dir="work_dirs/cache", '
             'max_gib=20).'
         )
@@ -128,7 +128,7 @@ def check_cache_options(cfg: Any) -> dict[str, Any]:
 
 
 def tensorfloat32() -> tuple[bool, ...]:
-    """Whether a GPU multiplies, and convolves, in TensorFloat-32."""
+    """Return whether a GPU multiplies and convolves in TensorFloat-32."""
     backends: Any = torch.backends
     matmul, cudnn = backends.cuda.matmul, backends.cudnn
     if not hasattr(matmul, 'fp32_precision'):  # before PyTorch 2.9
@@ -138,7 +138,7 @@ def tensorfloat32() -> tuple[bool, ...]:
 
 
 def _code() -> bytes:
-    """The text of :data:`SOURCES`."""
+    """Return the text of the modules in ``SOURCES``."""
     folder = Path(__file__).parents[1]
     return b''.join((folder / f'{s}.py').read_bytes() for s in SOURCES)
 
@@ -165,17 +165,17 @@ def _check_independent(teacher: FrozenDetector) -> None:
         raise ConfigError(
             f'distillation.teacher.cache: what {type(teacher.model).__name__} '
             'computes for an image is not the same in another batch: '
-            f'{where} differs by {worst:.2g} of its largest value. Leave the '
-            'cache out.'
+            f'{where} differs by {worst:.2g} of its largest value. Remove the '
+            'cache.'
         )
 
 
 class CachedView(FrozenView):
     """The view of a batch of which the cache may know parts.
 
-    Images that it does not know are computed together and kept. RoI heads
-    see the student's RoIs, new in every step, and are always computed, on
-    the feature maps of the cache.
+    Images that the cache does not know are computed together and kept. RoI
+    heads always run, on the cached feature maps, because the student's RoIs
+    are new in every step.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class CachedView(FrozenView):
         self._live: dict[tuple[int, ...], FrozenView] = {}
         self._features: dict[str, tuple[Tensor, ...]] = {}
         self.asked = self.hits = 0
-        """Outputs of single images asked of the cache, and found there."""
+        """How many outputs of single images were looked up, and found."""
 
     @functools.cached_property
     def maps(self) -> tuple[Tensor, ...]:
@@ -201,7 +201,7 @@ class CachedView(FrozenView):
         return self._known('dense', lambda live: live.raw_dense)
 
     def statistics(self) -> dict[str, float]:
-        """The share of what was asked of the cache that it knew."""
+        """Return the share of what was looked up in the cache that it knew."""
         if not self.asked:
             return {}
         return {'cache_hits': self.hits / self.asked}
@@ -230,7 +230,7 @@ class CachedView(FrozenView):
         ]
 
     def _known(self, part: str, read: Callable[[FrozenView], Any]) -> Any:
-        """A part of the outputs, from the cache as far as that knows it."""
+        """Return a part of the outputs, from the cache where it knows them."""
         disk = self._entries.disk
         keys = [f'{key} {part}' for key in self._keys]
         images = [disk.read(key) for key in keys]
@@ -257,12 +257,12 @@ class CachedView(FrozenView):
 
 
 def _image(row: int, batch: Tensor) -> Tensor:
-    # A clone: of a mere slice, the whole batch would be written.
+    # A clone, because the whole batch would be written for a mere slice.
     return batch[row].detach().cpu().clone()
 
 
 def _joined(images: Sequence[Any], device: torch.device) -> Any:
-    """Nested outputs of single images as those of a batch."""
+    """Join nested outputs of single images into those of a batch."""
     first = images[0]
     if isinstance(first, Tensor):
         return torch.stack(list(images)).to(device)

@@ -1,4 +1,4 @@
-"""Which class of the student is which of the teacher."""
+"""Matches the classes of the student and the teacher by name."""
 
 from collections.abc import Sequence
 
@@ -9,22 +9,22 @@ from mmkd.errors import ConfigError
 
 
 class ClassMap:
-    """Which class of the student is which of the teacher, by name.
+    """Matches the classes of the student and the teacher by name.
 
     Args:
         student: The student's class names.
         teacher: The teacher's class names.
 
     Attributes:
-        identical: Both have the same classes in the same order.
-        shared: The names both have, in the student's order.
+        identical: Whether both have the same classes in the same order.
+        shared: The names that both have, in the student's order.
         student_index: (S,) the student's indices of the S shared classes.
-        teacher_index: (S,) the teacher's indices of the same.
+        teacher_index: (S,) the teacher's indices of the same classes.
         to_teacher: (student's classes + 1,) the teacher's label for each of
-            the student's and, last, for the background; -1 for a class the
-            teacher does not know.
+            the student's labels and, last, for the background; -1 for a
+            class that the teacher does not know.
         to_student: (teacher's classes,) the student's label for each of the
-            teacher's, or -1.
+            teacher's labels, or -1.
 
     Raises:
         ConfigError: If no class is shared, or one network names a class
@@ -45,8 +45,8 @@ class ClassMap:
             raise ConfigError(
                 'the teacher and the student share no class name. Student: '
                 f'{", ".join(student)}. Teacher: {", ".join(teacher)}. Use a '
-                'teacher of the same classes, or name them alike through '
-                'metainfo=dict(classes=...).'
+                'teacher of the same classes, or give them the same names '
+                'through metainfo=dict(classes=...).'
             )
         self.student_index = torch.tensor(
             [self.student.index(name) for name in self.shared]

@@ -1,4 +1,4 @@
-"""Tensors on disk: bounded in size, shared by processes, safe in crashes."""
+"""A store of tensors: bounded, shared by processes, safe in crashes."""
 
 import io
 import logging
@@ -15,24 +15,25 @@ from mmengine.logging import print_log
 
 MAGIC = b'mmkd\x00\x02\r\n'
 DIGEST = 16
-"""Bytes of the checksum, behind the magic number."""
+"""The bytes of the checksum, which follows the magic number."""
 KEPT = 0.9
 """The share of the limit that is left when old entries are removed."""
 
 
 class DiskCache:
-    """Nested tensors under keys in a folder.
+    """Keeps nested tensors under keys in a folder.
 
     An entry is written to a temporary file and renamed, so it is whole or
-    absent; a checksum over key and content tells one that was truncated,
-    changed or renamed since, which is as good as absent. Before a write goes
-    beyond the limit, the entries that were not used for longest are removed.
-    Writers of all processes take turns (a lock on a file, which ends with
-    its process); readers wait for nobody.
+    absent. A checksum over key and content reveals an entry that was
+    truncated, changed or renamed since; it counts as absent. Before a write
+    exceeds the limit, the entries that were not used for longest are removed.
+    Writers of all processes take turns by a lock on a file, which ends with
+    its process; readers never wait.
 
     Args:
-        folder: It may be shared by processes and runs; made if need be.
-        max_bytes: Limit of the entries' sizes together.
+        folder: The folder, which is made if it does not exist. Processes and
+            runs may share it.
+        max_bytes: The limit of the sizes of all entries together.
     """
 
     def __init__(self, folder: str | os.PathLike, max_bytes: int) -> None:
@@ -41,13 +42,13 @@ class DiskCache:
         self._total = self.folder / 'total_bytes'
         self._told: set[str] = set()
         with self._turn():
-            # What is really there: a crash may have left the sum too large.
+            # Counted anew, because a crash may have left the sum too large.
             self._total.write_text(str(self._shrink_to(max_bytes)))
 
     def read(self, key: str) -> Any:
-        """What was written under ``key``, on the CPU; None if it is absent.
+        """Return what was written under ``key``, on the CPU, or None.
 
-        What cannot be read, whatever the reason, is absent.
+        An entry that cannot be read, for whatever reason, counts as absent.
         """
         path = self._path(key)
         try:
@@ -59,27 +60,27 @@ class DiskCache:
         if content[:start] != MAGIC + _checksum(key, payload):
             self._tell_once(
                 'damaged',
-                f'The cache entry {path} is damaged; such are computed again.',
+                f'The cache entry {path} is damaged. It is computed again.',
             )
             return None
         try:
             value = torch.load(io.BytesIO(payload), weights_only=True)
-        except Exception as error:  # whatever another PyTorch has written
+        except Exception as error:  # another PyTorch may have written anything
             self._tell_once(
                 'unreadable',
                 f'The cache entry {path} cannot be read '
-                f'({type(error).__name__}); such are computed again.',
+                f'({type(error).__name__}). It is computed again.',
             )
             return None
-        with suppress(OSError):  # removed meanwhile, or not ours
+        with suppress(OSError):  # removed in the meantime, or not ours
             os.utime(path)
         return value
 
     def write(self, key: str, value: Any) -> None:
         """Keep nested tensors (lists, tuples and dicts of them).
 
-        Anything else may be absent when it is read. A full disk or a folder
-        that cannot be written is told of, once, and leaves the entry out.
+        Anything else may be absent when it is read. If the disk is full or
+        the folder cannot be written, the entry is left out, with one warning.
         """
         buffer = io.BytesIO()
         torch.save(value, buffer)
@@ -89,7 +90,7 @@ class DiskCache:
             self._tell_once(
                 'large',
                 f'An entry of {len(content):,} bytes is larger than the cache '
-                f'{self.folder} may be ({self.max_bytes:,}); such are left '
+                f'{self.folder} may be ({self.max_bytes:,}), and is left '
                 'out. Raise max_gib.',
             )
             return
@@ -106,8 +107,8 @@ class DiskCache:
         if total > self.max_bytes:
             left = KEPT * self.max_bytes - len(content)
             total = self._shrink_to(max(left, 0)) + len(content)
-        # Before the entry: after a crash in between, the sum is too large,
-        # which only means that it is counted again sooner.
+        # Written before the entry: after a crash in between the sum is too
+        # large, which only means that it is counted again sooner.
         self._total.write_text(str(total))
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f'{uuid.uuid4().hex}.tmp')
@@ -126,7 +127,7 @@ class DiskCache:
     def _shrink_to(self, limit: float) -> int:
         """Remove what was not used for longest; return the bytes left.
 
-        Called in turn, so a temporary file has lost its writer.
+        It is called in turn, so any temporary file has lost its writer.
         """
         found = []
         for path in self.folder.glob('??/*'):
@@ -150,7 +151,7 @@ class DiskCache:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        import fcntl  # not on Windows, which has no need of this module
+        import fcntl  # which Windows does not have
 
         with open(self.folder / 'lock', 'w') as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -163,7 +164,7 @@ class DiskCache:
 
 
 def fast_hash(start: bytes) -> Any:
-    """128 bits, against chance, not malice: XXH3, as fast as memory is."""
+    """Hash with XXH3: 128 bits, as fast as memory, no use against malice."""
     return xxhash.xxh3_128(start)
 
 

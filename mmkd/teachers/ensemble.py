@@ -1,4 +1,4 @@
-"""Several teachers that speak with one voice: the mean of their outputs."""
+"""Several teachers that teach as one: the mean of their outputs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,24 +33,25 @@ class EnsembleTeacher(Teacher):
     .. math::
         z = \frac{1}{n} \sum_t z_t
 
-    of all that the heads predict: class logits, deltas, logits of bins and
-    of centerness. The mean is one of logits, not of probabilities: that is
-    the normalised geometric mean of softmax probabilities, the geometric
-    mean of the odds of sigmoid ones, whatever the temperature of a method.
-    (Heads that return probabilities, such as TOOD's, are averaged as they
-    are.) A list of teachers, in contrast, has the same gradient in
+    over everything that the heads predict: class logits, deltas, logits of
+    bins and of centerness. Logits are averaged, not probabilities. That is
+    the normalised geometric mean of softmax probabilities, or the geometric
+    mean of the odds of sigmoid probabilities, whatever the temperature of a
+    method. (Heads that return probabilities, such as TOOD's, are averaged as
+    they are.) A list of teachers, in contrast, has the same gradient in
     :class:`~mmkd.methods.kd.KD` as the arithmetic mean of probabilities.
 
-    It fits methods that read predictions: KD, DKD, DIST, LD, soft labels and
-    Faster R-CNN's without its hint. Features of different networks do not
-    correspond, so they have no mean.
+    It fits methods that read predictions: KD, DKD, DIST, LD, soft labels,
+    and Faster R-CNN distillation without its hint. Features of different
+    networks do not correspond, so they have no mean.
 
     Args:
-        teachers: Label to teacher. They have the same classes, in any
-            order, and heads whose numbers mean the same.
+        teachers: The teachers by label. They have the same classes, in any
+            order, and heads whose numbers have the same meaning.
 
     Raises:
-        ConfigError: If there is only one, or they differ; says in what.
+        ConfigError: If there is only one teacher, or if they differ; the
+            message says in what.
     """
 
     gives = frozenset({DENSE, RPN, ROIS})
@@ -85,7 +86,7 @@ class EnsembleTeacher(Teacher):
         )
 
     def blank(self, device: torch.device) -> TeacherView:
-        """What it makes of a blank image.
+        """Return what the mean makes of a blank image.
 
         Raises:
             ConfigError: If the teachers' outputs have different shapes.
@@ -113,12 +114,12 @@ class EnsembleTeacher(Teacher):
                 first, other = sorted(first - other), sorted(other - first)
             raise ConfigError(
                 f'distillation.teacher: {self.names[0]} and {name} have no '
-                f'mean, they differ in {what}: {first} and {other}. {REMEDY}'
+                f'mean; they differ in {what}: {first} and {other}. {REMEDY}'
             )
 
 
 class EnsembleView(TeacherView):
-    """The mean of the teachers' views of a batch."""
+    """The mean of several teachers' views of a batch."""
 
     def __init__(self, views: list[Any]) -> None:
         self.views: list[FrozenView] = views
@@ -127,7 +128,7 @@ class EnsembleView(TeacherView):
 
     @property
     def facts(self) -> DetectorFacts:
-        """Those of the first network, whose numbers mean the same."""
+        """The facts of the first network, which hold for all of them."""
         return self.views[0].facts
 
     @property
@@ -167,7 +168,7 @@ class EnsembleView(TeacherView):
     def features(
         self, path: str, student: StepRecord, student_path: str | None = None
     ) -> tuple[Tensor, ...]:
-        """Features have no mean.
+        """Refuse: features have no mean.
 
         Raises:
             ConfigError: Always.
@@ -200,7 +201,7 @@ def _meaning(teacher: FrozenDetector) -> dict[str, Any]:
 
 
 def _shapes(view: TeacherView) -> dict[str, list[tuple[int, ...]]]:
-    """The shapes of what the standard heads gave, as far as they ran."""
+    """Return the shapes of what the standard heads gave, if they ran."""
     assert isinstance(view, RecordView)
     shapes = {}
     for path in ('rpn_head', 'bbox_head'):

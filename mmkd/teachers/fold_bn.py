@@ -16,27 +16,27 @@ from .frozen import FrozenDetector
 from .probe import difference, probe
 
 PLAIN_CONVOLUTIONS = (nn.Conv2d, Conv2d)
-"""Whose weight is used as it is: no subclass that standardises it, say."""
+"""These use their weight as it is; a subclass may standardise it."""
 TOLERANCE = 1e-3
-"""Of an output's largest value; rounding makes about 1e-5."""
+"""A share of an output's largest value; rounding makes about 1e-5."""
 
 Pair = tuple[nn.Conv2d, _BatchNorm]
 
 
 def fold_batch_norms(teacher: FrozenDetector) -> int:
-    r"""Fold what follows a convolution into its weight and bias, in place.
+    r"""Fold norms into the convolutions before them, in place.
 
     .. math::
         W' = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} W, \qquad
         b' = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} (b - \mu) + \beta
 
     Which norm follows which convolution is not read from the order of the
-    children, as in MMCV's ``fuse_conv_bn``, but seen on a test image: a pair
-    is folded if each output of the convolution, unchanged, enters this norm,
-    and nothing else does. So heads whose levels share convolutions or norms
-    (RetinaSepBN, RTMDet) keep those. A convolution that a method reads
-    itself is left alone; where the norm was is an ``Identity``, whose output
-    is the norm's.
+    children, as in MMCV's ``fuse_conv_bn``, but found with a test image: a
+    pair is folded if every output of the convolution enters this norm
+    unchanged, and nothing else does. Heads whose levels share convolutions or
+    norms (RetinaSepBN, RTMDet) therefore keep them. A convolution that a
+    method reads is left alone. An ``Identity`` takes the place of the norm,
+    and its output is that of the norm.
 
     Returns:
         The number of norms that were folded.
@@ -93,7 +93,7 @@ def _frozen(value: Tensor) -> nn.Parameter:
 
 
 class Flow:
-    """Which convolution's output has entered which batch norm."""
+    """Records which convolution's output has entered which batch norm."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[nn.Conv2d, Tensor, int]] = {}
@@ -101,20 +101,20 @@ class Flow:
         self._sources: dict[_BatchNorm, list[nn.Conv2d | None]] = {}
 
     def left(self, module: nn.Conv2d, output: Tensor, *_: Any) -> None:
-        """A convolution has returned ``output``."""
-        # Kept with the tensor, so that no other one gets its id.
+        """Take down that a convolution has returned ``output``."""
+        # The tensor is kept, so that no other one gets its id.
         self._made[id(output)] = (module, output, output._version)
         self._calls[module] = self._calls.get(module, 0) + 1
 
     def entered(self, module: _BatchNorm, _: Tensor, entered: Tensor) -> None:
-        """A norm has been given ``entered``, as it was made or changed."""
+        """Take down that a norm was given ``entered``."""
         made = self._made.get(id(entered))
         unchanged = made is not None and made[2] == entered._version
         source = made[0] if made is not None and unchanged else None
         self._sources.setdefault(module, []).append(source)
 
     def pairs(self) -> Iterator[Pair]:
-        """The convolutions and norms that only ever meet each other."""
+        """Yield the convolutions and norms that only meet each other."""
         for norm, sources in self._sources.items():
             source = sources[0]
             if (
@@ -127,7 +127,7 @@ class Flow:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Flow]:
-    """Watch what runs within the context."""
+    """Watch the layers that run within the context."""
     flow = Flow()
     with ExitStack() as stack:
         for module in model.modules():
@@ -143,7 +143,7 @@ def watched(model: nn.Module) -> Iterator[Flow]:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether something changes its weights or values when it is called."""
+    """Return whether a hook changes its weights or values in a call."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 

@@ -39,20 +39,20 @@ from .view import (
 )
 
 HEADS_THAT_RUN = {'rpn_head': 'rpn', 'bbox_head': 'raw_dense'}
-"""The part of the teacher's outputs that makes a head run."""
+"""The part of the view whose reading makes a head run."""
 
 
 class ViewCache(Protocol):
-    """Something that knows parts of a view already."""
+    """Something that already knows parts of a view."""
 
     def open_view(
         self, teacher: 'FrozenDetector', batch: Batch
     ) -> 'FrozenView':
-        """The teacher's view of a batch, read through the cache."""
+        """Return the teacher's view of a batch, read through the cache."""
 
 
 class FrozenDetector(Teacher):
-    """A frozen detector, its class map and its view of a student's batch.
+    """A frozen detector, its class map and its normalisation.
 
     Args:
         model: The detector with its weights.
@@ -82,9 +82,9 @@ class FrozenDetector(Teacher):
             student.data_preprocessor, model.data_preprocessor
         )
         self.cache: ViewCache | None = None
-        """Keeps what the network has computed, if that is asked for."""
+        """Keeps what the network has computed, if there is a cache."""
         self.rebuild: Callable[[Mapping[str, Tensor]], None] | None = None
-        """Loads other weights, as the teacher was built."""
+        """Loads other weights in the way in which the teacher was built."""
 
     @property
     def networks(self) -> Mapping[str, Any]:
@@ -133,7 +133,7 @@ def frozen_pass(compute: Callable[..., Any]) -> Callable[..., Any]:
 class FrozenView(TeacherView):
     """The frozen detector's view of a batch.
 
-    A method that reads only features pays for backbone and neck alone.
+    A method that reads only features pays only for backbone and neck.
     """
 
     def __init__(self, teacher: FrozenDetector, batch: Batch) -> None:
@@ -166,7 +166,7 @@ class FrozenView(TeacherView):
     @functools.cached_property
     @frozen_pass
     def rpn(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Per level logits (B, A*c, H, W) and deltas (B, A*4, H, W)."""
+        """Logits (B, A*c, H, W) and deltas (B, A*4, H, W) of each level."""
         maps = self.maps
         with self._running(self._record):
             found = run_rpn(self.model, maps)
@@ -191,7 +191,7 @@ class FrozenView(TeacherView):
     @functools.cached_property
     @frozen_pass
     def detections(self) -> list[InstanceData]:
-        """The network's own detections, labels in its own classes."""
+        """The network's own detections, with labels of its own classes."""
         maps, batch = self.maps, self._batch
         with self._speed.computing(batch.inputs.device):
             return detect(self.model, maps, batch.inputs, batch.data_samples)
@@ -199,10 +199,10 @@ class FrozenView(TeacherView):
     def features(
         self, path: str, student: StepRecord, student_path: str | None = None
     ) -> tuple[Tensor, ...]:
-        """The output of the module at ``path``, a tensor a level.
+        """Return the output of the module at ``path``, a tensor per level.
 
-        What lies in a head makes the head run. In one stage of a cascade,
-        a RoI head is given that stage's RoIs alone.
+        Reading a module in a head makes the head run. In one stage of a
+        cascade, a RoI head gets only the RoIs of that stage.
 
         Raises:
             TapError: If the module did not run.
@@ -236,11 +236,11 @@ class FrozenView(TeacherView):
         )
 
     def score_rois(self, sample: RoIOutputs, stage: int) -> BoxScores:
-        """The teacher's RoI head on the student's RoIs, on its own features.
+        """Score the student's RoIs with the teacher's RoI head and features.
 
         Args:
             sample: The student's sampled RoIs, or those of a peer.
-            stage: The student's stage; a teacher with fewer uses its last.
+            stage: The student's stage. A teacher with fewer uses its last.
         """
         if id(sample) not in self._roi_results:
             self._run_roi_head(sample, stage)
@@ -256,13 +256,13 @@ class FrozenView(TeacherView):
         maps = self.maps
         with self._running(record):
             result = run_roi_head(self.model, maps, sample.boxes, stage)
-        # With the sample itself, so that its id stays its own.
+        # The sample is kept, so that no other one gets its id.
         self._roi_results[id(sample)] = (sample, self._speed.leaving(result))
         self._roi_records[id(sample)] = record
 
     @contextmanager
     def _running(self, record: StepRecord) -> Iterator[None]:
-        """Record what the network computes within, as its options say."""
+        """Record what the network computes within, with its options."""
         device = self._batch.inputs.device
         with record.recording(), self._speed.computing(device):
             yield

@@ -1,4 +1,4 @@
-"""What a teacher computes for test images: to compare it with itself."""
+"""What a teacher computes for test images, to compare it with itself."""
 
 import contextlib
 from collections.abc import Sequence
@@ -16,23 +16,23 @@ from mmkd.detectors.record import tensors_in
 from .frozen import FrozenDetector, FrozenView
 
 ROIS = ((8.0, 8.0, 200.0, 120.0), (90.0, 40.0, 310.0, 310.0))
-"""xyxy, in each test image."""
+"""The boxes in each test image, as xyxy."""
 
 
 def probe(
     teacher: FrozenDetector, images: Sequence[int] = (0,)
 ) -> dict[str, list[Tensor]]:
-    """All that methods can read of a teacher, for images of noise.
+    """Return everything that methods can read of a teacher for noise.
 
     A part that the detector does not have, or not in the form that methods
     read, is left out.
 
     Args:
-        teacher: As it is; it is not asked to look into its cache.
-        images: The numbers of the images; each has its noise.
+        teacher: The teacher, whose cache is not used.
+        images: The numbers of the images. Each has its own noise.
 
     Returns:
-        Per part its tensors.
+        The tensors of each part, by its name.
     """
     device = next(teacher.model.parameters()).device
     inputs = torch.stack([_noise(number) for number in images]).to(device)
@@ -64,11 +64,11 @@ def _noise(seed: int) -> Tensor:
 def difference(
     ours: dict[str, list[Tensor]], theirs: dict[str, list[Tensor]]
 ) -> tuple[float, str]:
-    """The largest difference of two probes, and the part that it is in.
+    """Return the largest difference of two probes, and its part.
 
-    Each tensor's difference is relative to its largest value; parts or
-    values that only one has, and values that are not finite in only one, are
-    infinitely different.
+    The difference of a tensor is relative to its largest value. Parts or
+    values that only one probe has, and values that are finite in only one,
+    differ infinitely.
     """
     worst, where = 0.0, ''
     for part in dict.fromkeys((*ours, *theirs)):

@@ -1,4 +1,4 @@
-"""The record of a detector's step, in the place of a teacher."""
+"""The record of a detector's step, read like a teacher's view."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from .view import TeacherView
 
 
 class RecordView(TeacherView):
-    """What a detector has recorded, read like a teacher.
+    """The record of a detector's step, read like a teacher's view.
 
-    The record must not know its view: what refers to itself is freed late,
-    and a step's maps with it.
+    The record must not know its view. Objects in a circle are freed late, and
+    the maps of a step with them.
 
     Args:
-        record: Of the detector's own pass.
+        record: The record of the detector's own pass.
         class_map: The student's classes and the detector's.
     """
 

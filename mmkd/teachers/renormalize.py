@@ -1,4 +1,4 @@
-"""The student's pixels, as a teacher or a peer was trained to see them."""
+"""Converts the student's pixels to those that another network expects."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Renormalize:
-    """Turn the student's normalised batch into the teacher's.
+    """Turns the student's normalised batch into the teacher's.
 
-    Undoes the student's mean, std and channel order and applies the
-    teacher's. What the batch was padded with becomes the teacher's padding.
+    It undoes the student's mean, standard deviation and channel order, and
+    applies the teacher's. Padding becomes the teacher's padding.
 
     Args:
         student: The student's data preprocessor.
@@ -42,7 +42,7 @@ class Renormalize:
     def __call__(
         self, inputs: Tensor, data_samples: Sequence[DetDataSample]
     ) -> Tensor:
-        """Convert a batch (B, 3, H, W); equal settings return it as it is."""
+        """Convert a batch (B, 3, H, W), or return it if nothing differs."""
         if not self.needed:
             return inputs
         if self.flip:

@@ -18,7 +18,7 @@ class SeveralTeachers(Teacher):
     Each has its own class map and its own view of the batch's pixels.
 
     Args:
-        teachers: Label to teacher.
+        teachers: The teachers by label.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher]) -> None:
@@ -83,13 +83,13 @@ class SeveralViews(TeacherView):
 
 
 def log_name(label: str) -> str:
-    """The name of the teacher with a label in logs and messages."""
+    """Return a labelled teacher's name in logs and messages."""
     return f'teacher_{label}' if label else 'teacher'
 
 
 @contextmanager
 def named(teacher: str) -> Iterator[None]:
-    """Let errors begin with the teacher that they are about."""
+    """Let errors begin with the name of their teacher."""
     try:
         yield
     except (ConfigError, CheckpointError, TapError) as error:

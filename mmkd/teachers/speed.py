@@ -1,4 +1,4 @@
-"""How a teacher is computed: the same network, in less time."""
+"""Options with which the same teacher takes less time."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 @dataclass(frozen=True)
 class Speed:
-    """How a teacher is computed; by default as it is.
+    """How a teacher computes; by default, as it was written.
 
     Args:
         fold_bn: Fold batch norms into the convolutions before them.
         channels_last: Compute with the channels of a pixel side by side.
-        autocast: ``'bfloat16'`` or ``'float16'``: compute in half precision;
-            what methods read is single precision.
+        autocast: ``'bfloat16'`` or ``'float16'`` to compute in half
+            precision. What methods read is still single precision.
         compile: Compile backbone and neck with ``torch.compile``.
 
     Raises:
@@ -49,19 +49,19 @@ class Speed:
             )
 
     def entering(self, inputs: Tensor) -> Tensor:
-        """The batch in the network's memory format."""
+        """Return the batch in the network's memory format."""
         if self.channels_last:
             return inputs.contiguous(memory_format=torch.channels_last)
         return inputs
 
     def computing(self, device: torch.device) -> AbstractContextManager:
-        """In which the network runs."""
+        """Return a context for the network to run in."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, DTYPES[self.autocast])
 
     def leaving(self, outputs: Any) -> Any:
-        """What methods read: plain tensors, in single precision."""
+        """Return what methods read: plain tensors in single precision."""
         if self.autocast is None and not self.channels_last:
             return outputs
         return changed(outputs, self._plain)
@@ -76,7 +76,7 @@ SPEED_OPTIONS = tuple(field.name for field in fields(Speed))
 
 
 def changed(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Nested outputs with every tensor changed."""
+    """Return nested outputs with every tensor changed."""
     if isinstance(outputs, Tensor):
         return change(outputs)
     if isinstance(outputs, Mapping):
@@ -87,7 +87,7 @@ def changed(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def eagerly(speed: Speed) -> AbstractContextManager:
-    """Within it, what is compiled runs as it was written."""
+    """Return a context in which compiled parts run as they were written."""
     if speed.compile:
         return torch.compiler.set_stance('force_eager')
     return contextlib.nullcontext()

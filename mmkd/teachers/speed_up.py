@@ -1,4 +1,4 @@
-"""Change a teacher to be computed faster."""
+"""Change a teacher so that it computes faster."""
 
 from collections.abc import Iterable, Iterator
 
@@ -14,18 +14,18 @@ from .probe import probe
 from .speed import Speed
 
 COMPILED = ('backbone', 'neck')
-"""Heads are not: methods read into them and run them in parts."""
+"""Heads are left out, because methods tap them and run them in parts."""
 
 
 def speed_up(
     teacher: FrozenDetector, speed: Speed, device: torch.device
 ) -> None:
-    """Change a teacher to be computed faster, in place.
+    """Change a teacher in place so that it computes faster.
 
     Args:
-        teacher: As it was loaded.
+        teacher: The teacher as it was loaded.
         speed: The options.
-        device: On which it will run.
+        device: The device on which it will run.
 
     Raises:
         ConfigError: If the network does not run with an option.
@@ -42,8 +42,8 @@ def speed_up(
     if speed.compile:
         _check_compiler(device)
         for module in compiled_parts(teacher.model, teacher.paths):
-            # On the instance, beneath the taps: a tap is another function in
-            # every step, for which all would be compiled again.
+            # On the instance, beneath the taps. A tap is a new function in
+            # every step, so everything would be compiled again for it.
             module.forward = torch.compile(module.forward)
 
 
@@ -53,7 +53,7 @@ def _check_runs(teacher: FrozenDetector, speed: Speed) -> None:
         faster = probe(teacher)
     except Exception as error:  # any detector, any reason
         teacher.speed = plain
-        probe(teacher)  # if this fails as well, it is not for the options
+        probe(teacher)  # if this fails too, the options are not the cause
         raise _refusal(teacher, speed, f'fails: {error}') from error
     teacher.speed = plain
     expected = probe(teacher)
@@ -67,15 +67,15 @@ def _refusal(teacher: FrozenDetector, speed: Speed, why: str) -> ConfigError:
     device = next(teacher.model.parameters()).device.type
     return ConfigError(
         f'distillation.teacher: {type(teacher.model).__name__} with {speed} '
-        f'{why} (on a test image, device {device}). Set autocast=None, or '
-        'else channels_last=False.'
+        f'{why} (on a test image, device {device}). Set autocast=None or '
+        'channels_last=False.'
     )
 
 
 def _check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
-    except Exception as error:  # of PyTorch's many kinds
+    except Exception as error:  # PyTorch has many kinds of errors here
         reason = str(error).strip().partition('\n')[0]
         raise ConfigError(
             'distillation.teacher.compile: torch.compile does not work here '
@@ -88,10 +88,10 @@ def _check_compiler(device: torch.device) -> None:
 def compiled_parts(
     model: nn.Module, paths: Iterable[str]
 ) -> Iterator[nn.Module]:
-    """The largest parts of backbone and neck with no tap within them.
+    """Return the largest parts of backbone and neck without a tap inside.
 
-    A tap on the part itself is no obstacle; modules without parts of their
-    own are not worth it.
+    A tap on the part itself is no obstacle. Modules without children are not
+    worth compiling.
     """
     paths = tuple(paths)
     for name in COMPILED:

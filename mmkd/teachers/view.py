@@ -1,8 +1,7 @@
-"""What a teacher is and gives, whatever kind of teacher it is.
+"""The two base classes of every kind of teacher.
 
-Everything that reads a teacher reads it through these two classes: a
-:class:`Teacher` is built once, and its :class:`TeacherView` says what it makes
-of one batch.
+A :class:`Teacher` is built once, and its :class:`TeacherView` says what it
+makes of one batch. Whatever reads a teacher reads it through these classes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,31 +26,31 @@ RPN = 'RPN scores'
 ROIS = 'RoI scores'
 DETECTIONS = 'detections'
 NETWORK = 'a head of MMDetection'
-"""What a teacher may give and a method may need."""
+"""These are the things that a teacher may give and a method may need."""
 
 
 class BoxScores(NamedTuple):
-    """A teacher's predictions for boxes of the student."""
+    """A teacher's predictions for the student's boxes."""
 
     logits: Tensor
-    """RPN: (N, 1) of a sigmoid or (N, 2) of a softmax; RoIs: (N, K + 1)."""
+    """RPN: (N, 1) for a sigmoid, (N, 2) for a softmax. RoIs: (N, K + 1)."""
     deltas: Tensor | None
-    """(N, 4), class-specific (N, 4 K), in the teacher's own coding."""
+    """(N, 4), or (N, 4 K) if class-specific, in the teacher's coding."""
     coder: Any
     """The box coder that decodes them."""
 
 
 class TeacherView(Protocol):
-    """What a teacher gives for one batch; each part is computed when read.
+    """What a teacher gives for one batch; a part is computed when it is read.
 
-    A kind of teacher inherits from this class and overrides what it gives;
-    everything else raises an error that says so.
+    A kind of teacher inherits from this class and overrides what it gives.
+    Everything else raises an error that says what is missing.
     """
 
     class_map: ClassMap
     """The student's classes and the teacher's."""
     cache: dict[str, Any]
-    """What methods have derived in this step, for each other."""
+    """What methods have derived in this step, to share it."""
 
     @property
     def facts(self) -> DetectorFacts:
@@ -76,39 +75,39 @@ class TeacherView(Protocol):
     def features(
         self, path: str, student: StepRecord, student_path: str | None = None
     ) -> tuple[Tensor, ...]:
-        """The output of the module at ``path``, a tensor a level.
+        """Return the output of the module at ``path``, a tensor per level.
 
         Args:
             path: A module path.
-            student: The student's step, whose RoIs a RoI head is given.
+            student: The student's step. A RoI head gets its RoIs.
             student_path: The student's module that it is compared with.
         """
         raise self.lacks(FEATURES)
 
     def score_anchors(self, sample: RoIOutputs) -> BoxScores:
-        """The teacher's RPN on the student's sampled anchors."""
+        """Score the student's sampled anchors with the teacher's RPN."""
         raise self.lacks(RPN)
 
     def score_rois(self, sample: RoIOutputs, stage: int) -> BoxScores:
-        """The teacher's RoI head on the RoIs of one stage of the student."""
+        """Score the RoIs of one of the student's stages with the RoI head."""
         raise self.lacks(ROIS)
 
     def statistics(self) -> dict[str, float]:
-        """Numbers about this step for the log, by name."""
+        """Return numbers about this step for the log, by name."""
         return {}
 
     def each(self) -> Mapping[str, 'TeacherView']:
-        """The views of the teachers that teach one by one, by label."""
+        """Return the views of teachers that teach one by one, by label."""
         return {'': self}
 
     def parts(self) -> Sequence['TeacherView']:
-        """The views of the single networks that it consists of."""
+        """Return the views of the single networks that it consists of."""
         return [self]
 
     def lacks(self, what: str) -> ConfigError:
-        """The error that this kind of teacher does not give something."""
+        """Return the error that this teacher does not give something."""
         name = type(self).__name__
-        return ConfigError(f'a method reads {what}, which {name} has not.')
+        return ConfigError(f'a method reads {what}; {name} has none.')
 
 
 @dataclass(frozen=True)
@@ -124,43 +123,43 @@ class TeacherContext:
 
     @property
     def device(self) -> torch.device:
-        """Where the student is."""
+        """The device that the student is on."""
         return next(self.student.parameters()).device
 
 
 class Teacher:
-    """Somebody to learn from, whatever that is.
+    """Anything that a student can learn from.
 
     A kind of teacher inherits from this class, is registered in
-    :data:`mmkd.registry.TEACHERS`, and is chosen by
-    ``distillation.teacher = dict(type='…', …)``. Its constructor takes the
-    keyword ``context``, a :class:`TeacherContext`, beside its options.
+    ``mmkd.TEACHERS``, and is chosen by
+    ``distillation.teacher = dict(type='…', …)``. In addition to its options,
+    its constructor takes the keyword ``context``, a :class:`TeacherContext`.
 
-    It is no ``nn.Module`` on purpose: as a child of the student it would be
-    optimised, saved, averaged (EMA) and put into train mode.
+    It is deliberately not an ``nn.Module``: as a child of the student it
+    would be optimised, saved, averaged (EMA) and put into train mode.
     """
 
     gives: frozenset[str] = frozenset()
-    """What its views give: some of the names at the top of this module."""
+    """What its views give, by the names at the top of this module."""
     remedy: str = ''
-    """A sentence for those who need what it does not give, with a space."""
+    """What helps where something is missing: a sentence and a space."""
     class_map: ClassMap
 
     def view(self, batch: Batch) -> TeacherView:
-        """What it makes of the student's batch; nothing runs yet."""
+        """Return its view of the student's batch; nothing runs yet."""
         raise NotImplementedError
 
     def blank(self, device: torch.device) -> TeacherView:
-        """What it makes of one blank image, for methods to prepare."""
+        """Return its view of one blank image, with which methods prepare."""
         raise NotImplementedError
 
     @property
     def networks(self) -> Mapping[str, Any]:
-        """The frozen detectors that it consists of, by their log names."""
+        """The frozen detectors that it consists of, by their names in logs."""
         return {}
 
     def each(self) -> Mapping[str, 'Teacher']:
-        """The teachers that teach one by one, by label; often this one."""
+        """Return the teachers that teach one by one (often this one)."""
         return {'': self}
 
     def to(self, device: torch.device) -> 'Teacher':
@@ -183,15 +182,15 @@ class Teacher:
         )
 
     def describe(self) -> str:
-        """What it is, for the log."""
+        """Return what it is, for the log."""
         return type(self).__name__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'Teacher':
-        return self  # frozen: copies of the student share it
+        return self  # it is frozen, so copies of the student share it
 
 
 class NoView(TeacherView):
-    """The view where there is no teacher."""
+    """The view of a teacher that does not exist."""
 
     def __init__(self) -> None:
         self.class_map = ClassMap(('none',), ('none',))
@@ -205,7 +204,7 @@ class NoView(TeacherView):
 
     def lacks(self, what: str) -> ConfigError:
         return ConfigError(
-            f'a method reads {what} of a teacher, and there is none: add '
+            f'a method reads {what} of a teacher, but there is none: add '
             'distillation.teacher.'
         )
 
@@ -227,5 +226,5 @@ class NoTeacher(Teacher):
 
 
 def listed(gives: Iterable[str]) -> str:
-    """What is given or needed, in words."""
+    """Return what is given or needed, in words."""
     return ', '.join(sorted(gives)) or 'nothing'

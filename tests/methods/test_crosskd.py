@@ -537,7 +537,7 @@ def test_bad_options(options, message):
             tiny.gfl(),
             tiny.gfl(),
             dict(layer=1, quality_weight=1),
-            r"centerness or IoU, the teacher's GFLHead has none. Set it to 0",
+            r"IoU branch; the teacher's GFLHead has none. Set it to 0",
         ),
         (
             tiny.retinanet(),

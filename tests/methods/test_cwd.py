@@ -80,7 +80,7 @@ def test_scores_of_other_classes_are_refused(method, teacher, classes):
     )
     with pytest.raises(
         ConfigError,
-        match=rf'{method} on "bbox_head.gfl_cls": class scores meet channel by'
+        match=rf'{method} on "bbox_head.gfl_cls": class scores are compared '
         rf'.* got cat, dog, cow in the student and {", ".join(classes)} in',
     ):
         pair.step()

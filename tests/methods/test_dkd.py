@@ -150,7 +150,7 @@ def test_too_few_classes():
     pair = LogitPair('DKD', tiny.faster_rcnn(), teacher_classes=one)
     with pytest.raises(
         ConfigError,
-        match=r'two classes beside the target, the networks share 1 and a ba',
+        match=r'two classes besides the target; the networks share 1 and a ba',
     ):
         pair.losses()
     pair = LogitPair('DKD', tiny.gfl(), teacher_classes=('cat', 'cow', 'sea'))

@@ -579,7 +579,7 @@ def test_other_classifiers_are_refused():
                     type='mmkd.WeightedSoftCrossEntropyLoss', use_sigmoid=True
                 )
             ),
-            'soft: use_sigmoid=True is not for a config',
+            'soft: use_sigmoid=True does not belong in a config',
         ),
     ],
 )

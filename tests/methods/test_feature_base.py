@@ -251,7 +251,7 @@ def test_several_maps_an_image_are_refused(method, numbers):
     if numbers != (6, 6):
         message = (
             rf'{method} on "neck": the student\'s "neck" gives {numbers[0]} '
-            rf'maps .* "neck" {numbers[1]}: .* Tap a module in front of it'
+            rf'maps .* "neck" {numbers[1]}: .* Tap a module before it'
         )
     with pytest.raises(ConfigError, match=message):
         pair.method(student, teacher, Batch(None, samples))
@@ -263,7 +263,7 @@ def test_several_maps_an_image_are_refused(method, numbers):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(levels=[0, 9]), r'on "neck": levels \[0, 9\] are asked for'),
+        (dict(levels=[0, 9]), r'on "neck": the levels \[0, 9\] are asked for'),
         (dict(levels=[]), r'\.levels must be a list .*got \[\]'),
         (dict(levels=[0, 1], teacher_levels=[1]), r'gives 2 levels'),
         (dict(loss_weight=-1), r'loss_weight must be at least 0, got -1'),

@@ -215,7 +215,10 @@ def test_resizing_on_demand():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(levels=[0, 5]), r'"neck": levels \[0, 5\] are asked for, .* 5 '),
+        (
+            dict(levels=[0, 5]),
+            r'levels \[0, 5\] are asked for, but .* 5 ',
+        ),
         (dict(levels=[0, 1], teacher_levels=[2]), r'gives 2 levels, the te'),
         (dict(levels=[]), r'FeatureHint.levels must be a list .*got \[\]'),
         (dict(levels=[-1]), r'levels must be a list of level numbers from 0'),

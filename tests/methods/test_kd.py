@@ -364,7 +364,7 @@ def softmax_atss():
         (
             softmax_atss(),
             tiny_dense.atss(),
-            r"student are a softmax with background's, those of the teacher a",
+            r'student belong to a softmax with background, those of the',
         ),
     ],
 )

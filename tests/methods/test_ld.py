@@ -312,7 +312,7 @@ def test_numbers_of_numpy_are_numbers():
         (
             tiny.gfl(),
             tiny.gfl(bbox_head__reg_max=8),
-            r'reg_max is 16 in the student and 8 in the teacher. Set the same',
+            r'is 16 in the student and 8 in the teacher. Give both the same',
         ),
         (
             tiny.gfl(),

@@ -256,7 +256,7 @@ class TestBadPeers:
     def test_the_name_of_a_method(self, tmp_path):
         cfg = config(tmp_path)
         cfg.distillation.peers.co = cfg.distillation.peers.pop('big')
-        with pytest.raises(ConfigError, match='"co" is the name of a method'):
+        with pytest.raises(ConfigError, match='"co" is also the name of a'):
             toy.train(cfg)
 
     def test_other_classes(self, tmp_path):

@@ -291,7 +291,7 @@ DIFFERING = {
     'stages': (
         retina(),
         two_stage(),
-        'teacher_1 and teacher_2 have no mean, they differ in the rpn_head',
+        'teacher_1 and teacher_2 have no mean; they differ in the rpn_head',
     ),
     'classifier': (
         retina(),
@@ -367,7 +367,7 @@ def test_teachers_that_differ_have_no_mean(case):
 @pytest.mark.parametrize(
     ('method', 'expected'),
     [
-        ('FeatureHint', r'needs features of its teacher.*list \(teacher=\['),
+        ('FeatureHint', r'needs features from its teacher.*list \(teacher=\['),
         (
             'CrossKD',
             r'm \(CrossKD\) needs features, a head of .* single teacher',

@@ -289,7 +289,7 @@ ERRORS = {
     'no word': ([dict(ONE, label='a.b')], KD, "'a.b' cannot be a label"),
     'a reserved word': ([dict(ONE, label='keys')], KD, "'keys' cannot be"),
     'a label alone': (dict(ONE, label='a'), KD, 'has no option "label"'),
-    'a list in a list': ([[ONE]], KD, 'a list within the list'),
+    'a list in a list': ([[ONE]], KD, 'the list holds another list'),
     'unknown option': (
         [ONE, dict(ONE, chekpoint=None)],
         KD,
