@@ -222,7 +222,7 @@ def load_strictly(model, checkpoint):
 
 def steers(distilled):
     """Whether all methods work within the student's own losses."""
-    lad = 'mmkd.LabelAssignmentDistillation'
+    lad = 'mmkd.LAD'
     methods = (distilled or {}).get('methods', {}).values()
     return bool(methods) and all(m['type'] == lad for m in methods)
 

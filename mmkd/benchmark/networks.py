@@ -25,7 +25,7 @@ from .common import (
 )
 
 SEVERAL = 'mmkd.OneTeacherSeveralStudents'
-METHODS = ('mmkd.MutualLearning', SEVERAL)
+METHODS = ('mmkd.DML', 'mmkd.MutualLearning', SEVERAL)
 """Of any number of students; the others' networks are the config's."""
 TOGETHER = 'together'
 FROZEN = 'frozen teacher'
