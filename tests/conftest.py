@@ -12,12 +12,14 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 import logging
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.logging import MMLogger
 
+from tests.helpers import made_data
 from tests.helpers.hold import VARIABLE
 
 torch.set_num_threads(1)
@@ -63,12 +65,28 @@ def repo_root() -> Path:
 def shared_data() -> Path:
     """The folder of real data sets that lies beside the repository.
 
-    It holds ``bccd`` (VOC layout) and ``coco_tiny`` (COCO layout).
+    It holds ``bccd`` (VOC layout) and ``coco_tiny`` (COCO layout). Another
+    folder is given by the environment's ``MMKD_SHARED_DATA``.
     """
-    path = ROOT.parent / 'shared' / 'data'
-    if not path.is_dir():
-        pytest.skip(f'needs the data sets in {path}')
-    return path
+    if not made_data.SHARED.is_dir():
+        pytest.skip(f'needs the data sets in {made_data.SHARED}')
+    return made_data.SHARED
+
+
+def both(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Let trainings read what the tests make, and then real photos.
+
+    Gives the folder, as :func:`tests.helpers.made_data.root` does.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == 'real':
+            shared = request.getfixturevalue('shared_data')
+            patch.setattr(made_data, 'root', lambda: shared)
+        yield made_data.root()
+
+
+photos = pytest.fixture(both, params=['made', 'real'])
+photos_of_class = pytest.fixture(both, scope='class', params=['made', 'real'])
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from mmkd.peers.peer import with_trained_teacher
 from mmkd.registry import METHODS
 from mmkd.teachers.build import descriptions as by_name
 from mmkd.utils import build_checked
-from tests.helpers import toy
+from tests.helpers import made_data, toy
 
 FOLDER = toy.ROOT / 'configs'
 ALL = sorted(
@@ -146,7 +146,7 @@ def trainable(teacher):
 
 
 def small(cfg):
-    """Narrow, on a few of the photos at hand."""
+    """Narrow, on a few of the tests' photos."""
     cfg = copy.deepcopy(cfg)
     cfg.model = toy.small_model(cfg.model)
     for split in ('train', 'val', 'test'):
@@ -167,14 +167,14 @@ def small_dataset(dataset):
     names = list((dataset.get('metainfo') or {}).get('classes', ()))
     dataset.indices = 4
     if dataset.type == 'VOCDataset':
-        dataset.data_root = f'{toy.DATA}/bccd/'
+        dataset.data_root = f'{made_data.root()}/bccd/'
         dataset.ann_file = 'BCCD/ImageSets/Main/train.txt'
         dataset.data_prefix = dict(sub_data_root='BCCD/')
         if not names:
             names = [f'class {i}' for i in range(20)]
         names[:3] = ['RBC', 'WBC', 'Platelets']
     else:
-        dataset.data_root = f'{toy.DATA}/coco_tiny/'
+        dataset.data_root = f'{made_data.root()}/coco_tiny/'
         dataset.ann_file = 'annotations/instances_train2017.json'
         dataset.data_prefix = dict(img='train2017/')
         names[:1] = ['person'] * bool(names)
@@ -182,7 +182,6 @@ def small_dataset(dataset):
         dataset.metainfo = dict(classes=names)
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_it_trains_two_iterations(cfg, tmp_path):
     cfg, distilled = small(cfg), cfg.get('distillation')
     if 'teacher' in (distilled or {}):
@@ -257,7 +256,6 @@ assert 'mmkd' not in sys.modules
 """
 
 
-@pytest.mark.usefixtures('shared_data')
 @pytest.mark.parametrize(
     ('name', 'options', 'peers', 'losses'),
     [
@@ -276,7 +274,7 @@ def test_as_it_is_through_the_training_tool(
     """All checkpoints are of stock models, for a process without mmkd."""
     (tmp_path / 'configs').symlink_to(FOLDER)
     (tmp_path / 'data').mkdir()
-    (tmp_path / 'data' / 'bccd').symlink_to(toy.DATA / 'bccd')
+    (tmp_path / 'data' / 'bccd').symlink_to(made_data.root() / 'bccd')
     job = toy.Job(
         tmp_path / 'log',
         'tools/train.py',

@@ -442,7 +442,6 @@ def test_the_page_lists_the_cases_in_their_order():
     assert [wrong for wrong, _ in rows()] == list(CASES)
 
 
-@pytest.mark.usefixtures('shared_data')
 @pytest.mark.parametrize('wrong', CASES)
 def test_the_message_is_the_one_that_is_printed(wrong, tmp_path):
     provoke = CASES[wrong]

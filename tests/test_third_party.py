@@ -134,7 +134,6 @@ def test_a_module_that_cannot_be_imported():
         main([*options, '--import', 'nowhere.here'])
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_the_doctor_examines_them(tmp_path):
     cfg = toy.distilled(tmp_path, toy.RETINANET)
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None

@@ -6,9 +6,7 @@ import sys
 
 import pytest
 
-from tests.helpers import toy
-
-pytestmark = pytest.mark.usefixtures('shared_data')
+from tests.helpers import made_data, toy
 
 SMALL = [
     'distillation.teacher.checkpoint=None',  # no download
@@ -55,7 +53,7 @@ def test_flagship(tmp_path, config, stock, losses):
     for name in ('configs', 'tools'):
         (tmp_path / name).symlink_to(toy.ROOT / name)
     (tmp_path / 'data').mkdir()
-    (tmp_path / 'data' / 'coco').symlink_to(toy.DATA / 'coco_tiny')
+    (tmp_path / 'data' / 'coco').symlink_to(made_data.root() / 'coco_tiny')
     env = {
         **os.environ,
         'OMP_NUM_THREADS': '1',

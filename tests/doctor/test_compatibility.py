@@ -13,6 +13,7 @@ import torch
 from mmengine.config import ConfigDict
 
 from mmkd.errors import ConfigError
+from tests.helpers import made_data
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / 'tools'
@@ -47,12 +48,16 @@ def rows(page, title):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('shared_data')
-def test_two_families_through_the_real_tool(tmp_path, shared_data):
+def test_two_families_through_the_real_tool(tmp_path):
     page, kept = tmp_path / 'page.md', tmp_path / 'kept.json'
     command = [
         *(sys.executable, str(TOOLS / 'compatibility.py')),
-        *('--only', '^(gfl|detr)/', '--data', str(shared_data / 'coco_tiny')),
+        *(
+            '--only',
+            '^(gfl|detr)/',
+            '--data',
+            str(made_data.root() / 'coco_tiny'),
+        ),
         *('--json', str(kept), '--output', str(page)),
     ]
 

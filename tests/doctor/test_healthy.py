@@ -17,7 +17,6 @@ from tests.helpers import (
     toy,
 )
 
-pytestmark = pytest.mark.usefixtures('shared_data')
 DISTILLED = [
     name
     for name in test_configs.ALL
@@ -47,7 +46,7 @@ def fast(monkeypatch, request):
 
 
 def small(cfg, name):
-    """Narrow, on a few of the photos at hand."""
+    """Narrow, on a few of the tests' photos."""
     cfg = test_configs.small(cfg)
     if 'widen_factor' in cfg.model.backbone:
         cfg.merge_from_dict(dict(model=SLIM))

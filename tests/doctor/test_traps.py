@@ -10,7 +10,6 @@ from mmkd.doctor import conditions, diagnose, examination, weights
 from mmkd.doctor.report import Report
 from tests.helpers import faults, toy
 
-pytestmark = pytest.mark.usefixtures('shared_data')
 CLASSES = toy.stock_classes()[:8]
 
 

@@ -66,7 +66,7 @@ class TestReading:
         assert toy.same(load_checkpoint_file(str(path))['state_dict'], STATE)
         assert damage(path) is None
 
-    def test_a_training_checkpoint_of_mmengine(self, tmp_path, shared_data):
+    def test_a_training_checkpoint_of_mmengine(self, tmp_path):
         """Its log history needs classes beside tensors: none is called."""
         cfg = toy.plain(tmp_path, images=2)
         cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
@@ -307,7 +307,7 @@ class TestAtomicWriting:
 
 
 @pytest.fixture(scope='module')
-def failed(shared_data, tmp_path_factory):
+def failed(tmp_path_factory):
     folder = tmp_path_factory.mktemp('full')
     cfg = toy.distilled(folder / 'run', images=2, epochs=3)
     cfg.custom_imports = dict(imports=['tests.helpers.toy'])

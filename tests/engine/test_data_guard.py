@@ -9,13 +9,13 @@ from mmengine.config import Config
 
 from mmkd.engine.data_guard import check_images, diagnose, explain_data_error
 from mmkd.errors import DataError
-from tests.helpers import toy
+from tests.helpers import made_data, toy
 
 
 @pytest.fixture
-def coco(tmp_path, shared_data):
+def coco(tmp_path):
     """Four photos in COCO's layout, to be damaged."""
-    source = shared_data / 'coco_tiny'
+    source = made_data.root() / 'coco_tiny'
     root = tmp_path / 'data' / 'coco'
     for split in ('train2017', 'val2017'):
         (root / split).mkdir(parents=True)
@@ -158,9 +158,9 @@ def test_whole_data_pass(tmp_path, coco):
             diagnose(wrapped)
 
 
-def test_voc(tmp_path, shared_data):
+def test_voc(tmp_path):
     root = tmp_path / 'bccd'
-    shutil.copytree(shared_data / 'bccd' / 'BCCD', root / 'BCCD')
+    shutil.copytree(made_data.root() / 'bccd' / 'BCCD', root / 'BCCD')
     dataset = dict(
         type='VOCDataset',
         data_root=str(root),

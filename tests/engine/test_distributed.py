@@ -12,8 +12,6 @@ import torch
 
 from tests.helpers import toy
 
-pytestmark = pytest.mark.usefixtures('shared_data')
-
 
 def config(work_dir, *, iterations=3, **options):
     """Nothing random, nothing that depends on the size of the batch."""

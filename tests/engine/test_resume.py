@@ -15,8 +15,6 @@ from mmkd.engine.checkpoint import latest_checkpoint
 from mmkd.errors import CheckpointError
 from tests.helpers import toy
 
-pytestmark = pytest.mark.usefixtures('shared_data')
-
 
 def config(work_dir, *, workers=0, epochs=3, iters=None, **options):
     """Random augmentations, two-stage sampling, EMA, one kept checkpoint."""
@@ -76,7 +74,7 @@ def assert_same_outcome(one, other):
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(shared_data, tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     runs = {}
 
     def run(workers):
@@ -220,6 +218,7 @@ def test_iterations(tmp_path, workers):
     train_and_resume(cfg, tmp_path, 3, 4, name='iter_{}.pth')
 
 
+@pytest.mark.usefixtures('photos')
 def test_resumed_twice(tmp_path):
     """The second time from a resumed run's checkpoint."""
     cfg = config(tmp_path, workers=2, iters=6)
@@ -241,25 +240,27 @@ def test_a_loader_that_is_exhausted(tmp_path):
     train_and_resume(cfg, tmp_path, 4, name='iter_{}.pth')
 
 
-class TestWhatIsNotExactIsSaid:
-    def gaps(self, cfg, tmp_path, step, name='epoch_{}.pth', **changes):
-        cfg.default_hooks.checkpoint.max_keep_ckpts = -1
-        cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
-        cfg.work_dir = str(tmp_path)
-        toy.train(copy.deepcopy(cfg))
-        cfg.merge_from_dict(changes)
-        cfg.resume = True
-        cfg.load_from = str(tmp_path / name.format(step))
-        runner = toy.build(cfg)
-        warnings = Warnings(runner)
-        runner.train()
-        (text,) = warnings.about('bit for bit')
-        return text
+def what_is_said(cfg, tmp_path, step, name='epoch_{}.pth', **changes):
+    """Train, resume from a step, and return why that was not exact."""
+    cfg.default_hooks.checkpoint.max_keep_ckpts = -1
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    cfg.work_dir = str(tmp_path)
+    toy.train(copy.deepcopy(cfg))
+    cfg.merge_from_dict(changes)
+    cfg.resume = True
+    cfg.load_from = str(tmp_path / name.format(step))
+    runner = toy.build(cfg)
+    warnings = Warnings(runner)
+    runner.train()
+    (text,) = warnings.about('bit for bit')
+    return text
 
+
+class TestWhatIsNotExactIsSaid:
     def test_a_checkpoint_within_an_epoch(self, tmp_path):
         cfg = config(tmp_path, epochs=1)
         cfg.default_hooks.checkpoint.by_epoch = False
-        text = self.gaps(cfg, tmp_path, 2, 'iter_{}.pth')
+        text = what_is_said(cfg, tmp_path, 2, 'iter_{}.pth')
         assert 'within an epoch, which starts again' in text
 
     def test_workers_that_cannot_skip(self, tmp_path):
@@ -267,13 +268,13 @@ class TestWhatIsNotExactIsSaid:
         cfg.train_dataloader.batch_sampler = dict(
             type='AspectRatioBatchSampler'
         )
-        text = self.gaps(cfg, tmp_path, 2, 'iter_{}.pth')
+        text = what_is_said(cfg, tmp_path, 2, 'iter_{}.pth')
         assert 'cannot skip' in text
         assert 'num_workers=0' in text
 
     def test_another_number_of_workers(self, tmp_path):
         cfg = config(tmp_path, workers=1, epochs=2)
-        text = self.gaps(
+        text = what_is_said(
             cfg,
             tmp_path,
             1,
@@ -289,7 +290,7 @@ class TestWhatIsNotExactIsSaid:
         cfg.train_dataloader.dataset.pipeline[2:2] = [
             dict(type='CachedMosaic', img_scale=(96, 96), max_cached_images=4)
         ]
-        assert 'cache of images' in self.gaps(cfg, tmp_path, 1)
+        assert 'cache of images' in what_is_said(cfg, tmp_path, 1)
 
     def test_a_stock_checkpoint(self, tmp_path):
         cfg = config(tmp_path, epochs=2)
@@ -376,7 +377,7 @@ class TestWhichCheckpoint:
 
 
 @pytest.fixture(scope='module')
-def saved(shared_data, tmp_path_factory):
+def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp('saved')
     cfg = config(folder)
     cfg.train_cfg.max_epochs = 1

@@ -12,10 +12,9 @@ from mmkd.engine.runner import DistillationRunner
 from mmkd.errors import CheckpointError, ConfigError
 from tests.helpers import toy
 
-pytestmark = pytest.mark.usefixtures('shared_data')
-
 
 class TestWithoutDistillation:
+    @pytest.mark.usefixtures('photos')
     def test_it_is_mmengine_s_runner(self, tmp_path):
         cfg = toy.plain(tmp_path / 'stock')
         expected = toy.Record()
@@ -243,7 +242,7 @@ BAD_INPUT = {
 
 
 @pytest.fixture(scope='module')
-def trained(shared_data, tmp_path_factory):
+def trained(tmp_path_factory):
     """A work dir of an earlier run, which nobody may damage."""
     folder = tmp_path_factory.mktemp('trained')
     toy.train(toy.distilled(folder, images=2))

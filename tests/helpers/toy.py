@@ -1,4 +1,4 @@
-"""Tiny detectors on real photos: the training runs of the tests.
+"""Tiny detectors on small photos: the training runs of the tests.
 
 Stock configs, shrunk: narrow layers, few photos, read small. Nothing else of
 them is changed, and what is built from them is the real thing.
@@ -45,11 +45,11 @@ from mmengine.runner import Runner
 
 from mmkd.detectors import shrink
 from mmkd.detectors.shrink import SCALE, small_model, small_step
+from tests.helpers import made_data
 
 __all__ = ['SCALE', 'small_model', 'small_step']
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT.parent / 'shared' / 'data'
 FASTER_RCNN = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
 PAA = 'paa/paa_r50_fpn_1x_coco.py'
@@ -76,8 +76,9 @@ def stock(name: str) -> Config:
 
 
 def small_data(cfg: Config, *, images: int = 8, batch: int = 2) -> None:
-    """Let a COCO config read a few real photos at 128 x 96."""
-    shrink.small_data(cfg, DATA / 'coco_tiny', images=images, batch=batch)
+    """Let a COCO config read a few photos at 128 x 96."""
+    root = made_data.root() / 'coco_tiny'
+    shrink.small_data(cfg, root, images=images, batch=batch)
 
 
 def in_order(cfg: Config) -> None:

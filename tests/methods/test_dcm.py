@@ -263,7 +263,6 @@ class TestNetworksThatDoNotFit:
                 dcm(tiny.gfl(), **options)
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_a_run_resumes_exactly(tmp_path):
     """With the auxiliary heads' weights; stock checkpoints have none."""
     record = trained_and_resumed(mutual_run(tmp_path, method=DCM), tmp_path)

@@ -306,7 +306,6 @@ class TestNetworksThatDoNotFit:
                 ffsd(**options)
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_a_run_resumes_exactly(tmp_path):
     """With the fusion, the transform and the decoders."""
     cfg = mutual_run(tmp_path, method=dict(FFSD, module_weight=1.0))
@@ -317,7 +316,6 @@ def test_a_run_resumes_exactly(tmp_path):
         assert losses['m.loss_features_student'] > 0
 
 
-@pytest.mark.usefixtures('shared_data')
 @pytest.mark.parametrize('by_epoch', [True, False])
 def test_the_weights_rise_in_a_run(tmp_path, by_epoch):
     """By epochs, which a loop by iterations does not count."""

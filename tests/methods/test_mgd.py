@@ -160,7 +160,6 @@ def test_loaded_state_continues_the_stream():
     assert torch.equal(masks_of(pair, 0.5)[0], masks_of(other, 0.5)[0])
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_a_resumed_run_draws_the_same_masks(tmp_path):
     """Weights and losses are those of the run that was not interrupted."""
 

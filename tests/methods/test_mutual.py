@@ -538,7 +538,6 @@ def trained_and_resumed(cfg, tmp_path):
     return record
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_a_run_resumes_exactly(tmp_path):
     record = trained_and_resumed(mutual_run(tmp_path), tmp_path)
     for losses in record.losses:
@@ -547,7 +546,6 @@ def test_a_run_resumes_exactly(tmp_path):
     assert 'big/coco/bbox_mAP' in record.metrics[-1]
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_a_two_stage_run_resumes_exactly(tmp_path):
     cfg = mutual_run(tmp_path, toy.FASTER_RCNN)
     record = trained_and_resumed(cfg, tmp_path)

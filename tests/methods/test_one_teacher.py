@@ -260,7 +260,6 @@ class TestBadConfigs:
             several(tiny.gfl(), **{option: -0.1})
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_a_run_leaves_the_online_teacher_as_it_is_alone(tmp_path):
     """Its weights do not depend on what its students learn from it."""
     weights = {}
@@ -284,7 +283,6 @@ def test_a_run_leaves_the_online_teacher_as_it_is_alone(tmp_path):
     assert not toy.same(student, plain)
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_a_run_resumes_exactly(tmp_path):
     """Two students and a teacher in training."""
     cfg = mutual_run(tmp_path, method=METHOD)

@@ -339,7 +339,7 @@ class TestMembersThatDoNotFit:
 
 
 @pytest.fixture(scope='module')
-def files(shared_data, tmp_path_factory):
+def files(tmp_path_factory):
     """A config and two checkpoints of untrained detectors."""
     folder = tmp_path_factory.mktemp('members')
     cfg = toy.plain(folder, toy.RETINANET)

@@ -14,8 +14,6 @@ from tests.engine.test_distributed import launch, records
 from tests.engine.test_resume import assert_same_outcome
 from tests.helpers import toy
 
-pytestmark = pytest.mark.usefixtures('shared_data')
-
 COLAD = dict(type='mmkd.CoLearningAssignment')
 
 

@@ -15,8 +15,6 @@ from tests.helpers import (
 )
 from tests.peers import test_peer as test_peers
 
-pytestmark = pytest.mark.usefixtures('shared_data')
-
 GFL = 'gfl/gfl_r50_fpn_1x_coco.py'
 SEVERAL = dict(type='mmkd.OneTeacherSeveralStudents')
 METHODS = {

@@ -21,14 +21,14 @@ from mmkd.engine.logs import by_step, training_rows
 from mmkd.errors import ConfigError
 from mmkd.report import attention, evaluation, figures, work_dir
 from mmkd.report import page as tool
-from tests.helpers import toy
+from tests.helpers import made_data, toy
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory, shared_data):
+def trained(tmp_path_factory):
     """The work dirs of a plain and of a distilled training of two epochs."""
     folder = tmp_path_factory.mktemp('trained')
     for name, make in (('student', toy.plain), ('distilled', toy.distilled)):
@@ -130,8 +130,8 @@ def test_the_worst_and_the_best_are_not_the_same():
     assert tool.choose(ranked, 0) == []
 
 
-def dataset_of(name, shared_data):
-    """Two real data sets: with a JSON file of masks, and without one."""
+def dataset_of(name):
+    """Two data sets: with a JSON file of masks, and without one."""
     from mmdet.registry import DATASETS
     from mmdet.utils import register_all_modules
     from mmengine.config import Config
@@ -143,13 +143,13 @@ def dataset_of(name, shared_data):
     else:
         config = Config.fromfile(ROOT / 'configs' / 'bccd' / 'student.py')
         config = config.test_dataloader.dataset
-        config.data_root = f'{shared_data}/bccd/'
+        config.data_root = f'{made_data.root()}/bccd/'
     return DATASETS.build(config)
 
 
 @pytest.mark.parametrize('name', ['coco', 'bccd'])
-def test_who_finds_all_has_an_ap_of_one(shared_data, name):
-    dataset = dataset_of(name, shared_data)
+def test_who_finds_all_has_an_ap_of_one(photos, name):
+    dataset = dataset_of(name)
     truth = evaluation.truth_of(dataset)
     pictures = list(evaluation.read_pictures(dataset))
     for picture in pictures:
@@ -264,7 +264,7 @@ def test_a_training_without_checkpoint_is_refused(trained, tmp_path, capsys):
     assert 'holds no checkpoint' in capsys.readouterr().err
 
 
-def test_other_test_data_are_refused(trained, shared_data):
+def test_other_test_data_are_refused(trained):
     runs = [
         work_dir.read_work_dir(trained / name, name)
         for name in ('student', 'distilled')

@@ -24,10 +24,8 @@ from mmkd.start.config_text import (
 )
 from mmkd.start.folders import find_data
 from mmkd.utils import build_checked, option_names
-from tests.helpers import toy
+from tests.helpers import made_data, toy
 
-BCCD = toy.DATA / 'bccd'
-COCO = toy.DATA / 'coco_tiny'
 STUDENT = f'mmdet::{toy.RETINANET}'
 INDEXED = 'retinanet_r101_fpn_2x_coco'
 FASTER = 'faster-rcnn_r101_fpn_2x_coco'
@@ -84,17 +82,15 @@ class TestTeacher:
 
 
 class TestData:
-    @pytest.mark.usefixtures('shared_data')
-    def test_voc_layout(self):
-        data = find_data(str(BCCD))
+    def test_voc_layout(self, photos):
+        data = find_data(str(photos / 'bccd'))
         assert data.classes == ('Platelets', 'RBC', 'WBC')
         assert data.train['ann_file'] == 'BCCD/ImageSets/Main/train.txt'
         assert data.val['ann_file'] == 'BCCD/ImageSets/Main/val.txt'
-        assert find_data(str(BCCD / 'BCCD')) == data
+        assert find_data(str(photos / 'bccd' / 'BCCD')) == data
 
-    @pytest.mark.usefixtures('shared_data')
-    def test_coco_layout(self):
-        data = find_data(str(COCO))
+    def test_coco_layout(self, photos):
+        data = find_data(str(photos / 'coco_tiny'))
         assert list(data.classes) == toy.stock_classes()
         assert data.train['data_prefix'] == dict(img='train2017/')
         assert data.metric['ann_file'].endswith('instances_val2017.json')
@@ -109,13 +105,12 @@ class TestData:
     @pytest.mark.parametrize(
         'base', [toy.RETINANET, 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py']
     )
-    @pytest.mark.usefixtures('shared_data')
     def test_the_student_gets_its_classes(self, tmp_path, base):
         text = config_text(
             f'mmdet::{base}',
             {'name': INDEXED},
             'pkd',
-            find_data(str(BCCD)),
+            find_data(str(made_data.root() / 'bccd')),
         )
         path = tmp_path / 'config.py'
         path.write_text(text)
@@ -256,7 +251,6 @@ class TestOptions:
         one = options_for('crosskd', atss, 'gfl_r101_fpn_ms-2x_coco')
         assert (both['quality_weight'], one['quality_weight']) == (1.0, 0.0)
 
-    @pytest.mark.usefixtures('shared_data')
     @pytest.mark.parametrize(
         ('method', 'base'),
         [
@@ -315,7 +309,6 @@ def run(*arguments):
     )
 
 
-@pytest.mark.usefixtures('shared_data')
 class TestCommand:
     def prepare(self, folder):
         """A student on a few photos, and a saved teacher of its kind."""
@@ -357,7 +350,6 @@ class TestCommand:
         assert edited.read_text() == '# mine'
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_the_doctors_command(tmp_path):
     cfg = toy.distilled(tmp_path, toy.RETINANET)
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None

@@ -21,7 +21,7 @@ def grid():
 
 
 @pytest.fixture(scope='module')
-def configs(tmp_path_factory, shared_data):
+def configs(tmp_path_factory):
     return write_configs(tmp_path_factory.mktemp('configs'))
 
 

@@ -37,7 +37,7 @@ def reading():
 
 
 @pytest.fixture(scope='module')
-def configs(tmp_path_factory, shared_data):
+def configs(tmp_path_factory):
     """The folder of a RetinaNet and a peer of another width."""
     folder = tmp_path_factory.mktemp('configs')
     cfg = toy.plain(folder, toy.RETINANET, epochs=2, images=4)

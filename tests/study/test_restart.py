@@ -50,7 +50,7 @@ def step_of():
 
 
 @pytest.fixture(scope='module')
-def configs(tmp_path_factory, shared_data):
+def configs(tmp_path_factory):
     return write_configs(tmp_path_factory.mktemp('configs'))
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from mmkd.errors import ConfigError
 from mmkd.study.training import locked
-from tests.helpers import toy
+from tests.helpers import made_data, toy
 from tests.helpers.hold import reached
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def of_a_run():
 
 
 @pytest.fixture(scope='module')
-def configs(tmp_path_factory, shared_data):
+def configs(tmp_path_factory):
     """The folder of two tiny configs: plain.py and distilled.py."""
     return write_configs(tmp_path_factory.mktemp('configs'))
 
@@ -271,7 +271,7 @@ def finish(run, weight=1.0, **metrics):
 def finished(reading, write, configs, tmp_path):
     """A study whose runs are done, and copies of its data to tamper with."""
     data = tmp_path / 'data'
-    source = toy.DATA / 'coco_tiny'
+    source = made_data.root() / 'coco_tiny'
     shutil.copytree(source / 'annotations', data / 'annotations')
     for split in ('train2017', 'val2017'):
         (data / split).mkdir()

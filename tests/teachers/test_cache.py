@@ -294,7 +294,6 @@ def test_wrong_options(teacher, cache, message):
         faster.distiller_of(tiny.gfl(), cfg, METHODS)
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_a_training_without_random_transforms(tmp_path):
     def config(name, **cache):
         cfg = toy.distilled(

@@ -422,7 +422,6 @@ def test_features_have_no_mean():
 # ------------------------------------------------------------------- training
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_the_doctor_looks_at_each(tmp_path):
     cfg = toy.distilled(
         tmp_path, toy.RETINANET, methods=dict(kd=dict(type='mmkd.KD'))

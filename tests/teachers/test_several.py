@@ -384,7 +384,6 @@ class SpoilsSecond(DistillationRunner):
         torch.nn.init.normal_(network.backbone.conv1.weight)
 
 
-@pytest.mark.usefixtures('shared_data')
 class TestTraining:
     def test_resumes_exactly_and_leaves_a_stock_checkpoint(self, tmp_path):
         cfg = several(tmp_path, epochs=2, images=4)

@@ -13,8 +13,6 @@ from tests.helpers import (
     toy_distributed,  # noqa: F401
 )
 
-pytestmark = pytest.mark.usefixtures('shared_data')
-
 
 def config(folder: Path, batch: int, **methods):
     """Runs whose batches can be compared: nothing in them is random."""

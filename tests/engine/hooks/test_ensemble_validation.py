@@ -10,8 +10,6 @@ from mmkd.errors import ConfigError
 from tests.helpers import toy
 from tests.peers.test_peer import peer_config
 
-pytestmark = pytest.mark.usefixtures('shared_data')
-
 
 def config(work_dir, **options):
     cfg = toy.plain(work_dir, toy.RETINANET, images=4)

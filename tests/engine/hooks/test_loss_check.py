@@ -41,7 +41,6 @@ def assert_not_stepped(runner, state):
         assert torch.equal(value, state[name]), name
 
 
-@pytest.mark.usefixtures('shared_data')
 class TestNotFinite:
     @pytest.mark.parametrize('value', [float('nan'), float('inf')])
     @pytest.mark.parametrize('at', [0, 2])
@@ -131,7 +130,6 @@ class TestNotFinite:
         assert records[0].losses == records[1].losses
 
 
-@pytest.mark.usefixtures('shared_data')
 class TestAlwaysZero:
     def warnings(self, tmp_path, caplog, patience, methods):
         cfg = config(tmp_path)

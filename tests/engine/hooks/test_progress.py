@@ -17,7 +17,6 @@ from mmkd.engine.hooks import ProgressHook, progress
 from mmkd.errors import ConfigError
 from tests.helpers import toy
 
-pytestmark = pytest.mark.usefixtures('shared_data')
 ERASE, SHOW_CURSOR = '\x1b[2K', '\x1b[?25h'
 
 

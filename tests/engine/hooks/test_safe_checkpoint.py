@@ -10,7 +10,6 @@ import pytest
 from mmkd.engine.hooks import SafeCheckpointHook
 from tests.helpers import toy
 
-pytestmark = pytest.mark.usefixtures('shared_data')
 TRACE = []
 TRACING = []
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from mmengine.structures import InstanceData
 
 from mmkd.engine.hooks import TeacherCheckHook
 from mmkd.errors import ConfigError
-from tests.helpers import toy
+from tests.helpers import made_data, toy
 
 
 @MODELS.register_module(force=True)  # imported by two names
@@ -77,9 +78,7 @@ def teacher_of(tmp_path, base, kind):
 def expected_metrics(tmp_path, images):
     """MMDetection's own test of the teacher on the first images alone."""
     cfg, path = teacher_of(tmp_path, toy.RETINANET, 'OracleInOrder')
-    annotations = json.loads(
-        (toy.DATA / 'coco_tiny/annotations/instances_val2017.json').read_text()
-    )
+    annotations = json.loads(Path(cfg.test_evaluator.ann_file).read_text())
     kept = annotations['images'][:images]
     ids = {image['id'] for image in kept}
     annotations['images'] = kept
@@ -95,7 +94,6 @@ def expected_metrics(tmp_path, images):
     return toy.build(cfg).test()
 
 
-@pytest.mark.usefixtures('shared_data')
 class TestMetrics:
     @pytest.mark.parametrize(('evaluate', 'images'), [(3, 3), (100, 6)])
     def test_are_those_of_mmdetection_s_test(self, tmp_path, evaluate, images):
@@ -161,11 +159,11 @@ class TestMetrics:
             assert f'The {name} on 3 validation images' in log
             assert f'the {name} is {kind}' in log
 
-    def test_voc_with_two_metrics(self, tmp_path, repo_root, shared_data):
+    def test_voc_with_two_metrics(self, tmp_path, repo_root):
         cfg = Config.fromfile(repo_root / 'configs/bccd/distilled.py')
         for split in ('train', 'val', 'test'):
             dataset = cfg[f'{split}_dataloader'].dataset
-            dataset.data_root = f'{shared_data}/bccd/'
+            dataset.data_root = f'{made_data.root()}/bccd/'
             dataset.indices = 2
             for step in dataset.pipeline:
                 if step.type == 'Resize':
@@ -194,7 +192,6 @@ class TestMetrics:
             assert scalars.seen[f'teacher/{key}'] == pytest.approx(value), key
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_without_validation_data(tmp_path):
     cfg = toy.distilled(tmp_path, images=2)
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None

@@ -12,8 +12,6 @@ from mmkd.engine.hooks import TelemetryHook
 from mmkd.errors import ConfigError
 from tests.helpers import toy
 
-pytestmark = pytest.mark.usefixtures('shared_data')
-
 
 class Independent(Hook):
     """The gradients, by a backward pass of its own for each method."""

@@ -95,7 +95,6 @@ def run(tmp_path, *schedules, epochs=2, **changes):
     return cfg, watch, record
 
 
-@pytest.mark.usefixtures('shared_data')
 class TestRun:
     """Two epochs of three iterations."""
 
