@@ -48,6 +48,7 @@ def in_terminal(path, interrupt_at=None):
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
     process = subprocess.Popen(
         [sys.executable, 'tools/train.py', str(path)],
+        stdin=subprocess.DEVNULL,  # rich asks it first how wide the screen is
         stdout=theirs,
         stderr=theirs,
         cwd=toy.ROOT,
