@@ -45,7 +45,9 @@ def __getattr__(name: str) -> object:
     try:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
-        raise missing_packages() or error from error
+        if missing := missing_packages():
+            raise missing from error
+        raise
     globals()[name] = value
     return value
 

@@ -52,4 +52,4 @@ def parser_of(command: ModuleType) -> argparse.ArgumentParser:
             command.main([])
         except _Found as error:
             return error.args[0]
-    raise AssertionError(f'{command.__name__} does not parse its arguments')
+    raise NotImplementedError(f'{command.__name__}.main parses nothing')

@@ -79,7 +79,9 @@ def load(name: str) -> ModuleType:
         with contextlib.redirect_stdout(sys.stderr):
             return importlib.import_module(COMMANDS[name][0])
     except ModuleNotFoundError as error:
-        raise missing_packages() or error from error
+        if missing := missing_packages():
+            raise missing from error
+        raise
 
 
 def answer(name: str, arguments: Sequence[str]) -> int:
