@@ -17,7 +17,7 @@ from mmkd.core.distiller import Distiller
 from mmkd.core.method import Method
 from mmkd.data.batch import Batch
 from mmkd.doctor.conditions import mapped
-from mmkd.study.training import peak_resident
+from mmkd.study.step import peak_resident
 
 from .common import (
     Trainer,
