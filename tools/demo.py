@@ -17,7 +17,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -26,21 +26,18 @@ from pathlib import Path
 # machine.
 os.environ['OMP_NUM_THREADS'] = '1'
 
-from mmkd.errors import MMKDError
-from mmkd.study.training import (
-    DemoError,
-    Network,
-    locked,
-    now,
-    plan,
-    read_json,
-    train,
-    versions,
-    write_json,
-)
+with redirect_stdout(sys.stderr):  # MMDetection prints when it is imported
+    from mmkd.errors import MMKDError
+    from mmkd.study.inputs import versions
+    from mmkd.study.step import locked, now, read_json, write_json
+    from mmkd.study.study import Study, study_of
+    from mmkd.study.work import execute, tell_plan
+    from mmkd.utils import add_cfg_options
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'data' / 'neon'
+NETWORKS = {'teacher': {}, 'student': {}, 'distilled': {'teacher': 'teacher'}}
+"""The networks, and the one that teaches."""
 RESULTS = ('table.md', 'table.json', 'loss.png', 'ap.png', 'pictures')
 
 
@@ -52,11 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare_data()
         with locked(args.work_dir) as lock:
-            options = [f'randomness.seed={args.seed}', *args.cfg_options]
-            networks = plan(args.work_dir, DATA, options)
-            train(networks, args.jobs, lock)
-            report(networks, args.work_dir)
-    except (DemoError, MMKDError) as error:
+            study = demo_study(args)
+            tell_plan(study, keep_stale=True)
+            execute(
+                study, args.jobs, lock, keep_stale=True, stop_at_failure=True
+            )
+            check(study)
+            report(study)
+    except MMKDError as error:
         print(f'\nerror: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -85,13 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='how many trainings run at a time, each on one core '
         '(default: %(default)s)',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        default=[],
-        metavar='KEY=VALUE',
-        help='override entries of all three configs',
-    )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error('--jobs takes a number from 1')
@@ -102,38 +96,65 @@ def prepare_data() -> None:
     """Prepare the data set if it does not exist.
 
     Raises:
-        DemoError: If that fails.
+        MMKDError: If that fails.
     """
     if DATA.exists():
         return
     print('Preparing the data', flush=True)
     command = [sys.executable, '-m', 'mmkd', 'prepare', 'neon']
     if subprocess.run(command, check=False).returncode:
-        raise DemoError('the data could not be prepared (see above).')
+        raise MMKDError('the data could not be prepared (see above).')
 
 
-def report(networks: Mapping[str, Network], folder: Path) -> None:
+def demo_study(args: argparse.Namespace) -> Study:
+    """The study of the three networks, with one seed."""
+    runs = {
+        name: {
+            'config': f'mmkd::neon/{name}.py',
+            'options': args.cfg_options or {},
+            **needs,
+        }
+        for name, needs in NETWORKS.items()
+    }
+    content = {'work_dir': args.work_dir, 'seeds': [args.seed], 'runs': runs}
+    return study_of(content, 'the demo', 'demo')
+
+
+def check(study: Study) -> None:
+    """Raise :class:`MMKDError` with the end of the log of what has failed."""
+    for run in study.runs:
+        if run.failure:
+            lines = [f'{run.network}: {run.failure}']
+            if run.step:
+                log = run.step.log.read_text(errors='replace').splitlines()
+                lines += [f'  | {line[:200]}' for line in log[-15:]]
+            raise MMKDError('\n'.join(lines))
+
+
+def report(study: Study) -> None:
     """Evaluate, draw and write, or reuse old results; print the table."""
-    marks = {n.name: n.fingerprint for n in networks.values()}
+    folder = study.work_dir
+    marks = {run.network: run.checkpoint_hash for run in study.runs}
     old = read_json(folder / 'table.json')
     complete = all((folder / name).exists() for name in RESULTS)
-    if complete and old.get('fingerprints') == marks:
+    if complete and old.get('checkpoints') == marks:
         print(f'results: reused, as of {old["evaluated"]}')
     else:
         print('results: evaluating and drawing', flush=True)
         log = (folder / 'evaluation.txt').open('w')
         with log, redirect_stdout(log), redirect_stderr(log):
-            # MMDetection comes with this import, and warns of this and that.
+            # It draws, and this import takes a while.
             from mmkd.report.summary import write_results
 
-            folders = {n.name: n.folder for n in networks.values()}
-            states = {n.name: n.state for n in networks.values()}
-            minutes = {k: s['cpu_seconds'] / 60 for k, s in states.items()}
+            folders = {run.network: run.folder for run in study.runs}
+            notes = {run.network: run.noted for run in study.runs}
+            minutes = {k: n['cpu_seconds'] / 60 for k, n in notes.items()}
             data = write_results(folders, minutes, folder)
-        for name, network in networks.items():
-            command = ' '.join(['python', *network.command])
-            data['networks'][name] |= {'command': command, **states[name]}
-        data |= dict(evaluated=now(), versions=versions(), fingerprints=marks)
+        for run in study.runs:
+            command = ' '.join(['python', *run.training.command])
+            row = data['networks'][run.network]
+            row |= {'command': command, **notes[run.network]}
+        data |= dict(evaluated=now(), versions=versions(), checkpoints=marks)
         write_json(folder / 'table.json', data)
     print(f'\n{(folder / "table.md").read_text()}')
     for name in RESULTS:

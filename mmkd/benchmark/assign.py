@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +17,69 @@ from mmkd.detectors.assignment import assigned_by, own_costs, positive_samples
 from mmkd.detectors.facts import read_facts
 from mmkd.detectors.source import find_in_model_index, load_config
 
-from .common import Trainer, build, interleaved, spread
+from .common import Benchmark, Times, Trainer, altered, table
 from .paa_reference import reference
 
 OBJECTS, CANDIDATES = 112, (10, 45)
 DTYPES = {'float64': np.float64, 'float32': np.float32}
 
 
-def assign(
-    args: argparse.Namespace, device: str
-) -> tuple[dict[str, Any], str]:
-    """The fit against scikit-learn; an iteration against MMDetection's LAD."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    '--config': dict(default='mmkd::lad_r50.py', help='a config of LAD'),
+    '--costs': dict(
+        type=Path, help='a PAA checkpoint of BCCD, for real costs'
+    ),
+}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure label assignment: the fit of mixtures, and iterations of LAD.
+
+    The batched fit is compared with scikit-learn's, in time and in which
+    candidates become positive; LAD with MMDetection's own detector.
+    """
     samples = {'random costs': random_costs(20)}
     if args.costs:
         samples['real costs'] = real_costs(args.costs)
-    fits = {name: compare(rows) for name, rows in samples.items()}
-    lines = [
-        f'{OBJECTS} objects of {CANDIDATES[0]} to {CANDIDATES[1]} candidates',
-        '',
-        '| | median s | range |',
-        '|---|---|---|',
+    return {
+        'fit': fit_times(samples['random costs'][0], args),
+        'partitions': {name: compare(rows) for name, rows in samples.items()},
+        'lad': against_mmdet(args),
+    }
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    fit: Times = result['fit']
+    factor = 'scikit-learn / batched', fit.ratios('sklearn', 'batched')
+    header = ['partitions', 'objects', 'as float64', 'as float32']
+    header += ['refused by float64', 'refused by float32', 'without positive']
+    partitions = [
+        [
+            name,
+            found['objects'],
+            *(f'{found[dtype]:.2%}' for dtype in DTYPES),
+            *found['refused'].values(),
+            found['none'],
+        ]
+        for name, found in result['partitions'].items()
     ]
-    times = fit_times(samples['random costs'][0], args)
-    factors = [
-        s / b for b, s in zip(times['batched'], times['sklearn'], strict=True)
-    ]
-    lines += [
-        f'| {name} | {spread(values)} |' for name, values in times.items()
-    ]
-    lines += [
-        f'| scikit-learn / batched | {spread(factors)} |',
-        '',
-        '| partitions | objects | as float64 | as float32 | refused by '
-        'float64 | refused by float32 | without positive |',
-        '|---|---|---|---|---|---|---|',
-    ]
-    lines += [
-        f'| {name} | {f["objects"]} | {f["float64"]:.2%} | {f["float32"]:.2%} '
-        f'| {f["refused"]["float64"]} | {f["refused"]["float32"]} '
-        f'| {f["none"]} |'
-        for name, f in fits.items()
-    ]
-    lad = against_mmdet(args, device)
-    lines += ['', '| | median s | range |', '|---|---|---|']
-    lines += [f'| {name} | {spread(values)} |' for name, values in lad.items()]
-    return {'fit': times, 'partitions': fits, 'lad': lad}, '\n'.join(lines)
+    seconds = ['', 'median s']
+    return '\n\n'.join(
+        [
+            f'{OBJECTS} objects of {CANDIDATES[0]} to {CANDIDATES[1]} '
+            'candidates',
+            table(seconds, [*fit.items(), factor]),
+            table(header, partitions),
+            table(seconds, [*result['lad'].items()]),
+        ]
+    )
 
 
 # ------------------------------------------------------------------- the fit
 
 
 def random_costs(batches: int) -> list[tuple[Tensor, Tensor]]:
-    """Batches of sorted costs with one or two bumps, and their masks."""
+    """Make batches of sorted costs with one or two bumps, and their masks."""
     chance = np.random.default_rng(0)
     made = []
     for _ in range(batches):
@@ -78,21 +89,14 @@ def random_costs(batches: int) -> list[tuple[Tensor, Tensor]]:
             row = chance.gamma(2, 1, n) + 0.5
             if number % 2:
                 row[: n // 3] = chance.normal(1.5, 0.3, n // 3).clip(0.1)
-            rows.append(np.sort(row))
-        made.append(padded(rows))
+            rows.append(torch.from_numpy(np.sort(row)).float())
+        costs = nn.utils.rnn.pad_sequence(rows, True, torch.inf)
+        made.append((costs, costs.isfinite()))
     return made
 
 
-def padded(rows: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    costs = torch.full((len(rows), width), torch.inf)
-    for row, values in zip(costs, rows, strict=True):
-        row[: len(values)] = torch.as_tensor(values)
-    return costs, costs.isfinite()
-
-
 def real_costs(checkpoint: Path) -> list[tuple[Tensor, Tensor]]:
-    """What a trained PAA makes of BCCD's training images."""
+    """Return what a trained PAA makes of BCCD's training images."""
     register_all_modules()
     cfg = load_config('mmkd::bccd/paa_big.py')
     model = MODELS.build({'_scope_': 'mmdet', **cfg.model})
@@ -100,14 +104,14 @@ def real_costs(checkpoint: Path) -> list[tuple[Tensor, Tensor]]:
     model.load_state_dict(weights['state_dict'])
     model.eval()
     loader = Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader))
-    head, made = _head_of(model), []
+    head, made = head_of(model), []
     own = own_costs(head)
 
     def costs(candidates: Any, logits: Tensor, deltas: Tensor) -> Tensor:
         values = own(candidates, logits, deltas)
-        table, _ = candidates._cheapest(values, head.topk)
-        table = table.sort(dim=1).values
-        made.append((table, table.isfinite()))
+        cheapest, _ = candidates._cheapest(values, head.topk)
+        cheapest = cheapest.sort(dim=1).values
+        made.append((cheapest, cheapest.isfinite()))
         return values
 
     with torch.no_grad(), assigned_by(head, costs):
@@ -118,9 +122,10 @@ def real_costs(checkpoint: Path) -> list[tuple[Tensor, Tensor]]:
 
 
 def compare(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """How many objects are parted as scikit-learn parts them.
+    """Count the objects that are parted as scikit-learn parts them.
 
-    Those that it refuses in a precision do not count in the share there.
+    An object that it refuses in a precision does not count in the share of
+    that precision.
     """
     total = empty = 0
     same, refused = dict.fromkeys(DTYPES, 0), dict.fromkeys(DTYPES, 0)
@@ -142,42 +147,36 @@ def compare(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     return {'objects': total, **shares, 'refused': refused, 'none': empty}
 
 
-def fit_times(
-    batch: tuple[Tensor, Tensor], args: argparse.Namespace
-) -> dict[str, list[float]]:
-    """Seconds of all objects of a batch, one thread."""
+def fit_times(batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> Times:
+    """Time the assignment of all objects of a batch."""
     costs, mask = batch
     rows = [row[inside] for row, inside in zip(costs, mask, strict=True)]
-
-    def loop() -> None:
-        for row in rows:
-            reference(row)
-
-    return interleaved(
-        {'batched': lambda: positive_samples(costs, mask), 'sklearn': loop},
-        args,
-        'cpu',
+    return Times.interleaved(
+        {
+            'batched': lambda: positive_samples(costs, mask),
+            'sklearn': lambda: [reference(row) for row in rows],
+        },
+        altered(args, device='cpu'),
     )
 
 
 # ------------------------------------------------------------ whole iterations
 
 
-def against_mmdet(
-    args: argparse.Namespace, device: str
-) -> dict[str, list[float]]:
-    """An iteration of LAD, of MMDetection's, of plain PAA; the teacher's."""
-    distiller, batch = build(args, device)
-    trainer = Trainer(distiller.student, batch, distiller)
+def against_mmdet(args: argparse.Namespace) -> Times:
+    """Time an iteration of LAD, MMDetection's, plain PAA and the teacher."""
+    trainer = Trainer.of(args)
     trainer.see_teacher()
-    rival = Trainer(mmdet_lad(args, distiller).to(device), batch)
-    head = _head_of(distiller.student)
+    distiller = trainer.distiller
+    assert distiller
+    rival = Trainer(mmdet_lad(args, distiller).to(args.device), trainer.images)
+    head = head_of(distiller.student)
 
     def plain() -> None:
         with assigned_by(head, own_costs(head)):
             trainer.plain()
 
-    times = interleaved(
+    times = Times.interleaved(
         {
             'plain PAA, batched assignment': plain,
             'teacher forward, no_grad': trainer.teacher,
@@ -185,17 +184,15 @@ def against_mmdet(
             "MMDetection's LAD": rival.step,
         },
         args,
-        device,
     )
-    p, t, ours, theirs = times.values()
-    rounds = list(zip(p, t, ours, theirs, strict=True))
-    times["LAD / MMDetection's"] = [o / m for _, _, o, m in rounds]
-    times['LAD / (plain + teacher)'] = [o / (p + t) for p, t, o, _ in rounds]
+    parts = [*times][:2]
+    times["LAD / MMDetection's"] = times.ratios('LAD', "MMDetection's LAD")
+    times['LAD / (plain + teacher)'] = times.ratios('LAD', *parts)
     return times
 
 
 def mmdet_lad(args: argparse.Namespace, distiller: Any) -> nn.Module:
-    """MMDetection's LAD detector of the same two networks."""
+    """Build MMDetection's LAD detector of the same two networks."""
     config = load_config(args.config)
     description = dict(config.distillation.teacher)
     if 'name' in description:
@@ -219,8 +216,11 @@ def mmdet_lad(args: argparse.Namespace, distiller: Any) -> nn.Module:
     return model
 
 
-def _head_of(model: Any) -> Any:
-    """The dense head, whose assignment is measured."""
+def head_of(model: Any) -> Any:
+    """Return the dense head, whose assignment is measured."""
     facts = read_facts(model).dense
     assert facts is not None
     return facts.head
+
+
+ASSIGN = Benchmark('assign', OPTIONS, measure, tables)

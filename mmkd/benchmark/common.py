@@ -1,10 +1,17 @@
-"""What the benchmarks share: batches, networks, clocks."""
+"""What all benchmarks share: networks, batches, clocks and tables."""
 
 import argparse
 import copy
+import itertools
+import logging
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,58 +29,40 @@ from mmkd.detectors.source import class_names
 from mmkd.detectors.source import load_config as read_config
 from mmkd.errors import ConfigError
 from mmkd.peers.peer import with_trained_teacher
+from mmkd.report.tables import table as markdown
 from mmkd.teachers.build import changed
 from mmkd.teachers.view import Teacher
 
 Images = tuple[Tensor, list[DetDataSample]]
+Runs = dict[str, Callable[[], Any]]
 
 
-def make_batch(args: argparse.Namespace, classes: int, device: str) -> Images:
-    """Images of noise with random boxes; both are the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    height, width = args.size
-    padded = tuple(-(-side // 32) * 32 for side in args.size)
-    images = torch.zeros(args.batch, 3, *padded)
-    images[..., :height, :width] = torch.randn(
-        args.batch, 3, height, width, generator=generator
-    )
-    samples = []
-    for _ in range(args.batch):
-        corner = torch.rand(args.objects, 2, generator=generator) * 0.7
-        extent = torch.rand(args.objects, 2, generator=generator) * 0.25
-        scale = torch.tensor([width, height])
-        boxes = torch.cat([corner, corner + extent + 0.02], 1)
-        sample = DetDataSample(
-            metainfo=dict(
-                img_shape=tuple(args.size),
-                ori_shape=tuple(args.size),
-                pad_shape=padded,
-                batch_input_shape=padded,
-                scale_factor=(1.0, 1.0),
-            )
-        )
-        sample.gt_instances = InstanceData(
-            bboxes=boxes * scale.repeat(2),
-            labels=torch.randint(
-                classes, (args.objects,), generator=generator
-            ),
-        )
-        sample.ignored_instances = InstanceData(
-            bboxes=torch.zeros(0, 4), labels=torch.zeros(0).long()
-        )
-        samples.append(sample.to(device))
-    return images.to(device), samples
+@dataclass(frozen=True)
+class Benchmark:
+    """One command of ``mmkd benchmark``."""
+
+    name: str
+    options: dict[str, dict[str, Any]]
+    """Its arguments by flag, with the keywords of ``add_argument``."""
+    measure: Callable[[argparse.Namespace], dict[str, Any]]
+    """Measures, and returns what ``--json`` writes; its docstring is help."""
+    table: Callable[[dict[str, Any]], str]
+    """Turns that result into the table to print."""
 
 
-def build_student(
-    args: argparse.Namespace, device: str
-) -> tuple[Config, nn.Module, Images]:
-    """The config, its student and a batch."""
-    cfg = load_config(args)
-    return cfg, *student_of(cfg, args, device)
+CONFIG = {'config': dict(help='a config with `distillation`')}
+
+
+def altered(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """Return the same arguments with other values for some of them."""
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+# ------------------------------------------------------------------ networks
 
 
 def load_config(args: argparse.Namespace) -> Config:
+    """Return the config of ``args`` with its ``--cfg-options``."""
     cfg = read_config(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
@@ -82,36 +71,70 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def student_of(
-    cfg: Config, args: argparse.Namespace, device: str
+def make_batch(args: argparse.Namespace, classes: int) -> Images:
+    """Make images of noise with random boxes, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = args.size
+    padded = tuple(-(-side // 32) * 32 for side in args.size)
+    images = torch.zeros(args.batch, 3, *padded)
+    images[..., :height, :width] = torch.randn(
+        args.batch, 3, height, width, generator=generator
+    )
+    meta = dict(
+        img_shape=tuple(args.size),
+        ori_shape=tuple(args.size),
+        pad_shape=padded,
+        batch_input_shape=padded,
+        scale_factor=(1.0, 1.0),
+    )
+    samples = []
+    for _ in range(args.batch):
+        corner = torch.rand(args.objects, 2, generator=generator) * 0.7
+        extent = torch.rand(args.objects, 2, generator=generator) * 0.25
+        boxes = torch.cat([corner, corner + extent + 0.02], 1)
+        labels = torch.randint(classes, (args.objects,), generator=generator)
+        sample = DetDataSample(metainfo=meta)
+        sample.gt_instances = InstanceData(
+            bboxes=boxes * torch.tensor([width, height]).repeat(2),
+            labels=labels,
+        )
+        samples.append(sample.to(args.device))
+    return images.to(args.device), samples
+
+
+def build_student(
+    args: argparse.Namespace, cfg: Config
 ) -> tuple[nn.Module, Images]:
-    """A config's student and a batch."""
+    """Build the student of a config with random weights, and a batch."""
     register_all_modules()
     torch.manual_seed(0)
     model_cfg = copy.deepcopy(cfg.model)
     model_cfg.backbone.init_cfg = None  # speed does not depend on weights
     student = MODELS.build(model_cfg)
     student.init_weights()
-    student.to(device).train()
-    classes = class_names({}, cfg) or ()
-    return student, make_batch(args, len(classes), device)
+    student.to(args.device).train()
+    return student, make_batch(args, len(class_names({}, cfg) or ()))
 
 
-def build(args: argparse.Namespace, device: str) -> tuple[Distiller, Images]:
-    """The student with its distiller (not attached) and a batch."""
-    return build_together(load_config(args), args, device)
-
-
-def build_together(
-    cfg: Config, args: argparse.Namespace, device: str
+def build(
+    args: argparse.Namespace, cfg: Config | None = None
 ) -> tuple[Distiller, Images]:
-    """The same of a config that has been read."""
+    """Build a distiller, not attached to its student, and a batch.
+
+    Args:
+        args: The arguments of the command.
+        cfg: The config, where it is not as ``args`` say.
+
+    Raises:
+        ConfigError: If the config does not distil.
+    """
+    cfg = load_config(args) if cfg is None else cfg
     if not cfg.get('distillation'):
         raise ConfigError(
             f'{args.config} has no distillation to measure. Give a config '
             'that distils, such as mmkd::faster_rcnn_kd_r50.py.'
         )
-    student, batch = student_of(cfg, args, device)
+    student, batch = build_student(args, cfg)
     distillation = copy.deepcopy(cfg.distillation)
     if 'teacher' in distillation:
         distillation.teacher = untrained(distillation.teacher)
@@ -124,7 +147,7 @@ def build_together(
 
 
 def untrained(teacher: Any) -> Any:
-    """Descriptions of teachers without their weights."""
+    """Describe the same teachers without their weights."""
     return changed(teacher, lambda options: {**options, 'checkpoint': None})
 
 
@@ -134,32 +157,40 @@ class Trainer:
     def __init__(
         self,
         student: nn.Module,
-        batch: Images,
+        images: Images,
         distiller: Distiller | None = None,
     ) -> None:
-        self.student, self.distiller = student, distiller
+        self.student: Any = student
+        self.distiller = distiller
         self.model: nn.Module = student
         """What is called: the student, or its wrapper."""
-        self.inputs, self.samples = batch
+        self.images, self.batch = images, Batch(*images)
         adapters = distiller.parameters() if distiller else ()
         self.optimizer = torch.optim.SGD(
             [*student.parameters(), *adapters], lr=1e-6, momentum=0.9
         )
 
+    @classmethod
+    def of(cls, args: argparse.Namespace, distils: bool = True) -> 'Trainer':
+        """Build a config's student, with its distiller or without."""
+        if not distils:
+            return cls(*build_student(args, load_config(args)))
+        distiller, batch = build(args)
+        return cls(distiller.student, batch, distiller)
+
     def step(self) -> None:
-        """One iteration; distilled if the distiller is attached."""
-        losses = self.model(self.inputs, self.samples, mode='loss')
+        """Do one iteration; it is distilled if the distiller is attached."""
+        losses = self.model(*self.images, mode='loss')
         total, _ = self.student.parse_losses(losses)
         self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
 
-    def plain(self) -> None:
-        """The stock student's iteration."""
-        self.step()
+    plain = step
+    """The stock student's iteration, as the distiller is not attached."""
 
     def distilled(self) -> None:
-        """The same with every method of the config."""
+        """Do one iteration with every method of the config."""
         assert self.distiller
         self.distiller.attach()
         try:
@@ -186,7 +217,7 @@ class Trainer:
                     self.rois[stage] = sample
                     return score(sample, stage)
 
-                part.score_rois = score_rois
+                vars(part)['score_rois'] = score_rois
                 views.append(part)
             return seen
 
@@ -196,10 +227,9 @@ class Trainer:
         self.parts = [p for p in ('maps', 'rpn', 'raw_dense') if p in read]
 
     def teacher(self) -> None:
-        """The teacher's part of a distilled step alone."""
+        """Do the teacher's part of a distilled step alone."""
         assert self.distiller
-        seen = self.distiller.teacher.view(Batch(self.inputs, self.samples))
-        for view in seen.parts():
+        for view in self.distiller.teacher.view(self.batch).parts():
             for part in self.parts:
                 getattr(view, part)
             for stage, sample in self.rois.items():
@@ -207,83 +237,139 @@ class Trainer:
 
 
 def teacher_of(distiller: Distiller) -> Teacher:
-    """A config's frozen network; an error if it has none."""
+    """Return the frozen network of a config.
+
+    Raises:
+        ConfigError: If it has none.
+    """
     if not distiller.teacher.each():
-        raise SystemExit(
-            'error: the config has no distillation.teacher. Networks that '
-            'train together are measured by `scale --networks`.'
+        raise ConfigError(
+            'the config has no distillation.teacher. Networks that train '
+            'together are measured by `mmkd benchmark scale --networks`.'
         )
     return distiller.teacher
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], Any]],
-    args: argparse.Namespace,
-    device: str,
-) -> dict[str, list[float]]:
-    """Seconds of each run, in turn, so that noise meets all alike.
-
-    A first round, to warm up, is not counted. On a GPU the seconds are those
-    between two of its events, else the clock's, or the process's with
-    ``args.cpu_time``.
-    """
-    measure = cuda_round if device == 'cuda' else clock_round(args)
-    rounds = [measure(runs.values()) for _ in range(args.repeat + 1)]
-    times = map(list, zip(*rounds[1:], strict=True))
-    return dict(zip(runs, times, strict=True))
+def size_of(modules: Iterable[nn.Module]) -> float:
+    """Return the MiB of the modules' parameters and buffers."""
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
-def clock_round(args: argparse.Namespace) -> Callable[..., list[float]]:
-    """Seconds of each run by a clock of the processor's."""
-    clock = time.process_time if args.cpu_time else time.perf_counter
-
-    def measure(runs: Iterable[Callable[[], Any]]) -> list[float]:
-        seconds = []
-        for run in runs:
-            start = clock()
-            run()
-            seconds.append(clock() - start)
-        return seconds
-
-    return measure
+# --------------------------------------------------------- times and tables
 
 
-def cuda_round(runs: Iterable[Callable[[], Any]]) -> list[float]:
-    """Seconds of each run on the GPU, which is waited for once."""
-    pairs = []
-    for run in runs:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+class Ratios(list[float]):
+    """The quotients of two runs' times, one value per round."""
+
+
+class Times(dict[str, list[float]]):
+    """The seconds of each run by its name, one value per round."""
+
+    @classmethod
+    def interleaved(cls, runs: Runs, args: argparse.Namespace) -> 'Times':
+        """Time the runs in turn, so that noise meets all of them alike.
+
+        ``torch.utils.benchmark`` measures one piece of code after the other:
+        on a machine that others use as well, the ratio of two such numbers
+        says more about the others than about the code.
+
+        A first round, to warm up, is not counted. On a GPU the seconds are
+        those between two of its events, otherwise the clock's, or the
+        process's with ``args.cpu_time``.
+        """
+        rounds = [one_round(runs, args) for _ in range(args.repeat + 1)]
+        times = map(list, zip(*rounds[1:], strict=True))
+        return cls(zip(runs, times, strict=True))
+
+    def ratios(self, run: str, *others: str) -> Ratios:
+        """Divide what a run takes by the sum of others, round by round."""
+        rounds = zip(self[run], *(self[o] for o in others), strict=True)
+        return Ratios(own / sum(parts) for own, *parts in rounds)
+
+    def table(self, what: str, base: str) -> str:
+        """Show each run's seconds, and their ratios to those of ``base``."""
+        return table(
+            [what, 'median s', f'time / {base}'],
+            [[run, own, self.ratios(run, base)] for run, own in self.items()],
+        )
+
+
+def one_round(runs: Runs, args: argparse.Namespace) -> list[float]:
+    """Time each run once by the GPU's events or by a clock."""
+    mark: Callable[[], Any] = recorded_event
+    if args.device != 'cuda':
+        mark = time.process_time if args.cpu_time else time.perf_counter
+    marks = [mark()]
+    for run in runs.values():
         run()
-        end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize()
+        marks.append(mark())
+    pairs = itertools.pairwise(marks)
+    if args.device != 'cuda':
+        return [end - start for start, end in pairs]
+    torch.cuda.synchronize()  # wait only once, at the end
     return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
 
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    median = statistics.median(values)
-    return f'{median:.4g} | {min(values):.4g}-{max(values):.4g}'
+def recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
-def ratio_table(what: str, times: Mapping[str, list[float]], base: str) -> str:
-    """Seconds, and the ratios to ``base`` round by round."""
-    rows = [
-        f'| {what} | median s | range | time / {base} | range |',
-        '|---|---|---|---|---|',
-    ]
-    for name, seconds in times.items():
-        ratios = [s / b for s, b in zip(seconds, times[base], strict=True)]
-        rows.append(
-            f'| {name} | {spread(seconds)} | '
-            f'**{statistics.median(ratios):.3f}** | '
-            f'{min(ratios):.3f}-{max(ratios):.3f} |'
-        )
-    return '\n'.join(rows)
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Lay out a table in Markdown.
+
+    A list of numbers takes two columns, its median and its range; the median
+    of :class:`Ratios`, which a table is about, is bold.
+    """
+    headings = [header[0]]
+    for heading, value in zip(header[1:], rows[0][1:], strict=True):
+        headings.append(heading)
+        if isinstance(value, list):
+            headings.append('range')
+    return markdown(headings, map(cells, rows))
 
 
-def size_of(modules: list[nn.Module]) -> float:
-    """MiB of the modules' parameters and buffers."""
-    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
+def cells(row: Sequence[Any]) -> list[str]:
+    """Write the values of a row as text (see :func:`table`)."""
+    found = []
+    for value in row:
+        if isinstance(value, Ratios):
+            found.append(f'**{statistics.median(value):.3f}**')
+            found.append(f'{min(value):.3f}-{max(value):.3f}')
+        elif isinstance(value, list):
+            found.append(f'{statistics.median(value):.4g}')
+            found.append(f'{min(value):.4g}-{max(value):.4g}')
+        else:
+            is_float = isinstance(value, float)
+            found.append(f'{value:.4g}' if is_float else str(value))
+    return found
+
+
+def each(
+    names: Iterable[Any],
+    measure: Callable[[Any], dict[str, Any]],
+    row: Callable[[Any, dict[str, Any]], Sequence[Any]],
+) -> dict[Any, dict[str, Any]]:
+    """Measure one after the other; print a row as soon as it is known."""
+    found = {}
+    for name in names:
+        found[name] = measure(name)
+        print(' | '.join(cells(row(name, found[name]))), flush=True)
+    return found
+
+
+def in_processes(
+    number: int, function: Callable[..., Any], *args: Any
+) -> list[Any]:
+    """Call a function in so many fresh processes, with the rank as well."""
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(number, context, silence) as pool:
+        return [*pool.map(partial(function, *args), range(number))]
+
+
+def silence() -> None:
+    """Print neither a line for each parameter nor warnings of MMEngine."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter('ignore')

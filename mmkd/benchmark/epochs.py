@@ -1,4 +1,4 @@
-"""Whole epochs of a training: what the teacher's cache leaves of its cost."""
+"""Whole epochs of trainings: how much of its cost a teacher's cache saves."""
 
 import argparse
 import copy
@@ -19,7 +19,7 @@ from mmkd.engine.data_guard import explain_data_error
 from mmkd.errors import ConfigError
 from mmkd.teachers.build import kind_of
 
-from .common import load_config, ratio_table, untrained
+from .common import CONFIG, Benchmark, Times, load_config, untrained
 
 PLAIN = 'plain student'
 TEACHER = 'distilled, teacher as it is'
@@ -27,14 +27,14 @@ CACHE = 'distilled, `cache`, all images known'
 KEPT = ('Load', 'Pack')
 """Transforms of a config that read images and make samples of them."""
 VALIDATING = ('TeacherCheckHook', 'EnsembleValidationHook')
-"""Hooks without which a run needs no validation data."""
+"""Hooks that need validation data, which no run has here."""
 
 
 class EpochClock(Hook):
-    """Seconds of each training epoch: its images are loaded within.
+    """Count the seconds of each training epoch, loading included.
 
     Args:
-        cpu_time: The process's seconds instead of the clock's.
+        cpu_time: Count the process's seconds instead of the clock's.
     """
 
     priority = 'VERY_LOW'
@@ -68,18 +68,17 @@ def wait(runner: Runner) -> None:
         torch.cuda.synchronize()
 
 
-def epochs(
-    args: argparse.Namespace, device: str
-) -> tuple[dict[str, Any], str]:
-    """Seconds of epochs, plain, distilled, and from a cache, in turn.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure whole epochs: plain, distilled, and from the teacher's cache.
 
-    Each is the second epoch of a run: the first one warms up, and fills the
-    cache.
+    Each is the second epoch of a training, the loading of images included:
+    the first one warms up, and fills the cache. It reads the first images of
+    the config's data, which are only resized.
     """
-    if device == 'cpu' and torch.cuda.is_available():
+    if args.device == 'cpu' and torch.cuda.is_available():
         raise ConfigError(
-            'epochs are those of a training, which takes the GPU that is '
-            'there: hide it with CUDA_VISIBLE_DEVICES= to measure the CPU.'
+            'these are epochs of real trainings, which use the GPU of this '
+            'machine. Hide it with CUDA_VISIBLE_DEVICES= to measure the CPU.'
         )
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the same in each run
@@ -89,13 +88,16 @@ def epochs(
             for _ in range(args.repeat)
         ]
     times = {name: [r[name][0] for r in rounds] for name in variants}
-    number = rounds[0][PLAIN][1]
-    table = ratio_table(f'epoch of {number} batches', times, PLAIN)
-    return {'seconds': times, 'batches': number}, table
+    return {'seconds': Times(times), 'batches': rounds[0][PLAIN][1]}
+
+
+def epochs_table(result: Mapping[str, Any]) -> str:
+    what = f'epoch of {result["batches"]} batches'
+    return result['seconds'].table(what, PLAIN)
 
 
 def configs_of(args: argparse.Namespace, folder: str) -> dict[str, Config]:
-    """The config, without distillation, as it is, and with a cache."""
+    """Return the config without distillation, as it is, and with a cache."""
     cfg = load_config(args)
     distillation = cfg.get('distillation') or {}
     teacher = distillation.get('teacher')
@@ -103,7 +105,7 @@ def configs_of(args: argparse.Namespace, folder: str) -> dict[str, Config]:
     if not single or distillation.get('peers'):
         raise ConfigError(
             'epochs takes a config with one frozen teacher and no peers, '
-            f'not {args.config}.'
+            f'but {args.config} is another.'
         )
     distilled = as_benchmark(cfg, args, folder)
     plain = copy.deepcopy(distilled)
@@ -116,7 +118,7 @@ def configs_of(args: argparse.Namespace, folder: str) -> dict[str, Config]:
 
 
 def as_benchmark(cfg: Config, args: argparse.Namespace, folder: str) -> Config:
-    """Two epochs on some images of one size, without chance or files."""
+    """Change a config to two epochs on a few images, without side effects."""
     cfg.model.backbone.init_cfg = None
     cfg.model.data_preprocessor.pop('batch_augments', None)
     cfg.distillation.teacher = untrained(cfg.distillation.teacher)
@@ -142,7 +144,7 @@ def as_benchmark(cfg: Config, args: argparse.Namespace, folder: str) -> Config:
 
 
 def some_images(dataset: Any, args: argparse.Namespace) -> Any:
-    """The first images of the innermost data set, resized, no more."""
+    """Take the first images of the innermost data set, only resized."""
     steps: list[Any] = []
     while True:
         steps += dataset.get('pipeline', [])
@@ -161,7 +163,7 @@ def some_images(dataset: Any, args: argparse.Namespace) -> Any:
 
 
 def named(described: Mapping[str, Any]) -> str:
-    """The class of a transform or hook, without its scope."""
+    """Return the class of a transform or hook, without its scope."""
     kind = described['type']
     return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
 
@@ -188,8 +190,15 @@ def second_epoch(cfg: Config, args: argparse.Namespace) -> tuple[float, int]:
         runner.train()
     if any(hit < 1 for hit in clock.hits):
         raise ConfigError(
-            'the cache did not know all images in the second epoch: it holds '
-            f'10 GiB in {cfg.work_dir}, if the disk has room. Give fewer or '
-            'smaller --images.'
+            'the cache did not know all images in the second epoch. It holds '
+            f'up to 10 GiB in {cfg.work_dir}, where the disk has room. Give '
+            'fewer --images or a smaller --size.'
         )
     return clock.seconds[-1], len(runner.train_dataloader)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    **CONFIG,
+    '--images': dict(type=int, default=12, help='per epoch'),
+}
+EPOCHS = Benchmark('epochs', OPTIONS, measure, epochs_table)

@@ -19,16 +19,16 @@ from mmkd.report.summary import processor
 from mmkd.teachers.cache import tensorfloat32
 
 ROOT = Path(mmkd.__file__).resolve().parents[1]
-"""A clone of mmkd, if it runs from one."""
+"""The clone of mmkd, if it runs from one."""
 PACKAGES = {
     **{'torch': 'PyTorch', 'mmcv': 'MMCV', 'mmdet': 'MMDetection'},
     **{'mmengine': 'MMEngine', 'mmkd': 'mmkd', 'cuda': 'CUDA'},
 }
 
 
-def environment(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    """The arguments, the machine, the versions and the commit."""
-    gpu = torch.cuda.get_device_name() if device == 'cuda' else None
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments, the machine, the versions and the commit."""
+    gpu = torch.cuda.get_device_name() if args.device == 'cuda' else None
     given = {k: plain(v) for k, v in vars(args).items() if v is not None}
     return {
         **given,
@@ -53,7 +53,7 @@ def environment(args: argparse.Namespace, device: str) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: numbers stay numbers; what it lacks becomes text."""
+    """Turn what JSON cannot write into text."""
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -64,7 +64,7 @@ def plain(value: Any) -> Any:
 
 
 def git(*command: str) -> str | None:
-    """What git says of mmkd's clone; None without either of them."""
+    """Ask git about mmkd's clone; None without git or without a clone."""
     if not (ROOT / '.git').exists():
         return None
     with contextlib.suppress(OSError):
@@ -76,7 +76,7 @@ def git(*command: str) -> str | None:
 
 
 def measured_on(found: Mapping[str, Any]) -> str:
-    """An environment as the line that belongs below each table."""
+    """Describe an environment in the line that belongs below each table."""
     parts = [
         found['processor'],
         counted(found['cores'], 'core'),

@@ -2,8 +2,7 @@
 
 import argparse
 import copy
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,92 +15,99 @@ from mmkd.peers.peer import TRAINED_TEACHER
 
 from .common import (
     Images,
+    Ratios,
+    Runs,
+    Times,
     Trainer,
-    build_together,
-    interleaved,
+    build,
     load_config,
     size_of,
-    spread,
+    table,
 )
 
 SEVERAL = 'mmkd.OneTeacherSeveralStudents'
 METHODS = ('mmkd.DML', 'mmkd.MutualLearning', SEVERAL)
-"""Of any number of students; the others' networks are the config's."""
+"""Methods for any number of students."""
 TOGETHER = 'together'
 FROZEN = 'frozen teacher'
-Times = Mapping[str, list[float]]
 
 
-def networks(
-    args: argparse.Namespace, device: str
-) -> tuple[dict[str, Any], str]:
-    """K students together, against the sum of what each costs alone."""
-    args.objects = args.objects[0]
+def measure_networks(args: argparse.Namespace) -> dict[str, Any]:
+    """Time K students together, and each of them alone."""
     built = {
-        number: build_together(cfg, args, device)
-        for number, cfg in configs_of(args).items()
+        number: build(args, cfg) for number, cfg in configs_of(args).items()
     }
     runs = {
         f'{number} {name}': run
         for number, each in built.items()
         for name, run in parts(*each).items()
     }
-    times = interleaved(runs, args, device)
-    sizes = {number: memory(*each) for number, each in built.items()}
-    rows = [
-        '| students | alone, sum s | range | together s | range '
-        '| together / sum | range | activations, sum MiB | together |',
-        '|---|---|---|---|---|---|---|---|---|',
-    ]
-    ratios = {}
-    for number in built:
-        own = of_number(times, number)
-        alone, ratios[number] = against_sum(own)
-        rows.append(
-            f'| {number} | {spread(alone)} | {spread(own[TOGETHER])} | '
-            f'**{statistics.median(ratios[number]):.3f}** | '
-            f'{min(ratios[number]):.3f}-{max(ratios[number]):.3f} | '
-            f'{kept_alone(sizes[number]):.1f} | '
-            f'{sizes[number][TOGETHER]["activations"]:.1f} |'
-        )
-    rows += ['', *each_network(sizes[number], own)]
-    result = {'seconds': times, 'mib': sizes, 'ratios': ratios}
-    return result, '\n'.join(rows)
-
-
-def of_number(times: Times, number: int) -> dict[str, list[float]]:
-    """Those of the runs of so many students, by the runs' names."""
+    times = Times.interleaved(runs, args)
     return {
-        name.partition(' ')[2]: values
-        for name, values in times.items()
-        if name.partition(' ')[0] == str(number)
+        'seconds': times,
+        'mib': {number: memory(*each) for number, each in built.items()},
+        'ratios': {n: together_by_sum(of_number(times, n)) for n in built},
     }
 
 
-def against_sum(own: Times) -> tuple[list[float], list[float]]:
-    """What the parts take alone, and all together to that, by round."""
-    parts = (values for name, values in own.items() if name != TOGETHER)
-    alone = [sum(each) for each in zip(*parts, strict=True)]
-    return alone, [t / a for t, a in zip(own[TOGETHER], alone, strict=True)]
+def networks_table(result: Mapping[str, Any]) -> str:
+    rows = []
+    for number, sizes in result['mib'].items():
+        own = of_number(result['seconds'], number)
+        *alone, together = own.values()
+        *kept, kept_together = (s['activations'] for s in sizes.values())
+        sums = [sum(each) for each in zip(*alone, strict=True)]
+        rows.append([number, sums, together, together_by_sum(own)])
+        rows[-1] += [f'{sum(kept):.1f}', f'{kept_together:.1f}']
+    header = ['students', 'alone, sum s', 'together s', 'together / sum']
+    header += ['activations, sum MiB', 'together']
+    return f'{table(header, rows)}\n\n{each_network(sizes, own)}'
 
 
-def kept_alone(sizes: Mapping[str, Mapping[str, float]]) -> float:
-    return sum(
-        each['activations'] for name, each in sizes.items() if name != TOGETHER
+def each_network(
+    sizes: Mapping[str, Mapping[str, float]], times: Times
+) -> str:
+    """Show the memory of each network, and its time alone."""
+    header = ['network', 'parameters', 'weights MiB']
+    header += ['gradients, momentum MiB', 'activations MiB', 'alone s']
+    rows = [
+        [
+            name,
+            size['parameters'],
+            *(f'{size[k]:.1f}' for k in ('weights', 'state', 'activations')),
+            times[name if name in times else FROZEN],
+        ]
+        for name, size in sizes.items()
+        if name != TOGETHER
+    ]
+    return table(header, rows)
+
+
+def of_number(times: Times, number: int) -> Times:
+    """Return the times of the runs of so many students, by their names."""
+    start = f'{number} '
+    return Times(
+        (name.removeprefix(start), values)
+        for name, values in times.items()
+        if name.startswith(start)
     )
+
+
+def together_by_sum(times: Times) -> Ratios:
+    return times.ratios(TOGETHER, *(n for n in times if n != TOGETHER))
 
 
 # ------------------------------------------------------------------ students
 
 
 def configs_of(args: argparse.Namespace) -> dict[int, Config]:
-    """The configs to measure, by their number of students."""
+    """Return the configs to measure, by their number of students."""
     cfg = load_config(args)
     distillation = cfg.get('distillation') or {}
     peers, methods = distillation.get('peers'), distillation.get('methods')
     if not peers:
         raise ConfigError(
-            '--networks takes a config with distillation.peers, '
+            '--networks takes a config with distillation.peers, but '
             f'{args.config} has none.'
         )
     types = [method.type for method in (methods or {}).values()]
@@ -115,29 +121,29 @@ def students_of(peers: Mapping[str, Any]) -> list[str]:
 
 
 def with_students(cfg: Config, number: int) -> Config:
-    """As many students: its first peer, as often as it takes."""
+    """Return the config with so many students, copies of its first peer."""
     ((key, method),) = cfg.distillation.methods.items()
     peers = cfg.distillation.peers
     students = students_of(peers)
     if number > 1 and not students:
         raise ConfigError(
-            'no peer is a student: --networks copies the first one, and takes '
-            'only 1 with this config.'
+            'no peer of the config is a student, and --networks copies the '
+            'first one that is. Give --networks 1 with this config.'
         )
-    # MMEngine's containers: a plain assignment replaces them.
+    # MMEngine merges into its containers, but an assignment replaces them.
     chosen = {n: p for n, p in peers.items() if n == TRAINED_TEACHER}
     for index in range(2, number + 1):
         chosen[f'student{index}'] = copy.deepcopy(peers[students[0]])
     cfg.distillation.peers = chosen
     if number == 1 and not chosen and cfg.distillation.get('teacher'):
-        # What the method is with one student.
+        # The method of one student and one teacher.
         kd = dict(type='mmkd.KD', temperature=method.get('temperature', 1.0))
         cfg.distillation.methods = {key: kd}
     elif number == 1 and method.type == SEVERAL:
         method.beta = 0.0
     elif number == 1:
         raise ConfigError(
-            'one network has nobody to learn from: --networks takes numbers '
+            'one network has no other to learn from. Give --networks numbers '
             'from 2 with this config.'
         )
     return cfg
@@ -146,13 +152,11 @@ def with_students(cfg: Config, number: int) -> Config:
 # --------------------------------------------------------------------- costs
 
 
-def parts(
-    distiller: Distiller, batch: Images
-) -> dict[str, Callable[[], None]]:
-    """One iteration of each network alone, and of all together."""
-    together = Trainer(distiller.student, batch, distiller)
-    runs = {
-        name: Trainer(model, batch).plain
+def parts(distiller: Distiller, images: Images) -> Runs:
+    """Return one iteration of each network alone, and one of all together."""
+    together = Trainer(distiller.student, images, distiller)
+    runs: Runs = {
+        name: Trainer(model, images).plain
         for name, model in trained(distiller).items()
     }
     if distiller.teacher.each():
@@ -166,43 +170,42 @@ def trained(distiller: Distiller) -> dict[str, nn.Module]:
     return {'student': distiller.student, **peers}
 
 
-def memory(distiller: Distiller, batch: Images) -> dict[str, dict[str, float]]:
-    """MiB of each network alone: weights, training state, activations.
+def memory(
+    distiller: Distiller, images: Images
+) -> dict[str, dict[str, float]]:
+    """Measure the MiB of weights, training state and activations.
 
     The state is a gradient and SGD's momentum for each trained weight.
-    Activations are what a forward pass keeps for the backward pass, the
-    images left out; with a GPU the peak is higher by what kernels need for a
-    moment.
+    Activations are what a forward pass keeps for the backward pass, without
+    the images; on a GPU the peak is higher by what its kernels need in
+    between.
     """
+    learning = trained(distiller)
+    frozen = {name: t.model for name, t in distiller.networks.items()}
     found: dict[str, dict[str, float]] = {}
-    for name, model in trained(distiller).items():
+    for name, model in {**learning, **frozen}.items():
         learned = [p for p in model.parameters() if p.requires_grad]
         found[name] = {
             'parameters': sum(p.numel() for p in model.parameters()),
             'weights': size_of([model]),
             'state': 2 * sum(p.numel() * 4 for p in learned) / 2**20,
-            'activations': kept_for_backward(model, batch),
-        }
-    for name, teacher in distiller.networks.items():
-        found[name] = {
-            'parameters': sum(p.numel() for p in teacher.model.parameters()),
-            'weights': size_of([teacher.model]),
-            'state': 0.0,
             'activations': 0.0,
         }
+        if name in learning:
+            found[name]['activations'] = kept_for_backward(model, images)
     distiller.attach()
     try:
-        kept = kept_for_backward(distiller.student, batch)
+        kept = kept_for_backward(distiller.student, images)
     finally:
         distiller.detach()
     return {**found, TOGETHER: {'activations': kept}}
 
 
-def kept_for_backward(model: Any, batch: Images) -> float:
-    """MiB that a forward pass of the losses keeps."""
+def kept_for_backward(model: Any, images: Images) -> float:
+    """Measure the MiB that a forward pass of the losses keeps."""
     weights = model.state_dict().values()
     known = {tensor.untyped_storage().data_ptr() for tensor in weights}
-    known.add(batch[0].untyped_storage().data_ptr())
+    known.add(images[0].untyped_storage().data_ptr())
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -212,26 +215,6 @@ def kept_for_backward(model: Any, batch: Images) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        losses = model.loss(*batch)
+        losses = model.loss(*images)
     del losses
     return sum(s.nbytes() for s in kept.values()) / 2**20
-
-
-def each_network(
-    sizes: Mapping[str, Mapping[str, float]], own: Times
-) -> list[str]:
-    """A row for each network: its memory, and its time alone."""
-    rows = [
-        '| network | parameters | weights MiB | gradients, momentum MiB '
-        '| activations MiB | alone s | range |',
-        '|---|---|---|---|---|---|---|',
-    ]
-    for name, size in sizes.items():
-        if name != TOGETHER:
-            seconds = own[name] if name in own else own[FROZEN]
-            rows.append(
-                f'| {name} | {size["parameters"]:.0f} | '
-                f'{size["weights"]:.1f} | {size["state"]:.1f} | '
-                f'{size["activations"]:.1f} | {spread(seconds)} |'
-            )
-    return rows

@@ -9,16 +9,16 @@ from sklearn.mixture import GaussianMixture
 
 
 def reference(row: Any, dtype: type = np.float64) -> tuple[np.ndarray, int]:
-    """PAA's positives of one object by scikit-learn, as MMDetection does.
+    """Find PAA's positives of one object with scikit-learn, as MMDetection.
 
     Args:
         row: (n,) the candidates' costs, in ascending order.
-        dtype: What scikit-learn computes in.
+        dtype: The type that scikit-learn computes in.
 
     Returns:
         Which candidates are positive (n,), and the iterations of the fit.
     """
-    x = np.asarray(row, dtype=dtype).reshape(-1, 1)
+    x: np.ndarray = np.asarray(row, dtype=dtype).reshape(-1, 1)
     mixture = GaussianMixture(
         2,
         weights_init=np.array([0.5, 0.5]),

@@ -3,159 +3,204 @@
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from mmengine.model import MMDistributedDataParallel
 
+from mmkd.errors import ConfigError
+
 from .common import (
+    CONFIG,
+    Benchmark,
+    Times,
     Trainer,
-    build,
-    build_student,
-    interleaved,
-    spread,
+    altered,
+    each,
+    in_processes,
+    table,
     teacher_of,
 )
-from .networks import networks
-from .step import ratios
-
-Times = Mapping[str, list[float]]
+from .networks import measure_networks, networks_table
+from .step import parts_of
 
 
-def scale(args: argparse.Namespace, device: str) -> tuple[dict[str, Any], str]:
-    """The growth that the arguments ask for; by default with objects."""
-    if args.networks is not None:
-        return networks(args, device)
-    if args.sizes:
-        return sizes(args, device)
-    if args.processes:
-        return processes(args, device)
-    return objects(args, device)
-
-
-def objects(
-    args: argparse.Namespace, device: str
-) -> tuple[dict[str, Any], str]:
-    """The distilled iteration with few and with many objects an image."""
-    runs = {}
-    for number in args.objects:
-        each = argparse.Namespace(**{**vars(args), 'objects': number})
-        distiller, batch = build(each, device)
-        trainer = Trainer(distiller.student, batch, distiller)
-        runs[str(number)] = trainer.distilled
-    times = interleaved(runs, args, device)
-    rows = ['| objects an image | median s | range | to the first |']
-    rows.append('|---|---|---|---|')
-    first = next(iter(times.values()))
-    for number, values in times.items():
-        growth = statistics.median(
-            [v / f for v, f in zip(values, first, strict=True)]
+def as_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition('x')
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f'expected height x width, such as 480x640, got {text!r}'
         )
-        rows.append(f'| {number} | {spread(values)} | {growth:.3f} |')
-    return {'seconds': times}, '\n'.join(rows)
+    return int(height), int(width)
 
 
-def sizes(args: argparse.Namespace, device: str) -> tuple[dict[str, Any], str]:
-    """The distilled iteration against its parts, by the images' size."""
-    rows = [
-        '| height x width | plain s | teacher s | distilled s | '
-        'distilled / (plain + teacher) | range |',
-        '|---|---|---|---|---|---|',
-    ]
-    result = {}
-    args.objects = args.objects[0]
-    for size in args.sizes:
-        each = argparse.Namespace(**{**vars(args), 'size': size})
-        measured = ratios(each, device)
-        times, found = measured['all_seconds'], measured['all_ratios']
-        name = 'x'.join(map(str, size))
-        result[name] = {'seconds': times, 'ratios': found}
-        medians = [f'{statistics.median(v):.3f}' for v in times.values()]
-        rows.append(
-            f'| {name} | {" | ".join(medians)} | '
-            f'**{statistics.median(found):.3f}** | '
-            f'{min(found):.3f}-{max(found):.3f} |'
+OPTIONS: dict[str, dict[str, Any]] = {
+    **CONFIG,
+    '--objects': dict(
+        type=int,
+        nargs='+',
+        default=[10, 200],
+        help='objects per image; with another option only the first number',
+    ),
+    '--sizes': dict(
+        type=as_size, nargs='+', metavar='HxW', help='sizes of images, pixels'
+    ),
+    '--processes': dict(type=int, nargs='+', help='numbers of processes'),
+    '--networks': dict(
+        type=int,
+        nargs='*',
+        help="numbers of students; the config's where none is given",
+    ),
+}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure how the cost of an iteration grows.
+
+    By default with the objects in an image: the distilled iteration with few
+    and with many of them. With --sizes: the distilled iteration against its
+    parts, for images of several sizes. With --processes: the distilled
+    iteration against the plain one, both wrapped for distributed training.
+    With --networks: the iteration of several students together against the
+    sum of what each costs alone (and the frozen teacher's forward), with the
+    memory of each. Without a number, and for methods that fix the number of
+    their networks (DCM, FFSD), the networks are the config's.
+    """
+    asked = [kind for kind in GROWTHS if vars(args)[kind] is not None]
+    asked.remove('objects')
+    if len(asked) > 1:
+        raise ConfigError(
+            f'one benchmark measures one growth, but --{" and --".join(asked)}'
+            ' are given. Leave all but one of them out.'
         )
-        print(rows[-1], flush=True)
-    return {'sizes': result}, '\n'.join(rows)
+    if not asked:
+        return {'growth': 'objects', **measure_objects(args)}
+    args = altered(args, objects=args.objects[0])
+    return {'growth': asked[0], **GROWTHS[asked[0]][0](args)}
 
 
-# ---------------------------------------------------------------- processes
+def growth_table(result: Mapping[str, Any]) -> str:
+    return GROWTHS[result['growth']][1](result)
 
 
-def processes(
-    args: argparse.Namespace, device: str
-) -> tuple[dict[str, Any], str]:
-    """Wrapped iterations in so many processes, each with its own batch."""
+# ------------------------------------------------------------------- objects
+
+
+def measure_objects(args: argparse.Namespace) -> dict[str, Any]:
+    """Time the distilled iteration with few and many objects per image."""
+    runs = {
+        str(number): Trainer.of(altered(args, objects=number)).distilled
+        for number in args.objects
+    }
+    return {'seconds': Times.interleaved(runs, args)}
+
+
+def objects_table(result: Mapping[str, Any]) -> str:
+    times = result['seconds']
+    return times.table('objects per image', next(iter(times)))
+
+
+# --------------------------------------------------------------------- sizes
+
+
+def measure_sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """Time the distilled iteration and its parts, by the size of images."""
+    sizes = {'x'.join(map(str, size)): size for size in args.sizes}
+
+    def measure(name: str) -> dict[str, Any]:
+        own = altered(args, size=sizes[name])
+        times = parts_of(Trainer.of(own), own)
+        ratios = times.ratios('distilled', 'plain', 'teacher')
+        return {'seconds': times, 'ratios': ratios}
+
+    return {'sizes': each(sizes, measure, size_row)}
+
+
+def sizes_table(result: Mapping[str, Any]) -> str:
+    header = ['height x width', 'plain s', 'teacher s', 'distilled s']
+    header += ['distilled / (plain + teacher)']
+    rows = [size_row(*found) for found in result['sizes'].items()]
+    return table(header, rows)
+
+
+def size_row(name: str, found: Mapping[str, Any]) -> list[Any]:
+    medians = map(statistics.median, found['seconds'].values())
+    return [name, *medians, found['ratios']]
+
+
+# ----------------------------------------------------------------- processes
+
+
+def measure_processes(args: argparse.Namespace) -> dict[str, Any]:
+    """Time wrapped iterations in several processes, with a batch each."""
     available = torch.cuda.device_count()
-    if device == 'cuda' and max(args.processes) > available:
-        raise SystemExit(
-            f'error: {max(args.processes)} processes need as many GPUs, '
-            f'{available} there.'
+    if args.device == 'cuda' and max(args.processes) > available:
+        raise ConfigError(
+            f'--processes {max(args.processes)} needs as many GPUs, but this '
+            f'machine has {available}. Ask for fewer, or add --device cpu.'
         )
-    args.objects = args.objects[0]
-    rows = [
-        '| processes | plain s | range | distilled s | range | '
-        'distilled / plain | range |',
-        '|---|---|---|---|---|---|---|',
-    ]
-    result = {}
-    for number in args.processes:
+
+    def measure(number: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(
-                one_process, (number, args, device, folder), number
-            )
-            times = torch.load(Path(folder) / 'times')
-        found = [
-            d / p
-            for p, d in zip(times['plain'], times['distilled'], strict=True)
-        ]
-        result[number] = {'seconds': times, 'ratios': found}
-        rows.append(
-            f'| {number} | {spread(times["plain"])} | '
-            f'{spread(times["distilled"])} | '
-            f'**{statistics.median(found):.3f}** | '
-            f'{min(found):.3f}-{max(found):.3f} |'
-        )
-        print(rows[-1], flush=True)
-    return {'processes': result}, '\n'.join(rows)
+            store = f'file://{folder}/store'
+            times = in_processes(number, one_process, args, number, store)[0]
+        return {
+            'seconds': times,
+            'ratios': times.ratios('distilled', 'plain'),
+        }
+
+    return {'processes': each(args.processes, measure, process_row)}
+
+
+def processes_table(result: Mapping[str, Any]) -> str:
+    header = ['processes', 'plain s', 'distilled s', 'distilled / plain']
+    rows = [process_row(*found) for found in result['processes'].items()]
+    return table(header, rows)
+
+
+def process_row(number: int, found: Mapping[str, Any]) -> list[Any]:
+    return [number, *found['seconds'].values(), found['ratios']]
 
 
 def one_process(
-    rank: int, number: int, args: argparse.Namespace, device: str, folder: str
-) -> None:
-    """What each process does; the first one writes its times."""
+    args: argparse.Namespace, number: int, store: str, rank: int
+) -> Times:
+    """Time a plain and a distilled student in one of the processes.
+
+    Both are wrapped as MMEngine wraps them.
+    """
     torch.set_num_threads(args.threads)
-    if device == 'cuda':
+    if args.device == 'cuda':
         torch.cuda.set_device(rank)
     torch_dist.init_process_group(
-        'nccl' if device == 'cuda' else 'gloo',
-        init_method=f'file://{folder}/store',
+        'nccl' if args.device == 'cuda' else 'gloo',
+        init_method=store,
         rank=rank,
         world_size=number,
     )
-    times = wrapped_times(args, device)
-    if rank == 0:
-        torch.save(dict(times), Path(folder) / 'times')
+    plain, distilled = Trainer.of(args, distils=False), Trainer.of(args)
+    assert distilled.distiller
+    teacher_of(distilled.distiller)
+    distilled.distiller.attach()
+    for trainer in (plain, distilled):
+        trainer.model = MMDistributedDataParallel(
+            module=trainer.student, broadcast_buffers=False
+        )
+    runs = {'plain': plain.step, 'distilled': distilled.step}
+    times = Times.interleaved(runs, args)
     torch_dist.barrier()
     torch_dist.destroy_process_group()
+    return times
 
 
-def wrapped_times(args: argparse.Namespace, device: str) -> Times:
-    """Of a plain and a distilled student, wrapped as MMEngine wraps them."""
-    _, student, batch = build_student(args, device)
-    distiller, _ = build(args, device)
-    teacher_of(distiller)
-    plain = Trainer(student, batch)
-    distilled = Trainer(distiller.student, batch, distiller)
-    distiller.attach()
-    runs: dict[str, Callable[[], None]] = {}
-    for name, each in {'plain': plain, 'distilled': distilled}.items():
-        each.model = MMDistributedDataParallel(
-            module=each.student, broadcast_buffers=False
-        )
-        runs[name] = each.step
-    return interleaved(runs, args, device)
+GROWTHS = {
+    'objects': (measure_objects, objects_table),
+    'sizes': (measure_sizes, sizes_table),
+    'processes': (measure_processes, processes_table),
+    'networks': (measure_networks, networks_table),
+}
+"""How to measure each growth, and the table of its result."""
+
+SCALE = Benchmark('scale', OPTIONS, measure, growth_table)

@@ -2,15 +2,24 @@
 
 import argparse
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from .common import Trainer, build, interleaved, ratio_table
+from .common import (
+    CONFIG,
+    Benchmark,
+    Runs,
+    Times,
+    Trainer,
+    altered,
+    build,
+)
 
 BASE = 'as it is'
 BEST = 'fold_bn, channels_last'
 CACHE = 'cache, all images known'
+PLAIN = 'plain student'
 EVERY = 4
 RARE = f'distilled, every={EVERY}, mean of {EVERY} iterations'
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -27,67 +36,69 @@ COMPILED = {
 }
 
 
-def teacher(
-    args: argparse.Namespace, device: str
-) -> tuple[dict[str, Any], str]:
-    """Times of the teacher's forward and of iterations, by option."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    **CONFIG,
+    '--compile': dict(
+        action='store_true',
+        help='measure compiled teachers as well; compiling takes minutes',
+    ),
+    '--forward': dict(
+        action='store_true', help='measure no iterations, only the forward'
+    ),
+}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the teacher's options: its forward, and iterations with it."""
     with tempfile.TemporaryDirectory() as folder:
-        known = {CACHE: dict(cache=dict(dir=folder))}
-        variants = {**_variants(args, device), **known}
-        teachers, trainer = _build(args, device, variants)
-        runs = {n: partial(_forward, trainer, t) for n, t in teachers.items()}
-        times = interleaved(runs, args, device)
-        result = {'forward_seconds': times}
-        tables = [ratio_table("teacher's forward", times, BASE)]
+        variants = {**variants_of(args), CACHE: dict(cache=dict(dir=folder))}
+        teachers, trainer = build_each(args, variants)
+        forwards: Runs = {
+            name: partial(forward, trainer, teacher)
+            for name, teacher in teachers.items()
+        }
+        result = {'forward_seconds': Times.interleaved(forwards, args)}
         if not args.forward:
-            runs = _iterations(trainer, teachers)
-            times = interleaved(runs, args, device)
+            times = Times.interleaved(iterations(trainer, teachers), args)
             times[RARE] = [seconds / EVERY for seconds in times[RARE]]
             result['iteration_seconds'] = times
-            tables.append(ratio_table('iteration', times, 'plain student'))
-    return result, '\n\n'.join(tables)
+    return result
 
 
-def _variants(
-    args: argparse.Namespace, device: str
-) -> dict[str, dict[str, Any]]:
+def tables(result: Mapping[str, Times]) -> str:
+    found = [result['forward_seconds'].table("teacher's forward", BASE)]
+    if 'iteration_seconds' in result:
+        found.append(result['iteration_seconds'].table('iteration', PLAIN))
+    return '\n\n'.join(found)
+
+
+def variants_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the teacher's options to compare, by their names in the table."""
     return {
         **VARIANTS,
-        **(ON_GPU if device == 'cuda' else {}),
+        **(ON_GPU if args.device == 'cuda' else {}),
         **(COMPILED if args.compile else {}),
     }
 
 
-def _build(
-    args: argparse.Namespace,
-    device: str,
-    variants: Mapping[str, Mapping[str, Any]],
-) -> tuple[dict[str, Any], Any]:
-    """A teacher of each variant, and a trainer that knows what is read."""
-    teachers, trainer = {}, None
-    for name, options in variants.items():
-        distiller, batch = build(_with(args, options), device)
+def build_each(
+    args: argparse.Namespace, variants: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Any], Trainer]:
+    """Build a teacher of each variant, and a trainer that knows its part."""
+    trainer = Trainer.of(args)
+    trainer.see_teacher()
+    teachers = {}
+    for name, variant in variants.items():
+        own = {f'distillation.teacher.{k}': v for k, v in variant.items()}
+        given = {**(args.cfg_options or {}), **own}
+        distiller, _ = build(altered(args, cfg_options=given))
         teachers[name] = distiller.teacher
-        if trainer is None:
-            trainer = Trainer(distiller.student, batch, distiller)
-            trainer.see_teacher()
     return teachers, trainer
 
 
-def _with(
-    args: argparse.Namespace, options: Mapping[str, Any]
-) -> argparse.Namespace:
-    """The arguments for a config whose teacher has options."""
-    changes = {f'distillation.teacher.{k}': v for k, v in options.items()}
-    given = {**(args.cfg_options or {}), **changes}
-    return argparse.Namespace(**{**vars(args), 'cfg_options': given})
-
-
-def _iterations(
-    trainer: Any, teachers: Mapping[str, Any]
-) -> dict[str, Callable[[], None]]:
+def iterations(trainer: Trainer, teachers: Mapping[str, Any]) -> Runs:
     def distilled(name: str) -> None:
-        trainer.distiller.teacher = teachers[name]
+        use(trainer, teachers[name])
         trainer.distilled()
 
     def every() -> None:
@@ -96,7 +107,7 @@ def _iterations(
             trainer.plain()
 
     return {
-        'plain student': trainer.plain,
+        PLAIN: trainer.plain,
         f'distilled, teacher {BASE}': partial(distilled, BASE),
         f'distilled, {BEST}': partial(distilled, BEST),
         f'distilled, {CACHE}': partial(distilled, CACHE),
@@ -104,6 +115,14 @@ def _iterations(
     }
 
 
-def _forward(trainer: Any, network: Any) -> None:
-    trainer.distiller.teacher = network
+def forward(trainer: Trainer, teacher: Any) -> None:
+    use(trainer, teacher)
     trainer.teacher()
+
+
+def use(trainer: Trainer, teacher: Any) -> None:
+    assert trainer.distiller
+    trainer.distiller.teacher = teacher
+
+
+TEACHER = Benchmark('teacher', OPTIONS, measure, tables)

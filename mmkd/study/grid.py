@@ -1,7 +1,6 @@
 """The grid of a study: runs times options, teachers and data."""
 
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 from mmkd.errors import ConfigError
 from mmkd.utils import nearest
 
-Options = Mapping[str, Any]
+from .file import Options, is_tested
+
 AXES = ('each', 'teachers', 'data')
 """The options of a run that multiply it."""
 
@@ -19,10 +19,10 @@ class Row:
     """A network of a study.
 
     Attributes:
-        run: The run of the file that it is of.
-        label: Its name, but for the data.
-        data: The name of its data; empty if that of its config.
-        options: Those of a run that stands for this row alone.
+        run: The run of the file that it belongs to.
+        label: Its name without that of its data.
+        data: The name of its data; empty if they are its config's.
+        options: The options of a run that stands for this row alone.
     """
 
     run: str
@@ -39,18 +39,13 @@ def joined(*parts: str) -> str:
     return '-'.join(filter(None, parts))
 
 
-def is_tested(options: Any) -> bool:
-    """Whether they describe what is tested, but not trained by itself."""
-    return isinstance(options, Mapping) and 'of' in options
-
-
 # ------------------------------------------------------------------- the rows
 
 
 def expand(
     runs: Mapping[str, Options], data: Mapping[str, Options], where: str
 ) -> dict[str, Row]:
-    """The rows by name, in the order of the runs.
+    """Return the rows by name, in the order of the runs.
 
     A run without axes is one row, with its own name and options.
 
@@ -84,32 +79,22 @@ def expand(
 def trained_rows(
     run: str, options: Options, data: Mapping[str, Options]
 ) -> Iterator[Row]:
-    """A row for each point of the run's grid; what is later wins."""
+    """Yield a row for each point of a run's grid; later options win."""
     plain = {k: v for k, v in options.items() if k not in AXES}
-    variants = options.get('each') or {'': None}
-    teachers = options.get('teachers') or ['']
+    of_data = options.get('data') or dict.fromkeys(data) or {'': None}
     grid = itertools.product(
-        variants.items(), teachers, data_of(options, data).items()
+        (options.get('each') or {'': None}).items(),
+        options.get('teachers') or [''],
+        of_data.items(),
     )
-    for (variant, own), teacher, (name, of_data) in grid:
+    for (variant, own), teacher, (name, of_run) in grid:
         row = dict(plain)
-        if of_data or own:
-            of_run = plain.get('options', {})
-            row['options'] = {**of_run, **(of_data or {}), **(own or {})}
+        added = {**(data.get(name) or {}), **(of_run or {}), **(own or {})}
+        if added:
+            row['options'] = {**plain.get('options', {}), **added}
         if teacher:
             row['teacher'] = teacher
         yield Row(run, joined(run, variant, teacher), name, row)
-
-
-def data_of(
-    options: Options, data: Mapping[str, Options]
-) -> Mapping[str, Options | None]:
-    """The data of a run, each with its options; those of the run win."""
-    own = options.get('data') or dict.fromkeys(data) or {'': None}
-    return {
-        name: {**(data.get(name) or {}), **(changes or {})}
-        for name, changes in own.items()
-    }
 
 
 def tested_rows(
@@ -119,7 +104,7 @@ def tested_rows(
     runs: Iterable[str],
     where: str,
 ) -> Iterator[Row]:
-    """What is ``of`` a run is of each of its rows."""
+    """Yield a row for each row of the run that ``of`` names."""
     for source in named(options['of'], trained, runs, f'{where}.of'):
         label = run + source.label.removeprefix(source.run)
         yield Row(run, label, source.data, {**options, 'of': source.name})
@@ -128,7 +113,7 @@ def tested_rows(
 def with_teacher(
     row: Row, trained: Sequence[Row], runs: Iterable[str], where: str
 ) -> Row:
-    """The row with the name of its teacher's row: with the same data."""
+    """Give a row the teacher that has the same data."""
     if 'teacher' not in row.options:
         return row
     name = row.options['teacher']
@@ -138,8 +123,8 @@ def with_teacher(
     ]
     if len(fitting) != 1:
         raise ConfigError(
-            f'{where}: the row "{row.name}" is to have one teacher with its '
-            f'data; "{name}" has {", ".join(r.name for r in found)}. Name one '
+            f'{where}: the row "{row.name}" needs one teacher with its data, '
+            f'but "{name}" has {", ".join(r.name for r in found)}. Name one '
             'of these.'
         )
     return replace(row, options={**row.options, 'teacher': fitting[0].name})
@@ -148,7 +133,7 @@ def with_teacher(
 def named(
     name: Any, rows: Sequence[Row], runs: Iterable[str], where: str
 ) -> list[Row]:
-    """The one row of this name, or all of the run that has it."""
+    """Return the one row of this name, or all of the run that has it."""
     found = [row for row in rows if row.name == name]
     found = found or [row for row in rows if name in (row.run, row.label)]
     if not found:
@@ -163,7 +148,7 @@ def named(
 def baselines(
     name: str | None, rows: Sequence[Row], runs: Iterable[str], where: str
 ) -> dict[str, str]:
-    """By row, the row of the baseline that has the same data."""
+    """Map each row to the row of the baseline that has its data."""
     found = [] if name is None else named(name, rows, runs, where)
     by_data = {row.data: row.name for row in found}
     if len(by_data) < len(found):
@@ -172,66 +157,3 @@ def baselines(
             f'{", ".join(row.name for row in found)}. Name one of these.'
         )
     return {r.name: by_data[r.data] for r in rows if r.data in by_data}
-
-
-# ------------------------------------------------------------------ the file
-
-
-def check_name(where: str, name: Any) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r'\w[\w.+-]*', name):
-        raise ConfigError(
-            f'{where}: the name {name!r} becomes that of a folder; use a text '
-            'of letters, digits, "-", "_", "." and "+".'
-        )
-
-
-def check_axes(
-    where: str, options: Options, data: Mapping[str, Options]
-) -> None:
-    """Raise :class:`ConfigError` for what multiplies a run wrongly."""
-    if 'each' in options:
-        check_variants(f'{where}.each', options['each'])
-    if 'data' in options:
-        check_variants(f'{where}.data', options['data'])
-        for name in options['data']:
-            if data and name not in data:
-                raise ConfigError(
-                    f'{where}.data: the study has no data "{name}". '
-                    f'{nearest(name, data)}'
-                )
-    if 'teacher' in options and not isinstance(options['teacher'], str):
-        raise ConfigError(
-            f'{where}.teacher must be the name of a run, got '
-            f'{options["teacher"]!r}. For a row with each of several, write '
-            '"teachers: [a, b]".'
-        )
-    if 'teachers' in options:
-        check_teachers(f'{where}.teachers', options)
-
-
-def check_variants(where: str, variants: Any) -> None:
-    """They map names, which become parts of names, to options."""
-    options = isinstance(variants, Mapping) and all(
-        isinstance(changes or {}, Mapping) for changes in variants.values()
-    )
-    if not options or not variants:
-        raise ConfigError(
-            f'{where} must map names to options, such as '
-            f'"long: {{train_cfg.max_epochs: 24}}"; got {variants!r}.'
-        )
-    for name in variants:
-        check_name(where, name)
-
-
-def check_teachers(where: str, options: Options) -> None:
-    names = options['teachers']
-    texts = isinstance(names, list) and all(isinstance(n, str) for n in names)
-    if not texts or not names or len(set(names)) < len(names):
-        raise ConfigError(
-            f'{where} must be a list of different runs, such as [a, b]; got '
-            f'{names!r}.'
-        )
-    if 'teacher' in options:
-        raise ConfigError(
-            f'{where}: the run has a "teacher", too. Leave one of them out.'
-        )

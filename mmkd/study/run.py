@@ -1,37 +1,35 @@
-"""A run of a study: its files, its steps, what it depends on."""
+"""A run of a study: its files, its steps, and what it depends on."""
 
-import contextlib
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from mmkd.data.checkpoint_file import load_checkpoint_file
+from mmkd.data.checkpoint_file import damage, load_checkpoint_file
 from mmkd.detectors.source import load_config
+from mmkd.engine.checkpoint import latest_checkpoint
 from mmkd.errors import CheckpointError, ConfigError
-from mmkd.report.work_dir import last_checkpoint
 
-from .hashes import (
+from .inputs import (
     hash_code,
+    hash_config,
     hash_data,
     hash_file,
-    hash_text,
-    hash_tools,
-    local_file,
-)
-from .networks import (
-    distillation_of,
-    hash_network,
+    hash_named_config,
+    hash_peers,
     hash_source,
+    hash_text,
+    local_file,
     source_of,
     teachers_of,
+    versions,
 )
-from .training import fingerprint, read_json, versions, write_json
+from .step import Step, read_json
 
 INPUTS = {
     'config': 'its config',
@@ -40,52 +38,24 @@ INPUTS = {
     'peers': 'a config or a first checkpoint of its peers',
     'networks': 'a checkpoint of its run',
     'code': 'the code of mmkd',
-    'tools': 'mmkd train or mmkd test',
     'packages': 'the installed packages',
-    'libraries': 'ensemble-boxes or scikit-learn',
 }
 """What a result depends on, in words."""
-SOFTWARE = {'code', 'tools', 'packages', 'libraries'}
-"""Inputs in spite of which --keep-stale keeps a result."""
-LIBRARIES = ('ensemble-boxes', 'scikit-learn')
-"""Packages apart: results of before these were noted stay what they are."""
+SOFTWARE = {'code', 'packages'}
+"""The inputs that --keep-stale disregards."""
 STUDENT = 'student'
-"""The trained model itself, beside its peers."""
+"""The name of the trained model itself among its peers."""
 
 
-@dataclass
-class Step:
-    """A command at work on a run: its training or its test."""
-
-    folder: Path
-    name: str
-    command: list[str]
-    fingerprint: Mapping[str, str]
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f'{self.name}.txt'
-
-    @property
-    def notes(self) -> Path:
-        return self.folder / f'{self.name}.json'
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What was noted of it; empty before it was begun."""
-        return read_json(self.notes)
-
-    def note(self, **changes: Any) -> None:
-        write_json(self.notes, self.state | {**changes})
-
-
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """One network of a study, trained with one seed.
+    """One network of a study, trained and tested with one seed.
 
     Attributes:
-        config: Complete, but for the teacher's checkpoint and the work dir.
+        config: Complete but for the teacher's checkpoint and the work dir.
         teacher: The run whose last checkpoint it distils from.
+        failure: Why the run has failed; empty otherwise.
+        step: What runs now, if anything.
     """
 
     network: str
@@ -94,11 +64,14 @@ class Run:
     config: Config
     teacher: 'Run | None' = None
     failure: str = ''
+    step: Step | None = None
 
     @property
     def needed(self) -> 'Run | None':
-        """The run that has to be done before."""
+        """The run that has to be done before this one."""
         return self.teacher
+
+    # --------------------------------------------------------------- its files
 
     @property
     def name(self) -> str:
@@ -114,25 +87,66 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What came out; empty before its end."""
+        """What came out; empty before the end."""
         return read_json(self.folder / 'result.json')
 
     @property
+    def noted(self) -> dict[str, Any]:
+        """What was noted of the training; empty before it was begun."""
+        return read_json(self.folder / 'train.json')
+
+    @property
     def checkpoint(self) -> str | None:
-        """The last one, nothing is selected; None if it is gone."""
-        try:
-            found = last_checkpoint(self.folder)
-        except CheckpointError:  # there are some, but none is whole
-            return None
+        """The last checkpoint, without any selection; None if it is gone."""
         pointer = self.folder / 'last_checkpoint'
         named = pointer.read_text().strip() if pointer.is_file() else ''
-        if found and named and Path(found).name != Path(named).name:
-            return None  # an earlier one is another network
-        return found
+        if named:  # another one in the folder would be another network
+            file = str(self.folder / Path(named).name)
+            return None if damage(file) else file
+        with suppress(CheckpointError):  # if none of them is whole
+            return latest_checkpoint(str(self.folder))
+        return None
+
+    def write_config(self) -> None:
+        """Write the complete config, for the commands."""
+        config = copy.deepcopy(self.config)
+        if self.teacher is not None:
+            config.distillation.teacher.update(
+                config=str(self.teacher.config_file),
+                checkpoint=self.teacher.checkpoint,
+            )
+        self._dump(config)
+
+    def _dump(self, config: Config) -> None:
+        self.config_file.parent.mkdir(parents=True, exist_ok=True)
+        config.dump(str(self.config_file))
+
+    # --------------------------------------------------------------- its steps
+
+    @property
+    def training(self) -> Step:
+        return self._step('train', '--resume', '--work-dir', str(self.folder))
+
+    @property
+    def test(self) -> Step:
+        return self._step('test', str(self.checkpoint), *self._test_options)
+
+    @property
+    def next_step(self) -> Step:
+        ended = 'finished' in self.noted and self.checkpoint is not None
+        return self.test if ended else self.training
+
+    @property
+    def _test_options(self) -> list[str]:
+        return ['--work-dir', str(self.folder / 'test')]
+
+    def _step(self, name: str, *words: str) -> Step:
+        command = ['-m', 'mmkd', name, str(self.config_file), *words]
+        return Step(self.folder, name, command, self.inputs)
 
     @property
     def is_trained(self) -> bool:
-        """Whether only its test is due, if anything."""
+        """Whether nothing but its test can be due."""
         return self.next_step.name == 'test' and not self.changed()
 
     @property
@@ -143,7 +157,7 @@ class Run:
         return gone(self.teacher)
 
     def fetch(self) -> None:
-        """Download the teachers: their content is part of the inputs.
+        """Download the teachers, whose content is part of the inputs.
 
         Raises:
             CheckpointError: If a checkpoint cannot be had.
@@ -156,65 +170,35 @@ class Run:
                 trust = bool(about.get('trust_checkpoint', False))
                 load_checkpoint_file(source, trust=trust)
 
-    @property
-    def training(self) -> Step:
-        command = ['-m', 'mmkd', 'train', str(self.config_file), '--resume']
-        command += ['--work-dir', str(self.folder)]
-        return Step(self.folder, 'train', command, self.inputs)
-
-    @property
-    def test(self) -> Step:
-        command = ['-m', 'mmkd', 'test', str(self.config_file)]
-        command += [str(self.checkpoint), '--work-dir']
-        return Step(
-            self.folder, 'test', [*command, f'{self.folder}/test'], self.inputs
-        )
-
-    @property
-    def next_step(self) -> Step:
-        ended = 'finished' in self.noted and self.checkpoint is not None
-        return self.test if ended else self.training
-
-    @property
-    def noted(self) -> dict[str, Any]:
-        """What was noted of its training; empty before that was begun."""
-        return read_json(self.folder / 'train.json')
+    # ------------------------------------------------------ what it depends on
 
     @property
     def inputs(self) -> dict[str, str]:
         """Hashes of all that the result depends on (see :data:`INPUTS`)."""
         config = copy.deepcopy(self.config)
-        others = []
         if self.teacher is not None:
-            others.append(fingerprint(self.teacher.config).encode())
             about = dict(config.distillation.get('teacher') or {})
             about = {**about, 'config': '', 'checkpoint': ''}
             config.distillation.teacher = about
+            others = [hash_config(self.teacher.config)]
         else:
-            for about in teachers_of(config):
-                if isinstance(about.get('config'), str):
-                    theirs = load_config(about['config'])
-                    others.append(fingerprint(theirs).encode())
+            others = [*map(hash_named_config, teachers_of(config))]
         found = {
-            'config': fingerprint(config, *others),
+            'config': hash_config(config, *filter(None, others)),
             'data': hash_data(self.config),
             'teacher': self.teacher_hash,
             'code': hash_code(),
-            'tools': hash_tools(),
             'packages': hash_text(json.dumps(versions(), sort_keys=True)),
-            'libraries': hash_text(json.dumps(libraries(), sort_keys=True)),
         }
-        if peers := distillation_of(self.config).get('peers'):
-            found['peers'] = hash_text(
-                ' '.join(map(hash_network, peers.values()))
-            )
+        if peers := hash_peers(self.config):
+            found['peers'] = peers
         return found
 
     @property
     def teacher_hash(self) -> str:
-        """SHA-256 of the teachers' checkpoints; empty without teacher.
+        """SHA-256 of the teachers' checkpoints; empty without a teacher.
 
-        One that is not there (any more) is the one that was noted, if any.
+        Where one does not exist (any more), the noted ones count, if any.
         """
         if self.teacher is not None:
             return self.teacher.checkpoint_hash
@@ -233,7 +217,7 @@ class Run:
         return hash_file(Path(last))
 
     def changed(self) -> list[str]:
-        """The inputs that are others than when the run was begun.
+        """Return the inputs that have changed since the run was begun.
 
         Raises:
             ConfigError: If the folder is not a study's.
@@ -249,25 +233,14 @@ class Run:
         # What an older version did not note is not compared.
         return [key for key in now if then.get(key, now[key]) != now[key]]
 
-    def write_config(self) -> None:
-        """Write the complete config, for the tools."""
-        config = copy.deepcopy(self.config)
-        if self.teacher is not None:
-            config.distillation.teacher.update(
-                config=str(self.teacher.config_file),
-                checkpoint=self.teacher.checkpoint,
-            )
-        self.config_file.parent.mkdir(parents=True, exist_ok=True)
-        config.dump(str(self.config_file))
 
-
-@dataclass
+@dataclass(eq=False)
 class Tested(Run):
-    """Networks of a run, its peer or an ensemble, which are tested only.
+    """Networks of a run, a peer or an ensemble, which are only tested.
 
-    On the data of the run and with its last checkpoints. One network is
-    tested as it is, several as an :class:`mmkd.EnsembleDetector`, which fuses
-    their boxes.
+    They are tested on the data of the run and with its last checkpoints: one
+    network as it is, several as an :class:`mmkd.EnsembleDetector`, which
+    fuses their boxes.
 
     Attributes:
         source: The run that trains them.
@@ -283,11 +256,8 @@ class Tested(Run):
 
     @property
     def test(self) -> Step:
-        command = ['-m', 'mmkd', 'test', str(self.config_file)]
-        if len(self.members) == 1:
-            command.append(str(self.file_of(self.members[0])))
-        command += ['--work-dir', f'{self.folder}/test']
-        return Step(self.folder, 'test', command, self.inputs)
+        single = [str(f) for f in self.files if len(self.files) == 1]
+        return self._step('test', *single, *self._test_options)
 
     @property
     def next_step(self) -> Step:
@@ -295,14 +265,15 @@ class Tested(Run):
 
     @property
     def lacking(self) -> str:
-        files = map(self.file_of, self.members)
-        return '' if all(f.is_file() for f in files) else gone(self.source)
+        there = all(file.is_file() for file in self.files)
+        return '' if there else gone(self.source)
 
     def fetch(self) -> None:
-        """A test needs no teacher."""
+        """Do nothing: a test needs no teacher."""
 
     @property
     def noted(self) -> dict[str, Any]:
+        """What was noted of the test; empty before it was begun."""
         return read_json(self.folder / 'test.json')
 
     @property
@@ -317,44 +288,45 @@ class Tested(Run):
 
     @property
     def checkpoint_hash(self) -> str:
-        files = [self.file_of(member) for member in self.members]
-        if not all(file.is_file() for file in files):
+        if not all(file.is_file() for file in self.files):
             return self.result.get('checkpoint', '')
-        return ' '.join(hash_file(file) for file in files)
+        return ' '.join(map(hash_file, self.files))
 
-    def file_of(self, member: str) -> Path:
-        """The last checkpoint of a network, whether or not it is there."""
+    @property
+    def files(self) -> list[Path]:
+        """The members' last checkpoints, whether or not they exist."""
         last = Path(self.source.checkpoint or self.source.folder / 'removed')
-        return last if member == STUDENT else last.parent / member / last.name
+        return [
+            last if member == STUDENT else last.parent / member / last.name
+            for member in self.members
+        ]
 
     def write_config(self) -> None:
         config = copy.deepcopy(self.source.config)
         for key in ('distillation', 'custom_hooks'):
             config.pop(key, None)
-        members = [
-            {
-                'config': str(
-                    self.source.config_file
-                    if member == STUDENT
-                    else self.source.folder / member / 'config.py'
-                ),
-                'checkpoint': str(self.file_of(member)),
-            }
+        configs = [
+            self.source.config_file
+            if member == STUDENT
+            else self.source.folder / member / 'config.py'
             for member in self.members
         ]
-        if len(members) == 1:
-            config.model = load_config(members[0]['config']).model
+        if len(configs) == 1:
+            config.model = load_config(configs[0]).model
         else:
+            pairs = zip(configs, self.files, strict=True)
             config.model = {
                 'type': 'mmkd.EnsembleDetector',
-                'members': members,
+                'members': [
+                    {'config': str(own), 'checkpoint': str(file)}
+                    for own, file in pairs
+                ],
             }
-        self.config_file.parent.mkdir(parents=True, exist_ok=True)
-        config.dump(str(self.config_file))
+        self._dump(config)
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether there is nothing but notes that were not written to the end."""
+    """Return whether a folder holds nothing but notes that were broken off."""
     if not folder.exists():
         return True
     return all(p.name.endswith('.json.tmp') for p in folder.iterdir())
@@ -365,11 +337,3 @@ def gone(run: Run) -> str:
         f'a checkpoint of {run.name} is gone or damaged. Bring it back to '
         f'{run.folder}, or remove that folder to train it again.'
     )
-
-
-def libraries() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

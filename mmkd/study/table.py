@@ -11,14 +11,18 @@ from scipy import stats
 from mmkd.errors import CheckpointError, ConfigError
 from mmkd.report.tables import table as markdown
 
-from .run import INPUTS, Run, Tested, libraries
+from .inputs import versions
+from .run import INPUTS, Run, Tested
+from .step import now, write_json
 from .study import Study
-from .training import now, versions, write_json
+
+Results = Mapping[int, Mapping[str, Any]]
+"""The results of a network by seed."""
 
 
 @dataclass
 class Spread:
-    """Of n values; the deviation is that of a sample (n - 1).
+    """The mean of n values and their standard deviation (n - 1).
 
     ``p`` is that of a two-sided paired t-test against no difference; None
     where it is not defined: with one pair, or differences that are all equal.
@@ -30,10 +34,13 @@ class Spread:
     p: float | None = None
 
     def text(self, sign: str = '') -> str:
-        """In per cent."""
+        """Write it in per cent, such as ``42.0 ± 2.0 (p 0.012)``."""
         text = f'{100 * self.mean + 0.0:{sign}.1f}'
         if self.deviation is not None:
             text += f' ± {100 * self.deviation:.1f}'
+        if self.p is not None:
+            tiny = self.p < 0.001
+            text += ' (p < 0.001)' if tiny else f' (p {self.p:.3f})'
         return text
 
 
@@ -43,7 +50,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def gain(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """The differences of pairs, and whether chance explains them."""
+    """Return the spread of the differences of pairs, with its p."""
     pairs = zip(ours, theirs, strict=True)
     found = spread([a - b for a, b in pairs])
     # Metrics have three decimals; what is smaller comes from subtracting.
@@ -54,153 +61,144 @@ def gain(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
 
 def write_table(study: Study) -> str:
     """Write table.json and table.md; return the latter."""
-    results = {
-        network: {run.seed: run.result for run in study.of(network)}
+    done: dict[str, Results] = {
+        network: {r.seed: r.result for r in study.of(network) if r.result}
         for network in study.networks
     }
-    done = {
-        network: {seed: result for seed, result in rows.items() if result}
-        for network, rows in results.items()
-    }
-    gains = paired(study, done)
-    stale = {run.name: why for run in study.runs if (why := staleness(run))}
-    failed = {run.name: run.failure for run in study.runs if run.failure}
-    missing = [
-        run.name
-        for run in study.runs
-        if not done[run.network].get(run.seed) and run.name not in failed
+    gains, troubles = paired(study, done), troubles_of(study)
+    parts = [
+        f'# {study.name}',
+        results_table(study, done, troubles['stale']),
+        gains_table(study, gains),
+        remarks(study),
+        listed('Stale, from before a change', troubles['stale']),
+        listed('Failed', troubles['failed']),
+        listed('Not done yet', dict.fromkeys(troubles['missing'], '')),
     ]
-    text = '\n\n'.join(
-        [
-            f'# {study.name}',
-            results_table(study, done, stale),
-            *gains_table(study, gains),
-            remarks(study),
-            *listed('Stale, from before a change', stale),
-            *listed('Failed', failed),
-            *listed('Not done yet', dict.fromkeys(missing, '')),
-        ]
-    )
+    text = '\n\n'.join(filter(None, parts))
     (study.work_dir / 'table.md').write_text(text + '\n')
-    write_json(
-        study.work_dir / 'table.json',
-        {
-            'study': study.name,
-            'seeds': study.seeds,
-            'baseline': study.baseline,
-            'baselines': study.baselines,
-            'metrics': study.metrics,
-            'runs': {
-                network: summary(study, rows) for network, rows in done.items()
-            },
-            'gains': {
-                network: {name: asdict(row) for name, row in rows.items()}
-                for network, rows in gains.items()
-            },
-            'stale': stale,
-            'failed': failed,
-            'missing': missing,
-            'written': now(),
-            'versions': versions() | libraries(),
+    content = {
+        'study': study.name,
+        'seeds': study.seeds,
+        'baseline': study.baseline,
+        'baselines': study.baselines,
+        'metrics': study.metrics,
+        'runs': {name: summary(study, rows) for name, rows in done.items()},
+        'gains': {
+            network: {name: asdict(row) for name, row in rows.items()}
+            for network, rows in gains.items()
         },
-    )
+        **troubles,
+        'written': now(),
+        'versions': versions(),
+    }
+    write_json(study.work_dir / 'table.json', content)
     return text
 
 
+def troubles_of(study: Study) -> dict[str, Any]:
+    """Return the runs that are stale, have failed, or are not done yet."""
+    stale = {run.name: why for run in study.runs if (why := staleness(run))}
+    failed = {run.name: run.failure for run in study.runs if run.failure}
+    missing = [
+        run.name for run in study.runs if not (run.result or run.failure)
+    ]
+    return {'stale': stale, 'failed': failed, 'missing': missing}
+
+
+def metric(results: Results, key: str) -> list[float]:
+    return [result['metrics'][key] for result in results.values()]
+
+
 def paired(
-    study: Study, done: Mapping[str, Mapping[int, Any]]
+    study: Study, done: Mapping[str, Results]
 ) -> dict[str, dict[str, Spread]]:
-    """Per network and metric, its gain over its baseline's same seeds."""
+    """Return each network's gains over the same seeds of its baseline."""
     gains = {}
     for network, rows in done.items():
         base = done.get(study.baselines.get(network, ''), {})
-        seeds = [seed for seed in rows if seed in base]
-        if seeds and base is not rows:
+        ours = {seed: rows[seed] for seed in rows if seed in base}
+        theirs = {seed: base[seed] for seed in ours}
+        if ours and base is not rows:
             gains[network] = {
-                name: gain(
-                    [rows[seed]['metrics'][key] for seed in seeds],
-                    [base[seed]['metrics'][key] for seed in seeds],
-                )
+                name: gain(metric(ours, key), metric(theirs, key))
                 for name, key in study.metrics.items()
             }
     return gains
 
 
-def summary(study: Study, rows: Mapping[int, Any]) -> dict[str, Any]:
-    """A network's results by seed, and over the seeds."""
+def summary(study: Study, rows: Results) -> dict[str, Any]:
+    """Return a network's results by seed, and over the seeds."""
     over = {
-        name: asdict(spread([row['metrics'][key] for row in rows.values()]))
+        name: asdict(spread(metric(rows, key)))
         for name, key in study.metrics.items()
         if rows
     }
     return {'over_seeds': over, 'by_seed': dict(rows)}
 
 
+# -------------------------------------------------------------------- tables
+
+
 def results_table(
-    study: Study,
-    done: Mapping[str, Mapping[int, Any]],
-    stale: Mapping[str, str],
+    study: Study, done: Mapping[str, Results], stale: Mapping[str, str]
 ) -> str:
     header = ['run', 'seeds', *study.metrics]
     header += ['training, min', 'CPU, min', 'memory, MiB', 'teacher']
     rows = []
     for network, results in done.items():
-        values = list(results.values())
-        cells = [
-            spread([r['metrics'][key] for r in values]).text()
-            if values
-            else ''
-            for key in study.metrics.values()
-        ]
-        if values:
-            for key in ('training_seconds', 'training_cpu_seconds'):
-                times = [r[key] / 60 for r in values]
-                cells.append(f'{statistics.fmean(times):.1f}')
-            cells.append(f'{max(r["memory_mib"] for r in values):.0f}')
-            teachers = [r['inputs']['teacher'] for r in values]
-            # As in names of checkpoints; a run may have several teachers.
-            shown = [
-                ' '.join(part[:8] for part in hashes.split())
-                for hashes in teachers
-                if hashes
-            ]
-            cells.append(', '.join(shown))
         names = {run.name for run in study.of(network)}
         mark = ' (stale)' if names & stale.keys() else ''
-        cells += [''] * (len(header) - 2 - len(cells))
-        rows.append([network + mark, str(len(values)), *cells])
+        cells = [network + mark, str(len(results))]
+        if results:
+            cells += [
+                spread(metric(results, key)).text()
+                for key in study.metrics.values()
+            ]
+            cells += costs(results)
+        rows.append(cells + [''] * (len(header) - len(cells)))
     return markdown(header, rows)
+
+
+def costs(results: Results) -> list[str]:
+    """Return the cells of a network's times, memory and teacher."""
+    found = list(results.values())
+    minutes = [
+        statistics.fmean(result[key] / 60 for result in found)
+        for key in ('training_seconds', 'training_cpu_seconds')
+    ]
+    # As in the names of checkpoints; a run may have several teachers.
+    teachers = [
+        ' '.join(part[:8] for part in result['inputs']['teacher'].split())
+        for result in found
+    ]
+    return [
+        *(f'{each:.1f}' for each in minutes),
+        f'{max(result["memory_mib"] for result in found):.0f}',
+        ', '.join(filter(None, teachers)),
+    ]
 
 
 def gains_table(
     study: Study, gains: Mapping[str, Mapping[str, Spread]]
-) -> list[str]:
-    if not gains:
-        return []
+) -> str:
     header = [f'gain over {study.baseline}', 'pairs', *study.metrics]
     rows = []
     for network, found in gains.items():
         pairs = str(next(iter(found.values())).n)
-        cells = [f'{g.text("+")}{p_value(g)}' for g in found.values()]
-        rows.append([network, pairs, *cells])
-    return [markdown(header, rows)]
-
-
-def p_value(found: Spread) -> str:
-    if found.p is None:
-        return ''
-    return ' (p < 0.001)' if found.p < 0.001 else f' (p {found.p:.3f})'
+        rows.append([network, pairs, *(g.text('+') for g in found.values())])
+    return markdown(header, rows) if rows else ''
 
 
 def remarks(study: Study) -> str:
-    """What the numbers are."""
+    """Say what the numbers are."""
     text = (
-        'Metrics in per cent, of the last checkpoint of each run: mean ± '
-        'standard deviation (n - 1) over the seeds. Training: mean wall time '
-        'on this machine, side by side where there was more than one job; '
-        'CPU: the processor time in it, which other work prolongs less. '
-        "Memory: the largest peak, of the GPU or else of the run's process. "
-        "Teacher: the start of its checkpoint's SHA-256, by seed."
+        'Metrics are in per cent, of the last checkpoint of each run: mean ± '
+        'standard deviation (n - 1) over the seeds. Training is the mean wall '
+        'time on this machine, where several jobs ran side by side; CPU is '
+        'the processor time in it, which other work prolongs less. Memory is '
+        "the largest peak, of the GPU or else of the run's process. Teacher "
+        "is the start of its checkpoint's SHA-256, by seed."
     )
     tested = {
         r.network: r.source.network
@@ -210,34 +208,31 @@ def remarks(study: Study) -> str:
     if tested:
         named = ', '.join(f'{n} of {source}' for n, source in tested.items())
         text += (
-            ' Tested only, with the training and memory of the run that '
-            f'trained all its networks: {named}.'
+            ' These runs are only tested, and have the training and memory of '
+            f'the run that trained all its networks: {named}.'
         )
     if study.baseline is None:
         return text
     several = len({*study.baselines.values()}) > 1
     return (
-        f'{text} Gains: differences between runs of the same seed'
-        f'{" and data" if several else ""}; p of a two-sided paired t-test, '
-        'not corrected for the number of comparisons, and absent where it is '
-        'not defined.'
+        f'{text} Gains are differences between runs of the same seed'
+        f'{" and data" if several else ""}; p is that of a two-sided paired '
+        't-test, not corrected for the number of comparisons, and absent '
+        'where it is not defined.'
     )
 
 
 def staleness(run: Run) -> str:
-    """What has changed since a result; empty if nothing has."""
-    if not run.result:
-        return ''
-    with contextlib.suppress(CheckpointError, ConfigError, OSError):
-        changed = run.changed()
-        return ', '.join(f'{INPUTS[key]} changed' for key in changed)
-    return ''
+    """Return what has changed since a result; empty if nothing has."""
+    changed: list[str] = []
+    if run.result:
+        with contextlib.suppress(CheckpointError, ConfigError, OSError):
+            changed = run.changed()
+    return ', '.join(f'{INPUTS[key]} changed' for key in changed)
 
 
-def listed(title: str, items: Mapping[str, str]) -> list[str]:
-    if not items:
-        return []
+def listed(title: str, items: Mapping[str, str]) -> str:
     lines = [
         f'- {name}{": " if why else ""}{why}' for name, why in items.items()
     ]
-    return [f'{title}:\n\n' + '\n'.join(lines)]
+    return f'{title}:\n\n' + '\n'.join(lines) if lines else ''

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -15,17 +16,20 @@ import torch
 from mmengine.config import Config
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmkd.benchmark import assign as benchmark_assign
-from mmkd.benchmark import command as benchmark
-from mmkd.benchmark import common
-from mmkd.benchmark import epochs as benchmark_epochs
-from mmkd.benchmark import machine as benchmark_machine
-from mmkd.benchmark import networks as benchmark_networks
-from mmkd.benchmark import scale as benchmark_scale
-from mmkd.benchmark import step as benchmark_step
-from mmkd.benchmark import teacher as benchmark_teacher
+from mmkd.benchmark import (
+    assign,
+    command,
+    common,
+    epochs,
+    machine,
+    networks,
+    scale,
+    step,
+    teacher,
+)
+from mmkd.cli import main
 from mmkd.errors import ConfigError
-from mmkd.report import summary as report
+from mmkd.report import summary
 from tests.helpers import toy
 
 GFL = 'gfl/gfl_r50_fpn_1x_coco.py'
@@ -33,8 +37,18 @@ GFL = 'gfl/gfl_r50_fpn_1x_coco.py'
 
 def arguments(config, **options):
     given = dict(size=(96, 128), batch=2, objects=3, cfg_options=None)
-    given |= dict(repeat=2, cpu_time=False, networks=None, sizes=None)
+    given |= dict(repeat=2, cpu_time=False, threads=1, device='cpu')
+    given |= dict(networks=None, sizes=None, processes=None)
     return argparse.Namespace(**{**given, 'config': str(config), **options})
+
+
+def cells(table, name):
+    """The cells of a table's first row of this name."""
+    rows = [
+        [cell.strip() for cell in line.strip('|').split('|')]
+        for line in table.splitlines()
+    ]
+    return next(row for row in rows if row[0] == name)
 
 
 @pytest.fixture
@@ -47,8 +61,7 @@ def config(tmp_path):
 
 
 def trainer_of(path):
-    distiller, batch = common.build(arguments(path), 'cpu')
-    trainer = common.Trainer(distiller.student, batch, distiller)
+    trainer = common.Trainer.of(arguments(path))
     trainer.see_teacher()
     return trainer
 
@@ -76,7 +89,7 @@ def losses_of_a_step(trainer):
 )
 def test_methods_alone_are_those_of_a_step(config, base, methods):
     trainer = trainer_of(config(base, methods))
-    alone = benchmark_step.methods_alone(trainer)
+    alone = step.methods_alone(trainer)
     first, second = alone(), alone()
     gradients = [p.grad for p in trainer.distiller.parameters()]
     total, expected = losses_of_a_step(trainer)
@@ -90,15 +103,15 @@ def test_methods_alone_are_those_of_a_step(config, base, methods):
 def test_the_teacher_s_options_are_timed(config):
     path = config(toy.RETINANET, dict(pkd=dict(type='mmkd.PKD')))
     args = arguments(path, compile=False, forward=False)
-    result, table = benchmark_teacher.teacher(args, 'cpu')
+    result = teacher.measure(args)
     forward, iteration = result.values()
     cached = 'cache, all images known'
-    assert list(forward) == [*benchmark_teacher.VARIANTS, cached]
+    assert list(forward) == [*teacher.VARIANTS, cached]
     assert all(len(times) == 2 for times in forward.values())
-    assert {'plain student', benchmark_teacher.RARE} < {*iteration}
-    firsts = [row for row in table.splitlines() if '| as it is |' in row]
-    assert len(firsts) == 1
-    assert '**1.000**' in firsts[0]
+    assert {'plain student', teacher.RARE} < {*iteration}
+    table, _ = teacher.tables(result).split('\n\n')
+    assert cells(table, 'as it is')[3] == '**1.000**'
+    assert table.count('**1.000**') == 1
 
 
 def test_epochs_of_a_cache_that_knows_all_images(config, monkeypatch):
@@ -106,7 +119,7 @@ def test_epochs_of_a_cache_that_knows_all_images(config, monkeypatch):
     path = config(toy.RETINANET, dict(pkd=dict(type='mmkd.PKD')))
     clocks = []
 
-    class Watched(benchmark_epochs.EpochClock):
+    class Watched(epochs.EpochClock):
         def before_train(self, runner):
             clocks.append(self)
             self.entries, self.losses = [], set()
@@ -120,9 +133,9 @@ def test_epochs_of_a_cache_that_knows_all_images(config, monkeypatch):
             super().after_train_epoch(runner)
             self.entries.append(len([*self.folder.glob('??/*')]))
 
-    monkeypatch.setattr(benchmark_epochs, 'EpochClock', Watched)
+    monkeypatch.setattr(epochs, 'EpochClock', Watched)
     args = arguments(path, images=4)
-    result, table = benchmark_epochs.epochs(args, 'cpu')
+    result = epochs.measure(args)
     assert result['batches'] == 2
     plain, distilled, cached = clocks[:3]
     assert not any('pkd' in name for name in plain.losses)
@@ -133,30 +146,29 @@ def test_epochs_of_a_cache_that_knows_all_images(config, monkeypatch):
     assert cached.hits == [1, 1]
     for name, first in zip(result['seconds'], clocks, strict=False):
         assert result['seconds'][name][0] == first.seconds[1]
-    assert f'| {benchmark_epochs.CACHE} | ' in table
+    assert cells(epochs.epochs_table(result), epochs.CACHE)
 
 
-def test_an_epoch_that_the_cache_does_not_know(config, monkeypatch):
+def test_an_epoch_that_the_cache_does_not_know(config):
     path = config(toy.RETINANET, dict(pkd=dict(type='mmkd.PKD')))
     path = Config.fromfile(path)
     args = arguments(path.filename, images=4)
-    variants = benchmark_epochs.configs_of(args, str(path.work_dir))
-    cached = variants[benchmark_epochs.CACHE]
+    variants = epochs.configs_of(args, str(path.work_dir))
+    cached = variants[epochs.CACHE]
     cached.distillation.teacher.cache.max_gib = 1e-6
     with pytest.raises(ConfigError, match='did not know all images'):
-        benchmark_epochs.second_epoch(cached, args)
+        epochs.second_epoch(cached, args)
 
 
-def test_epochs_without_the_data(config, monkeypatch):
+def test_epochs_without_the_data(config, capsys):
     """The plain run is stock's, and stock says no more than the path."""
     path = config(toy.RETINANET, dict(pkd=dict(type='mmkd.PKD')))
     cfg = Config.fromfile(path)
     cfg.train_dataloader.dataset.ann_file = '/nowhere/coco/train.json'
     cfg.dump(path)
-    command = ['benchmark.py', 'epochs', path, '--images', '4', '--batch', '2']
-    monkeypatch.setattr('sys.argv', command)
-    with pytest.raises(SystemExit, match=r'error: .*mmkd prepare coco'):
-        benchmark.main()
+    words = ['benchmark', 'epochs', path, '--images', '4', '--batch', '2']
+    assert main(words) == 1
+    assert re.search(r'error: .*mmkd prepare coco', capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +178,7 @@ def test_epochs_on_images_as_they_are(name):
     """Within wrappers of data sets, and without what changes images."""
     cfg = Config.fromfile(toy.ROOT / f'configs/{name}.py')
     args = arguments('', images=4)
-    dataset = benchmark_epochs.some_images(cfg.train_dataloader.dataset, args)
+    dataset = epochs.some_images(cfg.train_dataloader.dataset, args)
     assert dataset.indices == 4
     names = [step.type for step in dataset.pipeline]
     assert names == [
@@ -185,7 +197,7 @@ def test_epochs_need_one_teacher(config, part):
         cfg.distillation.update(teacher=teacher, peers=dict(b=teacher))
     cfg.dump(path)
     with pytest.raises(ConfigError, match='epochs takes a config with one'):
-        benchmark_epochs.epochs(arguments(path, images=4), 'cpu')
+        epochs.measure(arguments(path, images=4))
 
 
 def test_growth_with_the_images_size(config, monkeypatch):
@@ -194,7 +206,7 @@ def test_growth_with_the_images_size(config, monkeypatch):
     with FlopCounterMode(display=False) as counter:  # a clock of work alone
         clock = SimpleNamespace(perf_counter=counter.get_total_flops)
         monkeypatch.setattr(common, 'time', clock)
-        found = benchmark_scale.scale(args, 'cpu')[0]['sizes']
+        found = scale.measure(args)['sizes']
     small, large = found['64x64'], found['320x320']
     for kind in ('plain', 'teacher', 'distilled'):
         assert sum(large['seconds'][kind]) > sum(small['seconds'][kind])
@@ -209,9 +221,8 @@ def test_growth_with_the_images_size(config, monkeypatch):
 @pytest.mark.slow
 def test_growth_with_processes(config):
     path = config(GFL, dict(pkd=dict(type='mmkd.PKD')))
-    args = arguments(path, objects=[3], processes=[1, 2], threads=1)
-    args.cpu_time = True
-    found = benchmark_scale.scale(args, 'cpu')[0]['processes']
+    args = arguments(path, objects=[3], processes=[1, 2], cpu_time=True)
+    found = scale.measure(args)['processes']
     assert list(found) == [1, 2]
     for each in found.values():
         assert len(each['ratios']) == 2
@@ -221,11 +232,9 @@ def test_growth_with_processes(config):
 def test_a_command_s_table_and_its_file(config, tmp_path):
     path = config(GFL, dict(kd=dict(type='mmkd.KD')))
     size = ('--size', '96', '128', '--objects', '3', '--batch', '2')
-    command = [sys.executable, 'tools/benchmark.py', 'methods', path, *size]
-    command += ['--repeat', '2', '--cpu-time', '--json', str(tmp_path / 'x')]
-    done = subprocess.run(
-        command, cwd=toy.ROOT, capture_output=True, text=True
-    )
+    words = [sys.executable, 'tools/benchmark.py', 'methods', path, *size]
+    words += ['--repeat', '2', '--cpu-time', '--json', str(tmp_path / 'x')]
+    done = subprocess.run(words, cwd=toy.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / 'x').read_text())
     assert content['size'] == [96, 128]
@@ -239,9 +248,9 @@ def test_a_command_s_table_and_its_file(config, tmp_path):
     assert 200 < peak['plain'] < 2000
     assert 0 < peak['teacher_weights'] < 20
     assert abs(peak['other']) < 100
-    assert '| config | 0.' in done.stdout
+    assert cells(done.stdout, 'config')[1].startswith('0.')
     last = done.stdout.splitlines()[-1]
-    assert last == benchmark_machine.measured_on(content)
+    assert last == machine.measured_on(content)
 
 
 # -------------------------------------------------------------------- clocks
@@ -279,8 +288,8 @@ class Gpu:
 def test_a_gpu_s_own_events_are_the_times(monkeypatch):
     gpu = Gpu(monkeypatch)
     runs = {'a': lambda: gpu.work(1), 'b': lambda: gpu.work(3)}
-    args = argparse.Namespace(repeat=4, cpu_time=False)
-    times = common.interleaved(runs, args, 'cuda')
+    args = arguments('', repeat=4, device='cuda')
+    times = common.Times.interleaved(runs, args)
     assert times == {'a': [0.25] * 4, 'b': [0.75] * 4}
     assert gpu.waits == 5
 
@@ -289,8 +298,8 @@ def test_a_gpu_s_own_events_are_the_times(monkeypatch):
 def test_a_gpu_s_work_is_timed():
     a = torch.randn(4096, 4096, device='cuda')
     runs = {'one': lambda: a @ a, 'ten': lambda: [a @ a for _ in range(10)]}
-    args = argparse.Namespace(repeat=5, cpu_time=False)
-    times = common.interleaved(runs, args, 'cuda')
+    args = arguments('', repeat=5, device='cuda')
+    times = common.Times.interleaved(runs, args)
     one, ten = (statistics.median(each) for each in times.values())
     assert 5 < ten / one < 20
 
@@ -308,30 +317,26 @@ def test_the_processor_s_time_leaves_waiting_out(monkeypatch):
     clocks = {clock: partial(now.get, clock) for clock in now}
     monkeypatch.setattr(common, 'time', SimpleNamespace(**clocks))
     runs = {'work': partial(work, 2), 'both': lambda: (work(1), wait())}
-    args = argparse.Namespace(repeat=2, cpu_time=False)
-    times = common.interleaved(runs, args, 'cpu')
+    times = common.Times.interleaved(runs, arguments(''))
     assert times == {'work': [2, 2], 'both': [4, 4]}
-    args.cpu_time = True
-    times = common.interleaved(runs, args, 'cpu')
+    times = common.Times.interleaved(runs, arguments('', cpu_time=True))
     assert times == {'work': [2, 2], 'both': [1, 1]}
 
 
-@pytest.mark.parametrize(
-    'command', ['step', 'methods', 'teacher', 'assign', 'scale']
-)
-def test_every_command_counts_the_processor_s_time(command, monkeypatch):
-    configs = [] if command == 'assign' else ['x.py']
-    words = ['benchmark.py', command, *configs, '--cpu-time']
-    monkeypatch.setattr(sys, 'argv', words)
-    args = benchmark.parse_args()
+@pytest.mark.parametrize('name', command.BENCHMARKS)
+def test_every_command_counts_the_processor_s_time(name):
+    configs = [] if name == 'assign' else ['x.py']
+    args = command.parse_args([name, *configs, '--cpu-time'])
     assert args.cpu_time
     assert args.size == [800, 1333]
 
 
 def test_a_gpu_s_teacher_is_timed_in_float16():
-    args = argparse.Namespace(compile=False)
-    only = benchmark_teacher._variants(args, 'cuda').keys()
-    only -= benchmark_teacher._variants(args, 'cpu').keys()
+    on_gpu, on_cpu = (
+        teacher.variants_of(arguments('', compile=False, device=device))
+        for device in ('cuda', 'cpu')
+    )
+    only = on_gpu.keys() - on_cpu.keys()
     assert only == {"autocast='float16'"}
 
 
@@ -340,16 +345,14 @@ def test_a_gpu_s_teacher_is_timed_in_float16():
 
 def test_the_environment_keeps_numbers(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # git is asked of the repository all the same
-    args = argparse.Namespace(
-        size=(800, 1333), json=tmp_path, cfg_options={'a.b': [1, None]}
-    )
-    found = benchmark_machine.environment(args, 'cpu')
+    options = dict(json=tmp_path, cfg_options={'a.b': [1, None]})
+    found = machine.environment(arguments('', size=(800, 1333), **options))
     assert found['size'] == [800, 1333]
     assert found['cfg_options'] == {'a.b': [1, None]}
     assert found['json'] == str(tmp_path)
     assert found['dtype'] == 'float32'
     assert found['threads'] == torch.get_num_threads()
-    assert found['processor'] == found['device'] == report.processor()
+    assert found['processor'] == found['device'] == summary.processor()
     assert {'mmcv', 'mmdet', 'mmengine', 'mmkd', 'torch'} < found.keys()
     json.dumps(found)
 
@@ -364,32 +367,32 @@ def test_the_commit_is_the_repository_s(monkeypatch, tmp_path, changed):
     git('commit', '-q', '--allow-empty', '-m', 'x')
     if changed:
         (tmp_path / 'new.py').touch()
-    monkeypatch.setattr(benchmark_machine, 'ROOT', tmp_path)
-    found = benchmark_machine.environment(argparse.Namespace(), 'cpu')
+    monkeypatch.setattr(machine, 'ROOT', tmp_path)
+    found = machine.environment(arguments(''))
     assert len(found['commit']) >= 7
     assert found['uncommitted'] is changed
 
 
 def test_no_repository(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark_machine, 'ROOT', tmp_path)
-    found = benchmark_machine.environment(argparse.Namespace(), 'cpu')
+    monkeypatch.setattr(machine, 'ROOT', tmp_path)
+    found = machine.environment(arguments(''))
     assert (found['commit'], found['uncommitted']) == (None, False)
     monkeypatch.setenv('PATH', str(tmp_path))
-    assert benchmark_machine.git('status') is None
+    assert machine.git('status') is None
 
 
 def test_the_line_below_a_table():
     found = dict(device='H200', processor='Xeon', cores=16, threads=1)
     found |= dict(dtype='float32', torch='2.13', mmcv='2.3', mmdet='3.5')
     found |= dict(mmengine='0.10', mmkd='0.1', cuda='12.8', commit='abc1234')
-    line = benchmark_machine.measured_on({**found, 'uncommitted': True})
+    line = machine.measured_on({**found, 'uncommitted': True})
     assert line == (
         'Measured on H200, Xeon, 16 cores, 1 thread, float32; PyTorch 2.13, '
         'MMCV 2.3, MMDetection 3.5, MMEngine 0.10, mmkd 0.1, CUDA 12.8; '
         'commit abc1234 with uncommitted changes.'
     )
     found |= dict(device='Xeon', cuda=None, commit=None, uncommitted=False)
-    line = benchmark_machine.measured_on(found)
+    line = machine.measured_on(found)
     assert line.startswith('Measured on Xeon, 16 cores, 1 thread, float32;')
     assert line.endswith('mmkd 0.1; commit unknown.')
 
@@ -398,34 +401,38 @@ def test_the_line_below_a_table():
 
 
 def test_ratios_by_hand():
-    times = dict(plain=[1.0, 2.0, 4.0], teacher=[1.0, 2.0, 1.0])
+    times = common.Times(plain=[1.0, 2.0, 4.0], teacher=[1.0, 2.0, 1.0])
     times['distilled'] = [3.0, 4.0, 10.0]
-    found = benchmark_step.against_parts(times)
-    assert found['seconds'] == dict(plain=2.0, teacher=1.0, distilled=4.0)
-    assert found['all_ratios'] == [1.5, 1.0, 2.0]
-    assert found['ratio'] == 1.5
-    found = benchmark_step.shares(dict(methods=[1, 1, 3], plain=[2, 10, 4]))
-    assert found['all_shares'] == [0.5, 0.1, 0.75]
-    assert (found['share'], found['plain_seconds']) == (0.5, 4)
+    found = times.ratios('distilled', 'plain', 'teacher')
+    assert found == [1.5, 1.0, 2.0]
+    table = common.table(['', 's', 'ratio'], [['a', times['plain'], found]])
+    assert cells(table, 'a') == ['a', '2', '1-4', '**1.500**', '1.000-2.000']
 
 
 def test_networks_together_by_hand():
-    times = {
-        '1 student': [9.0, 9.0],
-        '1 together': [9.0, 9.0],
-        '11 student': [1.0, 2.0],
-        '11 student2': [1.0, 2.0],
-        '11 frozen teacher': [2.0, 4.0],
-        '11 together': [6.0, 10.0],
-    }
-    own = benchmark_networks.of_number(times, 11)
+    times = common.Times(
+        {
+            '1 student': [9.0, 9.0],
+            '1 together': [9.0, 9.0],
+            '11 student': [1.0, 2.0],
+            '11 student2': [1.0, 2.0],
+            '11 frozen teacher': [2.0, 4.0],
+            '11 together': [6.0, 10.0],
+        }
+    )
+    own = networks.of_number(times, 11)
     assert list(own) == ['student', 'student2', 'frozen teacher', 'together']
-    alone, ratios = benchmark_networks.against_sum(own)
-    assert alone == [4.0, 8.0]
-    assert ratios == [1.5, 1.25]
-    sizes = dict(a=dict(activations=1.0), b=dict(activations=2.5))
+    assert networks.together_by_sum(own) == [1.5, 1.25]
+    one = dict(parameters=5, weights=1.0, state=2.0, activations=1.0)
+    sizes = dict(student=one, student2={**one, 'activations': 2.5})
     sizes['together'] = dict(activations=9.0)
-    assert benchmark_networks.kept_alone(sizes) == 3.5
+    table = networks.networks_table({'seconds': times, 'mib': {11: sizes}})
+    ratio = ['**1.375**', '1.250-1.500']
+    assert cells(table, '11') == ['11', '6', '4-8', '8', '6-10', *ratio,
+                                  '3.5', '9.0']  # fmt: skip
+    assert cells(table, 'student2') == [
+        *('student2', '5', '1.0', '2.0', '2.5', '1.5', '1-2'),
+    ]
 
 
 def test_refusals_are_counted_by_precision(monkeypatch):
@@ -434,14 +441,14 @@ def test_refusals_are_counted_by_precision(monkeypatch):
             raise ValueError
         return np.array([True, row[0] < 2, False]), 1
 
-    monkeypatch.setattr(benchmark_assign, 'reference', reference)
+    monkeypatch.setattr(assign, 'reference', reference)
     monkeypatch.setattr(
-        benchmark_assign,
+        assign,
         'positive_samples',
         lambda costs, mask: torch.tensor([[True, True, False]] * 3) & mask,
     )
     costs = torch.tensor([[0.5, 3.0, 4.0], [1.5, 3.0, 4.0], [2.5, 3.0, 4.0]])
-    found = benchmark_assign.compare([(costs, costs.isfinite())])
+    found = assign.compare([(costs, costs.isfinite())])
     assert found['refused'] == dict(float64=0, float32=1)
     assert found['float64'] == pytest.approx(2 / 3)
     assert found['float32'] == pytest.approx(1 / 2)
@@ -476,7 +483,7 @@ def test_networks_of_a_method_with_a_fixed_number(tmp_path, name, asked):
     method, peers = FIXED[name]
     path = together(tmp_path, {name: method}, peers)
     args = arguments(path, objects=[3], networks=asked)
-    result, table = benchmark_scale.scale(args, 'cpu')
+    result = scale.measure(args)
     number = 1 + len(peers)
     names = ['student', *peers]
     expected = [f'{number} {n}' for n in (*names, 'together')]
@@ -485,9 +492,10 @@ def test_networks_of_a_method_with_a_fixed_number(tmp_path, name, asked):
     # The method's own layers keep more for the backward pass.
     kept = {n: s['activations'] for n, s in result['mib'][number].items()}
     assert kept['together'] > 1.01 * sum(kept[n] for n in names)
-    assert f'| {number} | ' in table.splitlines()[2]
-    assert [row.split(' | ')[0] for row in table.splitlines()[-len(names) :]
-            ] == [f'| {n}' for n in names]  # fmt: skip
+    table, each = scale.growth_table(result).split('\n\n')
+    assert len(cells(table, str(number))) == 9
+    rows = [line.split()[1] for line in each.splitlines()[2:]]
+    assert rows == names
 
 
 @pytest.mark.parametrize(
@@ -502,10 +510,10 @@ def test_networks_of_a_method_with_a_fixed_number(tmp_path, name, asked):
 def test_so_many_students(tmp_path, teacher, number, parts):
     path = together(tmp_path, ONE_TEACHER, teacher=teacher)
     args = arguments(path, objects=[3], networks=[number], repeat=1)
-    result, table = benchmark_scale.scale(args, 'cpu')
+    result = scale.measure(args)
     runs = {name.partition(' ')[2] for name in result['seconds']}
     assert runs == {'student', *parts, 'together'}
-    assert '| teacher | ' in table
+    assert len(cells(scale.growth_table(result), 'teacher')) == 7
 
 
 def test_peers_are_measured_untrained(tmp_path):
@@ -515,7 +523,7 @@ def test_peers_are_measured_untrained(tmp_path):
         checkpoint='/no/such/file.pth',
         cfg_options={'model.bbox_head.stacked_convs': 3},
     ))  # fmt: skip
-    distiller, _ = common.build(arguments(path), 'cpu')
+    distiller, _ = common.build(arguments(path))
     assert len(distiller.peers['teacher'].model.bbox_head.cls_convs) == 3
 
 
@@ -523,26 +531,31 @@ def test_networks_need_peers(config):
     path = config(GFL, dict(kd=dict(type='mmkd.KD')))
     args = arguments(path, objects=[3], networks=[2])
     with pytest.raises(ConfigError, match=r'takes a config with .*peers'):
-        benchmark_scale.scale(args, 'cpu')
+        scale.measure(args)
 
 
 @pytest.mark.parametrize(
-    'command',
+    'words',
     [
         *('step no.py', 'methods no.py', 'teacher no.py', 'epochs no.py'),
         *('assign --config no.py', 'scale no.py --objects 3'),
     ],
 )
-def test_a_config_that_is_not_there(command, monkeypatch):
-    monkeypatch.setattr('sys.argv', ['benchmark.py', *command.split()])
-    with pytest.raises(SystemExit, match=r"error: the config 'no.py' does"):
-        benchmark.main()
+def test_a_config_that_is_not_there(words, capsys):
+    assert main(['benchmark', *words.split()]) == 1
+    assert "error: the config 'no.py' does" in capsys.readouterr().err
+
+
+def test_two_growths_at_once(capsys):
+    words = 'scale x.py --sizes 96x96 --networks 2'
+    assert main(['benchmark', *words.split()]) == 1
+    assert '--sizes and --networks are given' in capsys.readouterr().err
 
 
 def test_nothing_to_measure():
     stock = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
     with pytest.raises(ConfigError, match='has no distillation to measure'):
-        common.build(arguments(stock), 'cpu')
+        common.build(arguments(stock))
 
 
 def test_teachers_without_their_weights():
@@ -565,12 +578,12 @@ def test_teachers_without_their_weights():
 @pytest.mark.parametrize(
     ('path', 'message'),
     [
-        ('lad.py', 'lad .LabelAssignmentDistillation. computes no loss'),
+        ('lad.py', 'lad .LAD. computes no loss'),
         ('peers/dml.py', 'the config has no distillation.teacher'),
     ],
 )
 def test_configs_that_cannot_be_measured(path, message):
     args = arguments(toy.ROOT / 'configs/bccd' / path)
     args.configs = [args.config]
-    with pytest.raises(SystemExit, match=message):
-        benchmark_step.methods(args, 'cpu')
+    with pytest.raises(ConfigError, match=message):
+        step.measure_methods(args)

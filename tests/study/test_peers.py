@@ -4,36 +4,23 @@ import json
 import shutil
 
 import pytest
-import yaml
 
 from mmkd.errors import ConfigError
+from mmkd.study import work
+from mmkd.study.table import write_table
 from tests.helpers import toy
 from tests.helpers.hold import reached
-from tests.study.test_study import (
-    ROOT,
+from tests.helpers.studies import (
     a_checkpoint,
     cells,
     finish,
     kill,
-    plan,
-    run,
+    run_all,
     start,
     wait_for,
 )
 
-
-@pytest.fixture
-def tool():
-    from mmkd.study import command as study
-
-    return study
-
-
-@pytest.fixture
-def reading():
-    from mmkd.study import study
-
-    return study
+LR = 'optim_wrapper.optimizer.lr'
 
 
 @pytest.fixture(scope='module')
@@ -57,7 +44,7 @@ def together(configs, tmp_path):
     shutil.copy(configs / 'second.py', tmp_path)
     cfg.distillation = dict(
         peers=dict(second=dict(config=str(tmp_path / 'second.py'))),
-        methods=dict(dml=dict(type='mmkd.MutualLearning')),
+        methods=dict(dml=dict(type='mmkd.DML')),
     )
     cfg.custom_hooks = [dict(type='mmkd.EnsembleValidationHook')]
     # What the two tests read is what the validation during training reads.
@@ -66,49 +53,30 @@ def together(configs, tmp_path):
     return toy.write(cfg, tmp_path / 'together.py')
 
 
-def content(together, tmp_path, **changes):
-    return {
-        'name': 'together',
-        'work_dir': str(tmp_path / 'study'),
-        'seeds': [0],
-        'baseline': 'dml',
-        'metrics': {'AP': 'coco/bbox_mAP'},
-        'runs': {
-            'both': {'of': 'dml', 'ensemble': ['student', 'second']},
-            'dml': {'config': str(together)},
-            'second': {'of': 'dml', 'network': 'second'},
-        },
-        **changes,
-    }
-
-
 @pytest.fixture
-def write(together, tmp_path):
-    def write(**changes):
-        path = tmp_path / 'study.yaml'
-        path.write_text(yaml.dump(content(together, tmp_path, **changes)))
-        return path
-
-    return write
+def content(content, together):
+    runs = {
+        'both': {'of': 'dml', 'ensemble': ['student', 'second']},
+        'dml': {'config': str(together)},
+        'second': {'of': 'dml', 'network': 'second'},
+    }
+    return {**content, 'baseline': 'dml', 'runs': runs}
 
 
 # ----------------------------------------------------------------- the file
 
 
-def test_rows_follow_their_run_with_its_seeds(
-    reading, write, together, tmp_path
-):
-    runs = content(together, tmp_path)['runs']
-    runs['dml']['seeds'] = [4, 1]
-    study = reading.read_study(write(runs=runs))
-    assert [run.name for run in study.runs] == [
+def test_rows_follow_their_run_with_its_seeds(study):
+    study.networks['dml']['seeds'] = [4, 1]
+    runs = study.read().runs
+    assert [run.name for run in runs] == [
         'dml-seed4', 'dml-seed1', 'both-seed4', 'both-seed1',
         'second-seed4', 'second-seed1',
     ]  # fmt: skip
-    for row in study.runs[2:]:
+    for row in runs[2:]:
         assert row.source.name == f'dml-seed{row.seed}'
-    assert study.runs[2].members == ['student', 'second']
-    assert study.runs[4].members == ['second']
+    assert runs[2].members == ['student', 'second']
+    assert runs[4].members == ['second']
 
 
 @pytest.mark.parametrize(
@@ -152,27 +120,11 @@ def test_rows_follow_their_run_with_its_seeds(
         ),
     ],
 )
-def test_a_wrong_row_is_refused(
-    reading, write, configs, together, tmp_path, row, message
-):
-    runs = content(together, tmp_path)['runs']
-    runs['plain'] = {'config': str(configs / 'plain.py')}
+def test_a_wrong_row_is_refused(study, configs, row, message):
+    study.networks['plain'] = {'config': str(configs / 'plain.py')}
+    study.networks['x'] = row
     with pytest.raises(ConfigError, match=message):
-        reading.read_study(write(runs={**runs, 'x': row}))
-
-
-def test_the_study_on_bccd_shows_every_network(reading):
-    study = reading.read_study(ROOT / 'studies' / 'bccd.yaml')
-    rows = {row.network: row for row in study.runs if row.seed == 0}
-    assert rows['online-teacher'].members == ['teacher']
-    assert rows['online-teacher'].source is rows['online']
-    assert rows['offline-ensemble'].members == ['student', 'second']
-    assert rows['offline'].teacher is rows['teacher']
-    several = rows['offline-kd-only'].config.distillation.methods.several
-    assert (several.alpha, several.beta) == (1.0, 0.0)
-    assert (
-        rows['dcm-heads-only'].config.distillation.methods.dcm.kl_weight == 0
-    )
+        study.read()
 
 
 # ---------------------------------------------------- a teacher that trains
@@ -189,155 +141,117 @@ def taught(together, tmp_path):
     return toy.write(cfg, tmp_path / 'taught.py')
 
 
-def test_a_teacher_that_trains_is_a_peer(reading, write, taught, tmp_path):
-    runs = {
-        'dml': {'config': str(taught)},
-        'big': {'of': 'dml', 'network': 'teacher'},
-        'all': {'of': 'dml', 'ensemble': ['student', 'second', 'teacher']},
-    }
-    path = write(runs=runs)
-    trained, together, big = reading.read_study(path).runs
-    assert big.members == ['teacher']
-    assert together.members == ['student', 'second', 'teacher']
-    assert trained.inputs['teacher'] == ''
-    before = trained.inputs['peers']
+def test_a_teacher_that_trains_is_a_peer(study, taught, tmp_path):
+    study.networks['dml']['config'] = str(taught)
+    study.networks['both']['ensemble'].append('teacher')
+    study.networks['second']['network'] = 'teacher'
+    runs = study.runs()
+    assert runs['second'].members == ['teacher']
+    assert runs['both'].members == ['student', 'second', 'teacher']
+    assert runs['dml'].inputs['teacher'] == ''
+    before = runs['dml'].inputs['peers']
     with (tmp_path / 'big.py').open('a') as file:
         file.write("\nmodel['backbone']['style'] = 'caffe'\n")
-    assert trained.inputs['peers'] != before
+    assert runs['dml'].inputs['peers'] != before
 
 
-def test_a_run_cannot_be_a_teacher_that_trains(
-    reading, write, configs, taught
-):
-    runs = {
-        'dml': {'config': str(taught), 'teacher': 'plain'},
-        'plain': {'config': str(configs / 'plain.py')},
-    }
-    message = r'runs.dml has a teacher, but that of .*taught.py trains in the'
+def test_a_run_cannot_be_a_teacher_that_trains(study, configs, taught):
+    own = study.networks['dml'] = {'config': str(taught), 'teacher': 'plain'}
+    study.networks['plain'] = {'config': str(configs / 'plain.py')}
+    message = r'runs.dml: .*taught.py trains its own in the same step'
     with pytest.raises(ConfigError, match=message):
-        reading.read_study(write(runs=runs))
-    frozen = {'distillation.teacher.trainable': False}
-    runs['dml']['options'] = frozen
-    study = reading.read_study(write(runs=runs))
-    assert study.of('dml')[0].teacher is study.of('plain')[0]
+        study.read()
+    own['options'] = {'distillation.teacher.trainable': False}
+    runs = study.runs()
+    assert runs['dml'].teacher is runs['plain']
 
 
 # ---------------------------------------------------------------- staleness
 
 
 @pytest.fixture
-def finished(reading, write):
-    """A study whose runs are done."""
-    path = write()
-    trained, *rows = reading.read_study(path).runs
-    finish(trained, **{'coco/bbox_mAP': 0.4})
-    peer = trained.folder / 'second'
-    peer.mkdir()
-    shutil.copy(a_checkpoint(trained.work_dir, 3.0), peer / 'epoch_2.pth')
-    for row, ap in zip(rows, (0.5, 0.3), strict=True):
-        row.folder.mkdir()
-        row.test.note(fingerprint=row.inputs, finished='then')
-        result = {
-            'metrics': {'coco/bbox_mAP': ap},
-            'training_seconds': 90.0,
-            'training_cpu_seconds': 60.0,
-            'memory_mib': 800.0,
-            'inputs': row.inputs,
-            'checkpoint': row.checkpoint_hash,
-        }
-        (row.folder / 'result.json').write_text(json.dumps(result))
-    return path
+def done(study):
+    """The runs of the study, which are done."""
+    runs = study.runs()
+    trained = runs['dml']
+    finish(trained, ap=0.4)
+    (trained.folder / 'second').mkdir()
+    peer = a_checkpoint(trained.work_dir, 3.0)
+    shutil.copy(peer, trained.folder / 'second' / 'epoch_2.pth')
+    finish(runs['both'], ap=0.5)
+    finish(runs['second'], ap=0.3)
+    return runs
 
 
-def test_what_is_done_is_done(tool, finished, capsys):
-    assert set(plan(tool, finished, capsys).values()) == {'done'}
+def test_what_is_done_is_done(study, done):
+    assert study.plan() == dict.fromkeys(done, 'done')
 
 
-def test_rows_wait_for_a_run_that_is_stale(
-    tool, finished, write, together, tmp_path, capsys
-):
-    runs = content(together, tmp_path)['runs']
-    runs['dml']['options'] = {'optim_wrapper.optimizer.lr': 0.5}
-    told = plan(tool, write(runs=runs), capsys)
-    assert told == {
-        'dml': 'stale: its config changed',
-        'both': 'waits for dml-seed0',
-        'second': 'waits for dml-seed0',
-    }
+def test_rows_wait_for_a_run_that_is_stale(study, done):
+    study.networks['dml']['options'] = {LR: 0.5}
+    waits = 'waits for dml-seed0'
+    stale = 'stale: its config changed'
+    assert study.plan() == {'dml': stale, 'both': waits, 'second': waits}
 
 
-def test_a_changed_config_of_a_peer_is_told(tool, finished, tmp_path, capsys):
+def test_a_changed_config_of_a_peer_is_told(study, done, tmp_path):
     with (tmp_path / 'second.py').open('a') as file:
         file.write("\nmodel['backbone']['style'] = 'caffe'\n")
-    told = plan(tool, finished, capsys)
+    told = study.plan()
     assert told['dml'] == (
         'stale: a config or a first checkpoint of its peers changed'
     )
     assert told['both'] == told['second'] == 'waits for dml-seed0'
 
 
-def test_what_was_not_noted_is_not_compared(tool, reading, finished, capsys):
+def test_what_was_not_noted_is_not_compared(study, done):
     """Results of before peers were looked at stay."""
-    trained = reading.read_study(finished).runs[0]
-    then = dict(trained.inputs)
+    then = dict(done['dml'].inputs)
     del then['peers']
-    trained.training.note(fingerprint=then)
-    assert plan(tool, finished, capsys)['dml'] == 'done'
+    done['dml'].training.note(fingerprint=then)
+    assert study.plan()['dml'] == 'done'
 
 
 @pytest.mark.parametrize('changed', ['', 'second'])
-def test_rows_are_of_the_checkpoints_that_are_there(
-    tool, reading, finished, capsys, changed
-):
-    trained = reading.read_study(finished).runs[0]
+def test_rows_are_of_the_checkpoints_that_are_there(study, done, changed):
+    trained = done['dml']
     new = a_checkpoint(trained.work_dir, weight=2.0)
     shutil.copy(new, trained.folder / changed / 'epoch_2.pth')
-    told = plan(tool, finished, capsys)
     stale = 'stale: a checkpoint of its run changed'
-    assert told == {
-        'dml': 'done',
-        'both': stale,
-        'second': stale if changed else 'done',
-    }
+    second = stale if changed else 'done'
+    assert study.plan() == {'dml': 'done', 'both': stale, 'second': second}
 
 
-def test_removed_checkpoints_are_those_that_were(
-    tool, reading, finished, capsys
-):
-    for path in reading.read_study(finished).runs[0].folder.rglob('*.pth'):
+def test_removed_checkpoints_are_those_that_were(study, done):
+    for path in done['dml'].folder.rglob('*.pth'):
         path.unlink()
-    assert set(plan(tool, finished, capsys).values()) == {'done'}
+    assert set(study.plan().values()) == {'done'}
 
 
-def test_no_row_is_of_a_removed_checkpoint(tool, reading, finished, capsys):
+def test_no_row_is_of_a_removed_checkpoint(study, done):
     """Where the peer's is gone, what needs it says so, and is not run."""
-    trained, both, second = reading.read_study(finished).runs
-    (trained.folder / 'second' / 'epoch_2.pth').unlink()
+    folder, second = done['dml'].folder, done['second']
+    (folder / 'second' / 'epoch_2.pth').unlink()
     (second.folder / 'result.json').unlink()
-    told = plan(tool, finished, capsys)
+    told = study.plan()
     assert told['dml'] == told['both'] == 'done'
     gone = 'a checkpoint of dml-seed0 is gone or damaged. Bring it back to '
     assert f', but {gone}' in told['second']
-    assert not tool.prepare(second, keep_stale=False)
-    assert second.failure.startswith(f'not run: {gone}{trained.folder}')
-    assert not tool.prepare(both, keep_stale=False)
-    assert not both.failure
+    assert not work.prepare(second, keep_stale=False)
+    assert second.failure.startswith(f'not run: {gone}{folder}')
+    assert not work.prepare(done['both'], keep_stale=False)
+    assert not done['both'].failure
 
 
-def test_other_members_are_told(
-    tool, finished, write, together, tmp_path, capsys
-):
-    runs = content(together, tmp_path)['runs']
-    runs['both']['ensemble'].reverse()
-    told = plan(tool, write(runs=runs), capsys)
+def test_other_members_are_told(study, done):
+    study.networks['both']['ensemble'].reverse()
+    told = study.plan()
     assert told['both'].startswith('stale: its config')
     assert told['dml'] == told['second'] == 'done'
 
 
-def test_the_table_names_the_run_that_is_paid_for(reading, finished):
-    from mmkd.study import table as study_table
-
-    text = study_table.write_table(reading.read_study(finished))
+def test_the_table_names_the_run_that_is_paid_for(study, done):
+    text = write_table(study.read())
     costs = ['1.5', '1.0', '800', '']
     assert cells(text, 'both') == ['1', '50.0', *costs]
     assert cells(text, 'second', 1) == ['1', '-10.0']
@@ -375,26 +289,26 @@ class Sum(BaseMetric):
 
 
 @pytest.mark.slow
-def test_a_real_run_and_its_rows(write, together, tmp_path, hold):
+def test_a_real_run_and_its_rows(study, code, together, tmp_path, hold):
     """Their metrics are those of the last validation in training."""
-    folder, code = tmp_path / 'study', tmp_path / 'code'
-    shutil.copytree(ROOT / 'mmkd', code / 'mmkd')
+    folder = tmp_path / 'study'
     (code / 'toy_sum.py').write_text(METRIC)
     with together.open('a') as file:
         file.write("\ncustom_imports = dict(imports=['toy_sum'])\n")
         file.write("test_evaluator = dict(type='ToySum')\n")
         file.write('val_evaluator = test_evaluator\n')
-    path = write(metrics={'AP': 'toy/sum'})
+    study.content['metrics'] = {'AP': 'toy/sum'}
+    path = study.write()
     first = start(path, code)
     wait_for(first, reached(hold))
     kill(first, folder)
     hold.unlink()
     assert not (folder / 'both-seed0' / 'result.json').exists()
-    status, output = run(path, code, '--dry-run')
+    status, output = run_all(path, code, '--dry-run')
     assert status == 0
     assert 'dml-seed0     done' in output
     assert 'both-seed0    is to be tested' in output
-    status, output = run(path, code, '--jobs', '2')
+    status, output = run_all(path, code, '--jobs', '2')
     assert status == 0, output
 
     rows = {
@@ -419,13 +333,13 @@ def test_a_real_run_and_its_rows(write, together, tmp_path, hold):
         assert rows[name]['trained_in'] == 'dml-seed0'
     assert 'both of dml, second of dml' in output
 
-    status, output = run(path, code)
+    status, output = run_all(path, code)
     assert status == 0
     assert output.count('-seed0') == output.count('done') == 3
 
     # A failed run is not tested.
     shutil.rmtree(folder / 'dml-seed0')
     together.write_text(together.read_text() + "\nmodel['type'] = 'Nothing'\n")
-    status, output = run(path, code)
+    status, output = run_all(path, code)
     assert status == 1
     assert '- both-seed0: not run: dml-seed0 failed' in output
