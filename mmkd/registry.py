@@ -66,7 +66,10 @@ def config_file(name: str) -> str:
     package, separator, path = name.rpartition('::')
     if not separator:
         return osp.expanduser(name)
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # such as a package in none
+        spec = None
     if spec is None or spec.origin is None:
         raise ConfigError(
             f'the config {name!r} is of {package}, which is not installed. '

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import functools
+import glob
 import logging
 import os
 import os.path as osp
@@ -39,9 +40,8 @@ def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
         path = config_file(str(source))
         if not osp.isfile(path):
             raise ConfigError(
-                f'the config {str(source)!r} does not exist: {path} is no '
-                f'file. Give a path from {osp.abspath(".")} or '
-                '"mmdet::folder/file.py".'
+                f'the config {str(source)!r} does not exist: {path} is not a '
+                f'file. {_remedy(str(source))}'
             )
         try:
             config = Config.fromfile(path)
@@ -63,6 +63,21 @@ def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
             'into dict(model=...).'
         )
     return config
+
+
+def _remedy(source: str) -> str:
+    """What to give in place of a config that does not exist."""
+    package, separator, name = source.rpartition('::')
+    if separator:
+        root = config_file(f'{package}::')
+        names = glob.glob('**/*.py', root_dir=root, recursive=True)
+        close = difflib.get_close_matches(name, names, n=1)
+        if close:
+            return f'Did you mean "{package}::{close[0]}"?'
+    return (
+        f'Give a path from {osp.abspath(".")}, "mmkd::file.py" or '
+        '"mmdet::folder/file.py".'
+    )
 
 
 @functools.lru_cache(maxsize=1)

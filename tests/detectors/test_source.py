@@ -364,7 +364,10 @@ def test_a_config_by_path_by_package_and_as_dict(saved, tmp_path):
     [
         ('mmdet::paa/none.py', r"'mmdet::paa/none.py' does not exist"),
         ('none.py', r"'none.py' does not exist.*Give a path from "),
+        ('mmkd::lad_r51.py', r'Did you mean "mmkd::lad_r50.py"\?'),
         ('nomm::a/b.py', 'of nomm, which is not installed'),
+        ('nomm.configs::a.py', 'of nomm.configs, which is not installed'),
+        ('::a.py', 'of , which is not installed'),
         (dict(type='FasterRCNN'), r'needs the key "model".*dict\(model=...'),
     ],
 )
@@ -509,7 +512,7 @@ def test_where_nobody_names_classes_the_students_are_assumed(
     assert teacher.classes == tiny.CLASSES
     assert teacher.class_map.identical
     (text,) = logged
-    assert "the student's are assumed: cat, dog, cow" in text
+    assert "The student's are assumed: cat, dog, cow" in text
 
 
 def test_the_head_and_the_names_have_to_agree(built, saved, student):
