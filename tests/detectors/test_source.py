@@ -509,7 +509,7 @@ def test_where_nobody_names_classes_the_students_are_assumed(
     assert teacher.classes == tiny.CLASSES
     assert teacher.class_map.identical
     (text,) = logged
-    assert "the student's are assumed: cat, dog, cow" in text
+    assert "The student's are assumed: cat, dog, cow" in text
 
 
 def test_the_head_and_the_names_have_to_agree(built, saved, student):
