@@ -7,31 +7,31 @@ from torch import Tensor, nn
 from mmkd.errors import ConfigError
 
 MAX_ROUNDING = 1.5
-"""Sizes closer than this factor, or than 2, differ by rounding."""
+"""Sizes differ by rounding below this factor, or by less than 2."""
 
 
 def build_adapter(
     student: Tensor, teacher: Tensor, *, adapt: bool, where: str
 ) -> nn.Module:
-    """The adaptation layer from one tapped feature to another.
+    """Build the adaptation layer from one tapped feature to another.
 
     Args:
         student: A feature of the student, (B, C_s, H, W) or (N, C_s).
-        teacher: The teacher's, of the same rank, with C_t channels.
-        adapt: A 1x1 convolution for maps, a linear layer for vectors, also
-            at equal widths; False for the identity.
+        teacher: The teacher's feature, of the same rank, with C_t channels.
+        adapt: True for a 1x1 convolution between maps or a linear layer
+            between vectors, even at equal widths; False for the identity.
         where: The place in the config, for messages.
 
     Raises:
-        ConfigError: If a map meets a vector, or widths differ without
-            ``adapt``.
+        ConfigError: If one is a map and the other a vector, or if widths
+            differ without ``adapt``.
     """
     if student.dim() != teacher.dim() or student.dim() not in (2, 4):
         raise ConfigError(
-            f"{where}: the student's feature {tuple(student.shape)} cannot "
-            f"meet the teacher's {tuple(teacher.shape)}: both must be maps "
-            '(B, C, H, W) or both vectors (N, C). Tap modules of the same '
-            'kind.'
+            f"{where}: the student's feature {tuple(student.shape)} cannot be "
+            f"compared with the teacher's {tuple(teacher.shape)}: both must "
+            'be maps (B, C, H, W) or both vectors (N, C). Tap modules of the '
+            'same kind.'
         )
     width_s, width_t = student.shape[1], teacher.shape[1]
     if adapt:
@@ -48,7 +48,7 @@ def build_adapter(
 
 
 def resize_to(feature: Tensor, size: torch.Size) -> Tensor:
-    """Resize maps (B, C, H, W) to ``size`` (bilinear); vectors pass."""
+    """Resize maps (B, C, H, W) to ``size`` (bilinear); keep vectors."""
     if feature.dim() != 4 or feature.shape[-2:] == size[-2:]:
         return feature
     return F.interpolate(
@@ -59,10 +59,10 @@ def resize_to(feature: Tensor, size: torch.Size) -> Tensor:
 def check_levels(
     student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], where: str
 ) -> None:
-    """Check that there are as many levels of both.
+    """Check that both have the same number of levels.
 
     Raises:
-        ConfigError: If there are not.
+        ConfigError: If they have not.
     """
     if len(student) != len(teacher):
         raise ConfigError(
@@ -79,7 +79,7 @@ def check_sizes(
     resize: bool,
     where: str,
 ) -> None:
-    """Check that paired levels have sizes that can meet.
+    """Check that paired levels have sizes that can be compared.
 
     Raises:
         ConfigError: If, without ``resize``, sizes differ by more than
@@ -93,7 +93,7 @@ def check_sizes(
                 raise ConfigError(
                     f'{where}: level {level} is {tuple(s.shape[2:])} in the '
                     f'student and {tuple(t.shape[2:])} in the teacher, a '
-                    'factor rather than rounding: these levels have other '
+                    'factor rather than rounding: these levels have different '
                     'strides. Pair levels with `levels` and '
                     '`teacher_levels`, or set resize=True to interpolate.'
                 )

@@ -1,4 +1,4 @@
-"""Dense heads on features that the stock detector has no head for."""
+"""Dense heads on features for which the stock detector has no head."""
 
 import copy
 import math
@@ -15,16 +15,16 @@ from .record import StepRecord
 
 
 class StagePyramid(nn.Module):
-    """One map of a backbone as the levels that a dense head expects.
+    """Turns one map of a backbone into the levels that a dense head expects.
 
-    A 1x1 convolution, then as many 3x3 convolutions with stride 2 as the
-    coarsest level asks for; levels finer than the stage are interpolated. A
-    3x3 convolution of its own follows for every level.
+    A 1x1 convolution is followed by as many 3x3 convolutions with stride 2 as
+    the coarsest level needs; levels finer than the stage are interpolated.
+    Every level then has a 3x3 convolution of its own.
 
     Args:
         stage: A stage's map, (B, C, H, W).
-        levels: The stock neck's for the same image, whose widths and sizes
-            are taken.
+        levels: The stock neck's levels for the same image, whose widths and
+            sizes are used.
     """
 
     def __init__(self, stage: Tensor, levels: Sequence[Tensor]) -> None:
@@ -46,7 +46,7 @@ class StagePyramid(nn.Module):
     def forward(
         self, stage: Tensor, sizes: Sequence[Size]
     ) -> tuple[Tensor, ...]:
-        """Levels (B, C_k, H_k, W_k) of the given sizes (H_k, W_k)."""
+        """Return levels (B, C_k, H_k, W_k) of the sizes (H_k, W_k)."""
         steps = [self.lateral(stage)]
         for conv in self.down:
             steps.append(conv(F.relu(steps[-1])))
@@ -61,13 +61,13 @@ class StagePyramid(nn.Module):
 class AuxiliaryHead(nn.Module):
     """A copy of a detector's dense head, on a pyramid of one stage.
 
-    It has weights of its own, freshly initialised, and the stock head's
-    priors, assigner and losses.
+    It has freshly initialised weights of its own, and the priors, assigner
+    and losses of the stock head.
 
     Args:
         stage: A stage's map for a blank image.
-        levels: The stock neck's maps for the same.
-        facts: About the stock head.
+        levels: The stock neck's maps for the same image.
+        facts: The facts of the stock head.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class AuxiliaryHead(nn.Module):
         sizes: Sequence[Size],
         data_samples: Sequence[DetDataSample],
     ) -> tuple[Tensor, StepRecord]:
-        """The head's stock loss, a scalar, and what the head has produced."""
+        """Return the head's stock loss, a scalar, and the head's record."""
         return head_loss(self, self.pyramid(stage, sizes), data_samples)
 
 
@@ -92,7 +92,7 @@ def head_loss(
     maps: tuple[Tensor, ...],
     data_samples: Sequence[DetDataSample],
 ) -> tuple[Tensor, StepRecord]:
-    """The stock loss of ``owner.bbox_head`` on maps, and its outputs."""
+    """Return the stock loss of ``owner.bbox_head`` on maps, and outputs."""
     outputs = StepRecord(owner)
     with outputs.recording():
         losses = outputs.model.bbox_head.loss(maps, list(data_samples))
@@ -106,7 +106,7 @@ def head_loss(
 
 
 def fresh_copy(facts: DenseFacts) -> Any:
-    """A copy of a head, initialised anew as its config tells."""
+    """Return a copy of a head, initialised anew as in its config."""
     copied = copy.deepcopy(facts.head)
     for module in copied.modules():
         if hasattr(module, 'reset_parameters'):
@@ -118,5 +118,5 @@ def fresh_copy(facts: DenseFacts) -> Any:
 
 
 def _halvings(stage: Tensor, level: Tensor) -> int:
-    """How often a stage's map is halved to be a level's, at least 0."""
+    """Return how often a stage's map is halved for a level, at least 0."""
     return max(round(math.log2(stage.shape[-1] / level.shape[-1])), 0)

@@ -1,4 +1,4 @@
-"""Predictions of several detectors, and their mean."""
+"""The mean of several detectors' predictions."""
 
 import functools
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ CLASSES = 'the classes that only one knows'
 
 
 def mean_of(values: Sequence[Any]) -> Any:
-    """The mean of equally nested tensors; None where all are None.
+    """Return the mean of equally nested tensors; None where all are None.
 
     Raises:
         ConfigError: If shapes or structures differ.
@@ -47,7 +47,7 @@ def mean_of(values: Sequence[Any]) -> Any:
 def class_order(
     first: Sequence[str], other: Sequence[str], device: torch.device
 ) -> Tensor | None:
-    """The other's index of each of the first's classes; None for the same."""
+    """Return the index of each class in the other's order, or None."""
     return _class_order(tuple(first), tuple(other), device)
 
 
@@ -61,7 +61,7 @@ def _class_order(
 
 
 def reorder_dense(facts: DenseFacts, raw: Any, order: Tensor | None) -> Any:
-    """A dense head's output with its classes in another order."""
+    """Return a dense head's output with reordered classes."""
     if order is None:
         return raw
     if hasattr(facts.head, 'num_attrib'):  # YOLOv3: box and object come first
@@ -78,7 +78,7 @@ def reorder_dense(facts: DenseFacts, raw: Any, order: Tensor | None) -> Any:
 def reorder_rois(
     logits: Tensor, deltas: Tensor | None, order: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """A RoI head's output with its classes in another order."""
+    """Return a RoI head's output with reordered classes."""
     if order is None:
         return logits, deltas
     if deltas is not None and deltas.shape[1] > 4:
@@ -87,9 +87,10 @@ def reorder_rois(
 
 
 def _columns(values: Tensor, before: int, order: Tensor) -> Tensor:
-    """(N, A, c, ...) with the columns of classes in another order.
+    """Return (N, A, c, ...) with the columns of classes reordered.
 
-    ``before`` columns come first; a background's comes last, if there is one.
+    ``before`` columns come first, and that of the background last, if there
+    is one.
     """
     after = before + len(order)
     return torch.cat(
@@ -106,9 +107,9 @@ def _columns(values: Tensor, before: int, order: Tensor) -> Tensor:
 
 
 def meaning(facts: DetectorFacts, classes: Sequence[str]) -> dict[str, Any]:
-    """What the numbers that a detector's heads predict depend on, in words.
+    """Return in words what the numbers of a detector's heads depend on.
 
-    Two detectors whose meanings are equal can be averaged.
+    Two detectors can be averaged if these are equal.
     """
     found: dict[str, Any] = {CLASSES: set(classes)}
     for part in ('rpn_head', 'bbox_head'):
@@ -148,7 +149,7 @@ def _dense_meaning(head: Any) -> dict[str, Any]:
 
 
 class _Coder:
-    """A box coder that equals one that gives the same deltas."""
+    """A box coder that is equal to others that give the same deltas."""
 
     def __init__(self, coder: Any) -> None:
         self.coder = coder
@@ -166,7 +167,7 @@ class _Coder:
 
 
 def detect_by_mean(members: Sequence[Any], data: Any) -> list[DetDataSample]:
-    """Detections from the mean of equal dense heads' outputs.
+    """Detect by the mean of the outputs of equal dense heads.
 
     Args:
         members: Detectors that :func:`check_averageable` accepts.
@@ -192,7 +193,7 @@ def check_averageable(members: Sequence[Any], where: str) -> None:
     """Check that detectors have the same dense head on the same priors.
 
     Raises:
-        ConfigError: Says what differs.
+        ConfigError: If they have not; the message says what differs.
     """
     first = read_facts(members[0])
     for member in members:
@@ -208,7 +209,7 @@ def check_averageable(members: Sequence[Any], where: str) -> None:
             except ConfigError as error:
                 differ = str(error)
         if differ is None and _padding(member) != _padding(members[0]):
-            differ = 'their images are padded to other sizes'
+            differ = 'their images are padded to different sizes'
         if differ is not None:
             raise ConfigError(
                 f'{where} averages equal dense heads on the same priors, '
@@ -243,7 +244,7 @@ def _padding(member: Any) -> Any:
 
 
 def nms_threshold(model: Any) -> float:
-    """The IoU above which a detector's own NMS removes a box; 0 if none is."""
+    """Return the IoU threshold of a detector's own NMS, or 0 without one."""
     heads = (getattr(model, name, None) for name in ('roi_head', 'bbox_head'))
     head = next(filter(None, heads), None)
     options = getattr(head, 'test_cfg', None) or {}

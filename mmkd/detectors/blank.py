@@ -9,11 +9,11 @@ from torch import nn
 from .record import StepRecord
 
 PROBE_SIZE = 320
-"""Side of the test images; SSD needs about 300."""
+"""The side of the test images; SSD needs about 300."""
 
 
 def probe_sample() -> DetDataSample:
-    """The meta data of a test image."""
+    """Return the meta data of a test image."""
     size = (PROBE_SIZE, PROBE_SIZE)
     return DetDataSample(
         metainfo=dict(
@@ -34,7 +34,7 @@ def blank_pass(
     """Record a detector's forward pass on one blank image.
 
     It runs in eval mode and leaves buffers and modes as they were. A
-    detector that cannot run so far still gives what it produced; what is
+    detector that fails midway still gives what it has produced; what is
     missing is reported where it is read.
     """
     image = torch.linspace(-1, 1, 3 * PROBE_SIZE**2, device=device)

@@ -1,8 +1,8 @@
-"""What dense heads have in common, read by structure.
+"""The predictions of dense heads, which are read by their structure.
 
 A dense head predicts classes and a box at every prior (an anchor or a point)
-of every level. Heads differ in what they are called and in what else they
-predict; here they are told apart by what they return.
+of every level. Heads differ in their names and in what else they predict; here
+they are distinguished by what they return.
 """
 
 import functools
@@ -22,26 +22,26 @@ from .facts import DenseFacts, priors_of
 from .record import StepRecord, flatten_levels
 
 PROBABILITY_FLOOR = 1e-6
-"""Of heads that return probabilities: where their logit is cut off."""
+"""Where the logits of heads that return probabilities are cut off."""
 
 
 @dataclass
 class DenseOutputs:
     """A dense head's predictions for the N priors of each of B images.
 
-    Priors are in MMDetection's order: level, row, column, prior of a point.
+    Priors are in MMDetection's order: level, row, column, prior at a point.
     """
 
     facts: DenseFacts
-    """What the numbers mean."""
+    """The facts that say what the numbers mean."""
     logits: Tensor
-    """(B, N, K) of a sigmoid head; (B, N, K + 1) of a softmax head, whose
+    """(B, N, K) for a sigmoid head; (B, N, K + 1) for a softmax head, whose
     last column is the background."""
     sizes: list[tuple[int, int]]
     """(H, W) of each level."""
     raw: Any = None
-    """What a head of MMDetection returned. Predictions of anything else have
-    none: whoever makes them sets ``regression`` and ``quality``."""
+    """What a head of MMDetection returned. Other predictions have none, and
+    whoever makes them sets ``regression`` and ``quality``."""
 
     @property
     def sigmoid(self) -> bool:
@@ -50,10 +50,11 @@ class DenseOutputs:
 
     @functools.cached_property
     def regression(self) -> Tensor | None:
-        """(B, N, R) as the head returns it: R = 4 deltas or distances.
+        """(B, N, R) as the head returns it.
 
-        Or the logits of 4 (n + 1) bins; None where the boxes are not a vector
-        a prior, or not what the head's coder decodes.
+        R is 4 for deltas or distances, and 4 (n + 1) for logits of bins. It is
+        None where the boxes are not one vector per prior, or not what the
+        head's coder decodes.
         """
         head = self.facts.head
         if self.raw is None:
@@ -66,7 +67,7 @@ class DenseOutputs:
 
     @functools.cached_property
     def quality(self) -> Tensor | None:
-        """(B, N) logits of centerness, IoU or objectness, if there is such."""
+        """(B, N) logits of centerness, IoU or objectness, if there are any."""
         head = self.facts.head
         if self.raw is None:
             return None
@@ -100,7 +101,7 @@ class DenseOutputs:
         return self.priors[:, :2]
 
     def inside(self, data_samples: Sequence[DetDataSample]) -> Tensor:
-        """(B, N) which priors have their centre in the image, not padding."""
+        """Return (B, N), which priors have their centre within the image."""
         shapes = torch.tensor(
             [sample.img_shape[1::-1] for sample in data_samples],
             dtype=self.centres.dtype,
@@ -108,7 +109,7 @@ class DenseOutputs:
         return (self.centres < shapes[:, None]).all(-1)
 
     def decoded(self) -> Tensor:
-        """All boxes, (B * N, 4) as xyxy in pixels."""
+        """Return all boxes, (B * N, 4) as xyxy in pixels."""
         assert self.regression is not None
         priors = self.priors.expand(len(self.regression), -1, -1)
         return self.facts.coder.decode(
@@ -116,14 +117,14 @@ class DenseOutputs:
         )
 
     def boxes_at(self, index: tuple[Tensor, Tensor]) -> Tensor:
-        """The boxes of P chosen priors, (P, 4) as xyxy.
+        """Return the boxes of P chosen priors, (P, 4) as xyxy.
 
-        Deltas are decoded to pixels. Distances stay in the head's unit,
-        around the prior: the GIoU of two of them does not depend on either.
-        Only for heads of which ``facts.has_boxes`` is true.
+        Deltas are decoded to pixels. Distances stay in the head's unit and
+        around the prior, because the GIoU of two boxes does not depend on
+        either. It is only for heads whose ``facts.has_boxes`` is true.
 
         Args:
-            index: The image and the prior of each, (P,) each.
+            index: The image and the prior of each box, (P,) each.
         """
         assert self.regression is not None
         if self.bins is not None:
@@ -140,13 +141,14 @@ class DenseOutputs:
 
 @dataclass
 class DenseTargets:
-    """What the student's own assignment made of its priors."""
+    """The student's own assignment of its priors."""
 
     labels: Tensor
-    """(B, N); 0..K-1 are objects, all else is background or ignored."""
+    """(B, N); 0..K-1 are objects, and the rest is background or ignored."""
     weights: Tensor
-    """(B, N) weights of the class loss, 0 for padding and for what it leaves
-    out: ignored priors, in YOLOv3 and YOLOX all but the positives."""
+    """(B, N) weights of the class loss. They are 0 for padding and for what
+    the loss leaves out: ignored priors, or in YOLOv3 and YOLOX all but the
+    positives."""
     classes: int
 
     @functools.cached_property
@@ -168,7 +170,7 @@ class DenseTargets:
 
 
 def student_dense(student: StepRecord) -> DenseOutputs:
-    """The dense predictions of a network in training, read once a step."""
+    """Read the dense predictions of a network in training, once per step."""
     if 'dense' not in student.cache:
         facts = student.facts.dense
         assert facts is not None
@@ -179,13 +181,13 @@ def student_dense(student: StepRecord) -> DenseOutputs:
 def student_targets(
     student: StepRecord, data_samples: Sequence[DetDataSample]
 ) -> DenseTargets:
-    """What the student's own loss has assigned in this step.
+    """Return what the student's own loss has assigned in this step.
 
     Priors in the padding get weight 0.
 
     Raises:
         TapError: If the head has assigned nothing in a known way.
-        ConfigError: If what it returned holds no label a prior.
+        ConfigError: If what it returned holds no label for each prior.
     """
     if 'targets' not in student.cache:
         dense = student_dense(student)
@@ -199,7 +201,7 @@ def student_targets(
 def anchors_on_images(
     dense: DenseOutputs, data_samples: Sequence[DetDataSample]
 ) -> tuple[Tensor, Tensor]:
-    """The anchors (B, N, 4) and whether they lie on each image (B, N)."""
+    """Return the anchors (B, N, 4), and which lie on each image (B, N)."""
     anchors, flags = dense.facts.head.get_anchors(
         dense.sizes,
         [sample.metainfo for sample in data_samples],
@@ -215,10 +217,11 @@ def read_dense(facts: DenseFacts, raw: Any) -> DenseOutputs:
     """Sort out what a dense head of MMDetection returned.
 
     Args:
-        facts: About the head.
-        raw: Its output: a tuple of lists of maps (B, A * c, H, W), a map a
-            level; the first is the classes', and a third of one channel a
-            prior is a quality or objectness. In YOLOv3 all are one map.
+        facts: The facts of the head.
+        raw: Its output: a tuple of lists of maps (B, A * c, H, W), one map
+            per level. The first list holds the classes, and a third list
+            with one channel per prior holds a quality or objectness. In
+            YOLOv3 all of them are one map.
 
     Raises:
         ConfigError: If the head returned anything else.
@@ -236,7 +239,7 @@ def read_dense(facts: DenseFacts, raw: Any) -> DenseOutputs:
 
 
 def _is_yolo(head: Any) -> bool:
-    """Whether one map has boxes, objectness and classes (YOLOv3)."""
+    """Return whether one map has boxes, objectness and classes (YOLOv3)."""
     return hasattr(head, 'num_attrib')
 
 
@@ -245,7 +248,7 @@ def _yolo_parts(head: Any, raw: Any) -> Tensor:
 
 
 def _vectors(head: Any, raw: Any, part: int) -> Tensor | None:
-    """What a part of the output predicts for each prior, (B, N, R)."""
+    """Return what a part of the output predicts per prior, (B, N, R)."""
     if len(raw) <= part or not _is_maps(raw[part]):
         return None
     count = priors_of(head).num_base_priors[0]
@@ -254,7 +257,7 @@ def _vectors(head: Any, raw: Any, part: int) -> Tensor | None:
 
 
 def _decodes_itself(head: Any) -> bool:
-    """Whether boxes are made past the head's own coder (FoveaBox)."""
+    """Return whether boxes bypass the head's own coder (FoveaBox)."""
     return hasattr(head, 'bbox_coder') and hasattr(head, '_bbox_decode')
 
 
@@ -287,13 +290,13 @@ def _check_structure(head: Any, raw: Any) -> None:
         raise ConfigError(
             f'the {name} is no dense head that can be read: its first maps '
             f'have {found} channels, expected {width} for each of {counts} '
-            'priors a point. Use a method on features, such as '
+            'priors per point. Use a method on features, such as '
             'mmkd.FeatureHint.'
         )
 
 
 def assigned(dense: DenseOutputs, calls: list[Any]) -> tuple[Tensor, Tensor]:
-    """Labels and weights, (B, N) each, of an assignment's results."""
+    """Return labels and weights, (B, N) each, of an assignment's results."""
     shape, classes = dense.logits.shape[:2], dense.facts.classes
     first = calls[0]
     if _is_yolo(dense.facts.head):  # box, object, classes
@@ -302,13 +305,13 @@ def assigned(dense: DenseOutputs, calls: list[Any]) -> tuple[Tensor, Tensor]:
         labels = targets[..., 5:].argmax(-1).where(positive, classes)
         weights = positive
     elif isinstance(first[0], Tensor) and first[0].dtype == torch.bool:
-        # YOLOX, image by image: a mask, and soft one-hot rows of the objects
+        # YOLOX gives, image by image, a mask and soft one-hot rows of objects
         weights = torch.stack([mask for mask, *_ in calls])
         labels = torch.full(shape, classes, device=weights.device)
         for row, (mask, soft, *_) in zip(labels, calls, strict=True):
             row[mask] = soft.argmax(-1)
     else:
-        parts = calls[-1]  # RepPoints assigns twice, its classes by this one
+        parts = calls[-1]  # RepPoints assigns twice; its classes use this one
         if isinstance(first[0], Tensor):  # PAA image by image, YOLOF at once
             parts = [list(part) for part in zip(*calls, strict=True)]
         labels, weights = _first_integers(dense, parts)
@@ -318,7 +321,7 @@ def assigned(dense: DenseOutputs, calls: list[Any]) -> tuple[Tensor, Tensor]:
 def _first_integers(
     dense: DenseOutputs, parts: Sequence[Any]
 ) -> tuple[Tensor, Tensor]:
-    """Labels are the first integers; weights follow them, if any."""
+    """Find the labels, the first integers, and the weights after them."""
     for labels, follower in zip(parts, (*parts[1:], None), strict=True):
         if not _are_integers(labels):
             continue
@@ -354,14 +357,14 @@ def _are_integers(parts: Any) -> bool:
 
 
 def _joined(parts: Any, dense: DenseOutputs) -> Tensor | None:
-    """Levels (B, n) or (B * n,), or images (N,), or all at once, to (B, N)."""
+    """Join levels (B, n) or (B * n,), or images (N,), to (B, N)."""
     images, priors = dense.logits.shape[:2]
     if sum(part.numel() for part in parts) != images * priors:
         return None
     if len(parts) == images and all(p.numel() == priors for p in parts):
         return torch.stack([part.flatten() for part in parts])
     if len(parts) == 1 and parts[0].dim() == 1:
-        # FoveaBox: flat as the logits of its loss, level by level, then image
+        # FoveaBox is flat as its loss's logits: level by level, then image
         count = dense.facts.priors_per_point
         numbers = zip(dense.sizes, count, strict=True)
         parts = parts[0].split([images * h * w * n for (h, w), n in numbers])

@@ -1,4 +1,4 @@
-"""Whether dense heads fit a method, and each other."""
+"""Checks whether dense heads fit a method and each other."""
 
 import copy
 from typing import Any
@@ -17,17 +17,17 @@ from .record import ASSIGNING, StepRecord
 def check_dense(record: StepRecord, role: str, method: str) -> DenseOutputs:
     """Check that a network has a dense head, and read its blank outputs.
 
-    Its assignment is tried.
+    The assignment of the head is tried, too.
 
     Args:
         record: The network's outputs for a blank image.
         role: ``'student'`` or a peer's name.
-        method: The method that asks, for the message.
+        method: The name of the method, for the message.
 
     Raises:
-        ConfigError: If it has none, or assigns in no way that can be read; a
-            transformer's queries are none, since those of two detectors do
-            not correspond.
+        ConfigError: If it has no dense head, or one whose assignment cannot
+            be read. A transformer's queries do not count, because those of
+            two detectors do not correspond.
     """
     check_is_dense(record.facts, role, method)
     dense = student_dense(record)
@@ -39,7 +39,7 @@ def check_is_dense(facts: DetectorFacts, role: str, method: str) -> None:
     """Check that a detector has a dense head that can be read.
 
     Raises:
-        ConfigError: If it has none; says why.
+        ConfigError: If it has none; the message says why.
     """
     reason = _why_not_dense(facts)
     if reason is not None:
@@ -53,13 +53,13 @@ def check_is_dense(facts: DetectorFacts, role: str, method: str) -> None:
 def _why_not_dense(facts: DetectorFacts) -> str | None:
     if facts.dense is None and hasattr(facts.model, 'decoder'):
         return (
-            'its queries stand for no place in the image, so that those of '
+            'its queries do not belong to places in the image, so those of '
             'two detectors do not correspond'
         )
     if facts.dense is None:
         return 'it has no dense head'
     if is_class_agnostic(facts.model):
-        return 'it tells objects from background, but no classes'
+        return 'it tells objects from background, but not classes'
     if hasattr(facts.dense.head, 'loc_filter_thr'):
         return (
             f'its {facts.dense.kind} predicts its anchors, and as a teacher '
@@ -71,10 +71,10 @@ def _why_not_dense(facts: DetectorFacts) -> str | None:
 def _check_assignment(dense: DenseOutputs, role: str, method: str) -> None:
     """Let the head's own loss assign one object of the blank image.
 
-    A loss that asks for more than boxes and labels (masks) cannot be tried
-    so; its assignment is read for the first time in the first step.
+    A loss that needs more than boxes and labels (such as masks) cannot be
+    tried in this way; its assignment is first read in the first step.
     """
-    stand_in = nn.Module()  # with a copy: some heads count in their loss
+    stand_in = nn.Module()  # holds a copy, as some heads count in their loss
     recorder = StepRecord(stand_in)
     try:
         stand_in.bbox_head = copy.deepcopy(dense.facts.head)
@@ -95,8 +95,8 @@ def _check_assignment(dense: DenseOutputs, role: str, method: str) -> None:
 
 
 def _blank_loss(head: Any, raw: Any) -> None:
-    """The loss for outputs of one image with one object."""
-    # Lists anew: FSAF writes into them.
+    """Compute the loss for outputs of one image with one object."""
+    # New lists, because FSAF writes into them.
     maps = [list(part) if isinstance(part, list) else part for part in raw]
     stride = priors_of(head).strides[0]
     height, width = maps[0][0].shape[-2:]
@@ -121,22 +121,27 @@ def check_same_priors(
 ) -> None:
     """Check that the priors of two dense heads correspond one to one.
 
-    Strides and the number of priors a point must be equal; of several, the
-    shapes too, which are otherwise free (points may meet anchors).
+    Strides and the number of priors per point must be equal. Where there are
+    several per point, their shapes must be equal, too; a single prior may
+    have another shape, and points may be compared with anchors.
 
     Args:
-        student: About the student's head.
-        teacher: About the teacher's head.
-        method: The method that asks, for the message.
-        centres: They must also stand at the same places, as boxes ask for.
-        shapes: They must be equal altogether, as assignments ask for.
+        student: The facts of the student's head.
+        teacher: The facts of the teacher's head.
+        method: The name of the method, for the message.
+        centres: Also require equal centres, for methods on boxes.
+        shapes: Also require equal shapes, for methods on assignments.
 
     Raises:
-        ConfigError: If they do not.
+        ConfigError: If they do not correspond.
     """
     facts: list[tuple[str, Any, Any]] = [
         ('strides', student.strides, teacher.strides),
-        ('priors a point', student.priors_per_point, teacher.priors_per_point),
+        (
+            'priors per point',
+            student.priors_per_point,
+            teacher.priors_per_point,
+        ),
     ]
     if shapes:
         first = student.first_priors(), teacher.first_priors()
@@ -147,7 +152,7 @@ def check_same_priors(
         if list(mine) != list(other):
             raise ConfigError(
                 f'{method}: the priors of the two dense heads do not '
-                f'correspond, the student has the {what} {mine}, the teacher '
+                f'correspond: the student has the {what} {mine}, the teacher '
                 f'{other}. Give both the same anchor_generator (or strides).'
             )
     if max(student.priors_per_point) > 1 and not all(
@@ -159,13 +164,13 @@ def check_same_priors(
         )
     ):
         raise ConfigError(
-            f'{method}: the several anchors a point of the two dense heads '
-            'have other shapes. Give both the same anchor_generator.'
+            f'{method}: the several anchors per point of the two dense heads '
+            'have different shapes. Give both the same anchor_generator.'
         )
 
 
 def _centres(facts: DenseFacts) -> list[tuple[float, float]]:
-    """The centre of each level's first prior, in pixels."""
+    """Return the centre of each level's first prior, in pixels."""
     first = [priors[0] for priors in facts.first_priors()]
     if facts.has_anchors:
         return [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in first]

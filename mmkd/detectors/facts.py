@@ -1,8 +1,8 @@
 """Facts about a detector's heads, as data.
 
-This is how the other rooms learn what a head is. They compare and print
-facts, and hand them back to functions of this room; only this room looks into
-the head itself.
+Other rooms learn from these facts what a head is. They compare and print them,
+and pass them to functions of this room. Only this room looks into the head
+itself.
 """
 
 from dataclasses import dataclass
@@ -19,34 +19,34 @@ from mmdet.models.detectors import RPN
 from torch import nn
 
 WITH_BOXES = (ATSSHead, FCOSHead, GFLHead, PAAHead, RetinaHead)
-"""Heads whose boxes can be read from their own output; subclasses refine
-theirs in ways of their own."""
+"""Heads whose boxes can be read from their own output. Subclasses are left
+out, because they refine boxes in ways of their own."""
 
 
 @dataclass(frozen=True, eq=False)
 class DenseFacts:
     """What the numbers that a dense head predicts mean.
 
-    A teacher that is no detector of MMDetection describes its predictions by
-    such facts as well, without a ``head``.
+    A teacher that is not a detector of MMDetection also describes its
+    predictions by such facts, without a ``head``.
     """
 
     kind: str
     """The name of the head's class."""
     classes: int
     sigmoid: bool
-    """Whether classes are independent binary problems; otherwise they are a
-    softmax with the background as its last column."""
+    """Whether classes are independent binary problems. If not, they are a
+    softmax whose last column is the background."""
     columns: int
     """The number of channels of the class map for each prior."""
     generator: Any
-    """Of the priors: a prior generator of MMDetection."""
+    """The generator of the priors, one of MMDetection's."""
     coder: Any = None
-    """Of the boxes: a box coder of MMDetection, if the head has one."""
+    """The coder of the boxes, one of MMDetection's, if the head has one."""
     reg_max: int | None = None
-    """The largest bin, where box sides are distributions (DFL)."""
+    """The largest bin, if box sides are distributions (DFL)."""
     probabilities: bool = False
-    """Whether the head itself returns probabilities in place of logits."""
+    """Whether the head returns probabilities instead of logits."""
     anchor_type: str | None = None
     norm_on_bbox: bool = False
     """Whether distances are counted in strides instead of pixels."""
@@ -64,7 +64,7 @@ class DenseFacts:
 
     @property
     def has_anchors(self) -> bool:
-        """Whether priors are anchors; points otherwise."""
+        """Whether priors are anchors; if not, they are points."""
         return hasattr(self.generator, 'base_anchors')
 
     @property
@@ -85,7 +85,7 @@ class RPNFacts:
 
     kind: str
     columns: int
-    """1 of a sigmoid, 2 of a softmax (object, background)."""
+    """1 for a sigmoid, 2 for a softmax (object, background)."""
     generator: Any
     coder: Any
     decoded_targets: bool = False
@@ -107,7 +107,7 @@ class RoIFacts:
     decoded_targets: bool = False
     """Whether regression targets are xyxy pixels instead of deltas."""
     weight: float = 1.0
-    """Of the stage in the stock loss of a cascade."""
+    """The weight of the stage in the stock loss of a cascade."""
     head: Any = None
 
 
@@ -118,11 +118,11 @@ class DetectorFacts:
     name: str
     """The name of the detector's class."""
     classes: int | None
-    """The number of classes of its box heads, where it has such."""
+    """The number of classes of its box heads, if it has any."""
     dense: DenseFacts | None = None
     rpn: RPNFacts | None = None
     rois: tuple[RoIFacts, ...] = ()
-    """One for each stage; empty for one-stage detectors."""
+    """The facts of each stage; empty for one-stage detectors."""
     model: Any = None
 
     @property
@@ -197,7 +197,7 @@ def _roi_facts(model: Any, stage: int) -> RoIFacts:
 
 
 def box_heads(model: Any) -> list[Any]:
-    """The RoI head's box heads, one a stage; empty for one-stage models."""
+    """Return the RoI head's box heads, one per stage, or an empty list."""
     heads = getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
     if heads is None:
         return []
@@ -205,15 +205,15 @@ def box_heads(model: Any) -> list[Any]:
 
 
 def class_count(model: Any) -> int | None:
-    """The number of classes of a detector's first box head, if any."""
+    """Return the number of classes of the first box head, if any."""
     heads = box_heads(model) or [getattr(model, 'bbox_head', None)]
     return getattr(heads[0], 'num_classes', None)
 
 
 def stage_of(model: Any, path: str) -> int | None:
-    """The cascade's stage that the module at ``path`` belongs to, if any.
+    """Return the stage of a cascade that the module at ``path`` belongs to.
 
-    ``'roi_head.bbox_head.2.fc_cls'`` is of stage 2 (counted from 0).
+    ``'roi_head.bbox_head.2.fc_cls'`` belongs to stage 2 (counted from 0).
     """
     parts = path.split('.')
     if parts[0] != 'roi_head' or len(parts) < 3:
@@ -223,23 +223,23 @@ def stage_of(model: Any, path: str) -> int | None:
 
 
 def priors_of(head: Any) -> Any:
-    """The generator of a dense head's priors, SABL's squares, or None."""
+    """Return the generator of a dense head's priors, or None."""
     squares = getattr(head, 'square_anchor_generator', None)
     return getattr(head, 'prior_generator', squares)
 
 
 def is_class_agnostic(model: Any) -> bool:
-    """Whether a detector tells objects from background, but no classes."""
+    """Return whether a detector tells objects from background only."""
     return isinstance(model, RPN)
 
 
 def same_coder(student: Any, teacher: Any) -> bool:
-    """Whether two box coders give the same deltas."""
+    """Return whether two box coders give the same deltas."""
     return type(student) is type(teacher) and vars(student) == vars(teacher)
 
 
 def class_layers(model: nn.Module, classes: int) -> list[Any]:
-    """The last layers of class scores, of A anchors times K (or K + 1)."""
+    """Return the last layers of class scores, A times K or K + 1 wide."""
     heads = box_heads(model) or [getattr(model, 'bbox_head', None)]
     return [
         module

@@ -13,14 +13,14 @@ from .record import replaced
 
 
 def run_dense_head(model: Any, maps: tuple[Tensor, ...]) -> Any:
-    """What a one-stage detector's head returns for the neck's levels."""
+    """Run a one-stage detector's head on the neck's levels."""
     return model.bbox_head(maps)
 
 
 def run_rpn(
     model: Any, maps: tuple[Tensor, ...]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Per level the logits (B, A * c, H, W) and deltas (B, A * 4, H, W)."""
+    """Return per level logits (B, A * c, H, W), deltas (B, A * 4, H, W)."""
     logits, deltas = model.rpn_head(maps)[:2]
     return logits, deltas
 
@@ -33,14 +33,14 @@ def run_roi_head(
     *,
     hold: bool = False,
 ) -> dict[str, Any]:
-    """What a RoI head makes of RoIs (N, 5), image index and xyxy in pixels.
+    """Run a RoI head on RoIs (N, 5), image index and xyxy in pixels.
 
     Args:
         model: The detector.
         maps: The neck's levels.
         rois: The boxes, in pixels of the batch.
-        stage: The stage; a head with fewer stages uses its last.
-        hold: Batch norms in training use the batch's statistics without
+        stage: The stage. A head with fewer stages uses its last.
+        hold: Let batch norms in training use the batch's statistics without
             keeping them.
 
     Returns:
@@ -56,7 +56,7 @@ def run_roi_head(
 
 @contextmanager
 def _held_statistics(head: nn.Module) -> Iterator[None]:
-    """Batch norms use the batch's statistics, and do not keep them."""
+    """Let batch norms use the batch's statistics without keeping them."""
     norms = [
         module
         for module in head.modules()
@@ -77,13 +77,13 @@ def detect(
     inputs: Tensor,
     data_samples: Sequence[DetDataSample],
 ) -> list[InstanceData]:
-    """A detector's own detections, from levels that are there already.
+    """Return a detector's own detections from given levels.
 
     Args:
         model: The detector, in eval mode.
         maps: The neck's levels.
-        inputs: The batch (B, 3, H, W) that they are of.
-        data_samples: The images' meta data; they are left as they are.
+        inputs: The batch (B, 3, H, W) that the levels belong to.
+        data_samples: The images' meta data, which is not changed.
 
     Returns:
         Each image's bboxes (n, 4) as xyxy in pixels of the batch, scores and

@@ -1,9 +1,9 @@
 """What a detector produced in one step, and the taps that record it.
 
-This is the only module with taps. A tap is an interception of a method, such
-as a module's ``forward``, on the instance; it exists only while a step is
-being recorded, so that a detector carries nothing of mmkd's between
-steps and its copies (EMA) are clean.
+This is the only module with taps. A tap intercepts a method of an instance,
+such as a module's ``forward``. It exists only while a step is being recorded,
+so that between steps a detector carries nothing of mmkd, and its copies (EMA)
+are clean.
 """
 
 import difflib
@@ -21,11 +21,12 @@ from mmkd.errors import TapError
 
 from .facts import DetectorFacts, RoIFacts, RPNFacts, box_heads, read_facts
 
-# Taps that are set on every detector that has such a module; what they hold,
-# its loss holds, too.
+# These taps are set on every detector that has such a module. What they keep
+# is kept by its loss as well.
 STANDARD_TAPS = ('rpn_head', 'bbox_head')
 # Where dense heads assign objects to priors: PAA's second, final assignment,
-# DDOD's of the classes, what nearly all call, and YOLOX's for one image.
+# DDOD's assignment of the classes, the method that nearly all heads call, and
+# YOLOX's method for one image.
 ASSIGNING = (
     'paa_reassign',
     'get_cls_targets',
@@ -42,14 +43,15 @@ class RoIOutputs:
     """
 
     facts: RPNFacts | RoIFacts
-    """About the RPN, or about the stage of the RoI head."""
+    """The facts of the RPN, or of the stage of the RoI head."""
     boxes: Tensor
-    """Anchors (N, 4) as xyxy, or RoIs (N, 5) as image index + xyxy; pixels."""
+    """Anchors (N, 4) as xyxy, or RoIs (N, 5) as image index and xyxy, in
+    pixels."""
     logits: Tensor | None
-    """RPN: (N, 1) of a sigmoid or (N, 2) of a softmax head; RoI: (N, K+1);
+    """RPN: (N, 1) for a sigmoid or (N, 2) for a softmax head. RoI: (N, K+1).
     None without classification."""
     deltas: Tensor | None
-    """(N, 4), class-specific RoI heads (N, 4K); None without regression."""
+    """(N, 4), or (N, 4K) if class-specific; None without regression."""
     labels: Tensor
     """(N,); 0..K-1 are objects, K is the background."""
     label_weights: Tensor
@@ -62,16 +64,16 @@ class RoIOutputs:
     avg_factor: float | Tensor
     """What the head divides its own sums by."""
     index: tuple[Tensor, Tensor] | None = None
-    """RPN: image and flat anchor index of each sampled anchor."""
+    """For the RPN, the image and flat index of each sampled anchor."""
 
 
 @contextmanager
 def intercepted(
     owner: object, name: str, after: Callable[..., None]
 ) -> Iterator[None]:
-    """Call ``after(result, *args, **kwargs)`` behind ``owner.name(...)``.
+    """Call ``after(result, *args, **kwargs)`` after ``owner.name(...)``.
 
-    What others have put on the instance is there again afterwards.
+    Afterwards the instance has again what others have put on it.
     """
     original = getattr(owner, name)
 
@@ -87,7 +89,7 @@ def intercepted(
 
 @contextmanager
 def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
-    """Shadow an attribute on the instance, and take the shadow away again."""
+    """Shadow an attribute on the instance within the context."""
     attributes = vars(owner)
     shadowed = name in attributes
     original = attributes.get(name)
@@ -102,7 +104,7 @@ def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
 
 
 def flatten_levels(maps: Iterable[Tensor], channels: int) -> Tensor:
-    """Per-level maps (B, A*c, H, W) to (B, sum of H*W*A, c).
+    """Join maps (B, A*c, H, W) of the levels to (B, sum of H*W*A, c).
 
     The order is that of MMDetection's anchors: level, row, column, anchor.
     """
@@ -116,7 +118,7 @@ def flatten_levels(maps: Iterable[Tensor], channels: int) -> Tensor:
 
 
 def tensors_in(output: Any) -> tuple[Tensor, ...]:
-    """The tensors of a module's (nested) output in their order."""
+    """Return the tensors of a module's nested output in their order."""
     if isinstance(output, Tensor):
         return (output,)
     if isinstance(output, Mapping):
@@ -131,20 +133,19 @@ class StepRecord:
 
     Args:
         model: The detector.
-        paths: Module paths to tap beside the standard ones, for instance
-            ``'backbone.layer3'``, and paths of methods, for instance
-            ``'pre_decoder'``.
+        paths: Paths to tap in addition to the standard ones: modules such as
+            ``'backbone.layer3'`` and methods such as ``'pre_decoder'``.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str] = ()) -> None:
         self.model: Any = model
         self.paths = tuple(paths)
         self.note = ''
-        """What to add to the message of a tap that never fired."""
+        """A text to add to the message about a tap that never fired."""
         self.peers: dict[str, StepRecord] = {}
-        """What the networks have produced that train beside this one."""
+        """The records of the networks that train beside this one, by name."""
         self.cache: dict[str, Any] = {}
-        """What methods have derived in this step, for each other."""
+        """What methods have derived in this step, to share it."""
         self._fired: dict[str, list[Any]] = {}
         self._anchor_targets: tuple[Any, tuple] | None = None
         self._roi_calls: dict[int, tuple[dict, dict]] = {}
@@ -160,7 +161,7 @@ class StepRecord:
         """Record what passes the taps within the context."""
         with ExitStack() as stack:
             for path, owner, name in self._tapped():
-                # Not a forward hook: some heads call ``forward`` itself.
+                # No forward hook, because some heads call ``forward`` itself.
                 record = functools.partial(self._record_output, path)
                 stack.enter_context(intercepted(owner, name, record))
             rpn = getattr(self.model, 'rpn_head', None)
@@ -183,13 +184,13 @@ class StepRecord:
             yield self
 
     def features(self, path: str) -> tuple[Tensor, ...]:
-        """The output of the module at ``path``, a tensor a level.
+        """Return the output of the module at ``path``, a tensor per level.
 
-        ``'neck'`` is the backbone's output in a detector without a neck. A
+        In a detector without a neck, ``'neck'`` is the backbone's output. A
         module that ran several times (a head shared by the levels) gives its
         outputs in the order of the calls. An activation that works in place
-        on an output has changed it, except within a ``ConvModule``, whose
-        parts are copied before.
+        has changed the output before it, except within a ``ConvModule``,
+        whose parts are copied.
 
         Raises:
             TapError: If the module did not run in this step.
@@ -204,7 +205,7 @@ class StepRecord:
         return tensors_in(self._fired[path])
 
     def raw(self, path: str) -> Any:
-        """The output of the last call of the module at ``path``, as it is."""
+        """Return the output of the module's last call as it is."""
         self.features(path)
         return self._fired[self._resolved(path)][-1]
 
@@ -273,7 +274,7 @@ class StepRecord:
 
     @property
     def dense_targets(self) -> list[Any]:
-        """What a dense head's assignment returned: see :mod:`.dense`.
+        """What a dense head's assignment returned; see ``dense.py``.
 
         Raises:
             TapError: If the head has assigned nothing in a way that is known.
@@ -282,7 +283,7 @@ class StepRecord:
             head = getattr(self.model, 'bbox_head', None)
             raise TapError(
                 f'the {type(head).__name__} of {type(self.model).__name__} '
-                'has trained on no assignment that could be read in this '
+                'has not trained on an assignment that could be read in this '
                 f'step: none of {", ".join(ASSIGNING)} was called.'
             )
         return self._dense_targets
@@ -308,14 +309,14 @@ class StepRecord:
         return f'there is no such module. {hint}The detector has {parts}.'
 
     def _tapped(self) -> Iterator[tuple[str, Any, str]]:
-        """Give each path with the owner and the name of what is tapped."""
+        """Yield each path with the owner and the name of what is tapped."""
         asked = map(self._resolved, self.paths)
         for path in dict.fromkeys((*STANDARD_TAPS, *asked)):
             parent, _, name = path.rpartition('.')
             try:
                 owner = self.model.get_submodule(parent)
             except AttributeError:
-                # A path that a method asks for is reported where it is read.
+                # A missing path is reported where a method reads it.
                 continue
             part = getattr(owner, name, None)
             if isinstance(part, nn.Module):
@@ -328,7 +329,7 @@ class StepRecord:
     ) -> None:
         parent = self.model.get_submodule(path.rpartition('.')[0])
         if isinstance(parent, ConvModule):
-            output = output.clone()  # before its activation in place
+            output = output.clone()  # before the activation works in place
         self._fired.setdefault(path, []).append(output)
 
     def _record_targets(self, result: Any, *_: Any, **__: Any) -> None:
@@ -350,5 +351,5 @@ class StepRecord:
 
 
 def as_tensor(boxes: Any) -> Tensor:
-    """A plain tensor of boxes, also from MMDetection's box structures."""
+    """Return boxes, or a box structure of MMDetection, as a plain tensor."""
     return boxes if isinstance(boxes, Tensor) else boxes.tensor

@@ -1,7 +1,7 @@
 """Stock configs at toy scale: narrow layers, few photos, read small.
 
-Nothing else of a config is changed, and what is built from it is the real
-thing; it only learns nothing worth having. For trying a pair on any machine.
+Nothing else in a config is changed, and what is built from it is real, but
+does not learn anything useful. It serves to try a pair on any machine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,21 +20,21 @@ WIDTHS = {
     **{64: 8, 96: 16, 128: 16},
     **{256: 32, 384: 32, 512: 32, 1024: 32, 2048: 64},
 }
-"""The widths that are narrowed, to what."""
+"""The narrow value of each width."""
 STAGES = [8, 16, 32, 64]
 """The widths of the narrow ResNet's stages."""
 SCALE = (128, 96)
-"""Photos are read in this size, (width, height) in pixels."""
+"""The size in which photos are read, (width, height) in pixels."""
 
 
 # --------------------------------------------------------------------- model
 
 
 def small_model(model: Any, *, narrow: bool = True) -> ConfigDict:
-    """A copy of a model's config that fetches nothing and is narrow.
+    """Return a narrow copy of a model's config that downloads nothing.
 
-    What is built on other backbones than a ResNet or an hourglass has small
-    variants of its own, and stays.
+    Models on other backbones than a ResNet or an hourglass have small
+    variants of their own and keep their widths.
 
     Args:
         model: ``model`` of a stock config.
@@ -83,7 +83,7 @@ def _shrink(cfg: Any, key: str = '', *, narrow: bool) -> Any:
 
 
 def few_boxes(model: ConfigDict) -> None:
-    """Fewer proposals and sampled boxes, where the detector has them."""
+    """Reduce proposals and sampled boxes, if the detector has them."""
     few = dict(nms_pre=50, max_per_img=30)
     rcnn = model.train_cfg.rcnn
     for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
@@ -106,8 +106,8 @@ def small_data(
     Args:
         cfg: The config, changed in place.
         root: A folder in COCO's layout.
-        images: How many to train on; 4 are validated on.
-        batch: Images of a batch.
+        images: The number of images to train on; 4 are for validation.
+        batch: The number of images in a batch.
     """
     for split in ('train', 'val', 'test'):
         loader = cfg[f'{split}_dataloader']
@@ -126,7 +126,7 @@ def small_dataset(
     images: int,
     scale: tuple[int, int] = SCALE,
 ) -> None:
-    """Let a dataset, whatever it wraps, read its first ``images`` small."""
+    """Let a data set and those that it wraps read a few small images."""
     for step in dataset.get('pipeline', ()):
         small_step(step, scale)
     if 'dataset' in dataset:
@@ -157,19 +157,19 @@ def noise_batch(
     masks: bool = False,
     extras: bool = False,
 ) -> dict[str, list]:
-    """Images of noise and objects, as a data loader gives them.
+    """Return images of noise with objects, as a data loader gives them.
 
     Args:
         sizes: (height, width) of each image in pixels.
-        objects: How many of each image, or of all.
-        classes: Labels are below it.
-        seed: Of all that is drawn.
+        objects: The number in each image, one for all or one each.
+        classes: The number of classes; labels are below it.
+        seed: The seed of everything that is drawn.
         masks: Give the objects masks.
         extras: Give the images a semantic map and proposals, too.
 
     Returns:
-        ``inputs``, (3, H, W) uint8 each, and ``data_samples`` with boxes as
-        xyxy in pixels.
+        A dict with ``inputs``, (3, H, W) uint8 each, and ``data_samples``
+        with boxes as xyxy in pixels.
     """
     random = np.random.default_rng(seed)
     counts = [objects] * len(sizes) if isinstance(objects, int) else objects

@@ -30,11 +30,11 @@ from .facts import is_class_agnostic
 
 
 def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
-    """A config from a file, a name such as ``mmdet::…``, or a dict.
+    """Load a config from a file, a name such as ``mmdet::…``, or a dict.
 
     Raises:
-        ConfigError: If the file or one of its bases does not exist, is no
-            Python, or has no model.
+        ConfigError: If the file or one of its bases does not exist or is not
+            Python, or if there is no model.
     """
     if isinstance(source, str | os.PathLike):
         path = config_file(str(source))
@@ -97,10 +97,11 @@ def _model_index() -> dict[str, dict[str, Any]]:
 
 
 def find_in_model_index(name: str) -> dict[str, Any]:
-    """The config and checkpoint of a model that MMDetection publishes.
+    """Return the config and checkpoint of a published model.
 
     Raises:
-        ConfigError: If the index has no such name; says the nearest ones.
+        ConfigError: If the index has no such name; the message has the
+            nearest ones.
 
     Example:
         >>> find_in_model_index('paa_r101_fpn_1x_coco')['checkpoint'][-12:]
@@ -154,12 +155,12 @@ def build_untrained(cfg: Mapping[str, Any]) -> nn.Module:
     """Build a detector whose weights are about to be loaded."""
     register_all_modules(init_default_scope=False)
     with DefaultScope.overwrite_default_scope('mmdet'):
-        # ImageNet weights would be overwritten at once: never fetch them.
+        # ImageNet weights would be overwritten at once, so never fetch them.
         return MODELS.build(_without_pretrained(cfg))
 
 
 def _without_pretrained(cfg: Any) -> Any:
-    """A copy of a model's config that initialises nothing from files."""
+    """Return a copy of a model's config that loads nothing from files."""
     if isinstance(cfg, list | tuple):
         return type(cfg)(_without_pretrained(item) for item in cfg)
     if not isinstance(cfg, Mapping):
@@ -184,8 +185,9 @@ def load_strictly(
 
     Args:
         model: The network.
-        state: Its weights, also of a model wrapped for distributed training.
-        source: Where they come from, for the message.
+        state: Its weights; the model may have been wrapped for distributed
+            training.
+        source: Where the weights come from, for the message.
 
     Raises:
         CheckpointError: If a key is missing or unexpected, or a shape differs.
@@ -202,7 +204,7 @@ def load_strictly(
     try:
         missing, unexpected = model.load_state_dict(renamed, strict=False)
     except RuntimeError:
-        # Shapes differ; which of the keys do as well is told below.
+        # Shapes differ; the message below tells which keys do as well.
         own = model.state_dict()
         missing = [key for key in own if key not in renamed]
         unexpected = [key for key in renamed if key not in own]
@@ -233,7 +235,7 @@ def load_strictly(
 def class_names(
     meta: Mapping[str, Any], config: Config
 ) -> tuple[str, ...] | None:
-    """Class names from a checkpoint's meta data, else from its config."""
+    """Return class names from a checkpoint's meta data, or its config."""
     recorded = meta.get('dataset_meta') or {}
     for source, key in (
         (recorded, 'classes'),
@@ -253,7 +255,8 @@ def class_names(
 def check_class_count(model: Any, names: Sequence[str], where: str) -> None:
     """Check that a detector classifies into as many classes as are named.
 
-    One that knows none (RPN), or classifies into words, may name any.
+    A detector without classes (RPN), or one that classifies into words, may
+    name any.
 
     Raises:
         ConfigError: If its box head has another number of classes.

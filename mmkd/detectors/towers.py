@@ -14,14 +14,14 @@ from .dense import DenseOutputs, read_dense
 from .facts import DenseFacts
 
 TOWERS = ('cls_convs', 'reg_convs')
-"""Of the classes and of the boxes."""
+"""The tower of the classes and the tower of the boxes."""
 
 
 def tower_path(facts: DenseFacts, tower: str, layer: int) -> str:
-    """Where the feature behind a layer is tapped: behind its norm, if any.
+    """Return where the feature of a layer is tapped: after its norm, if any.
 
     Args:
-        facts: About the head.
+        facts: The facts of the head.
         tower: One of :data:`TOWERS`.
         layer: The number of layers before it; 0 for the neck's maps.
     """
@@ -33,12 +33,12 @@ def tower_path(facts: DenseFacts, tower: str, layer: int) -> str:
 
 
 def quality_tower(facts: DenseFacts) -> str:
-    """The tower that centerness or IoU is predicted from."""
+    """Return the tower that centerness or IoU is predicted from."""
     return TOWERS[getattr(facts.head, 'centerness_on_reg', True)]
 
 
 def activation(facts: DenseFacts, tower: str, layer: int) -> nn.Module:
-    """What a layer (counted from 1) does behind its norm."""
+    """Return what a layer (counted from 1) does after its norm."""
     return getattr(facts.head, tower)[layer - 1].activate
 
 
@@ -48,20 +48,20 @@ def cross(
     features: Mapping[str, Sequence[Tensor]],
     maps: tuple[Tensor, ...],
 ) -> DenseOutputs:
-    """Let given features go on through the rest of a head.
+    """Pass given features through the rest of a head.
 
     Args:
-        facts: About the head, which is left as it is.
+        facts: The facts of the head, which is not changed.
         layer: The number of layers that are left out.
-        features: For each tower what enters its first remaining layer, a
-            tensor a level. A tower without any is not run.
+        features: For each tower, the input of its first remaining layer, a
+            tensor per level. A tower without input is not run.
         maps: The neck's levels.
     """
     return read_dense(facts, from_layer(facts.head, layer, features)(maps))
 
 
 class Feed(nn.Module):
-    """Gives the levels' features one by one, whatever comes in."""
+    """Returns the levels' features one by one, whatever its input is."""
 
     def __init__(self, features: Sequence[Tensor]) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Feed(nn.Module):
 
 
 class Idle(nn.Module):
-    """A tower that no loss reads: NaN, of one image, which costs little."""
+    """A tower that no loss reads: it gives NaN for one image at low cost."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -85,14 +85,14 @@ class Idle(nn.Module):
 def from_layer(
     head: Any, layer: int, features: Mapping[str, Sequence[Tensor]]
 ) -> Any:
-    """A dense head whose towers start behind a layer, with given features.
+    """Return a dense head whose towers start after a layer.
 
     Args:
-        head: The head; it shares its modules with the result, and is left as
-            it is.
+        head: The head, which shares its modules with the result and is not
+            changed.
         layer: The number of layers that are left out.
-        features: For each tower, what enters its first remaining layer, a
-            tensor a level. They are consumed in one call. A tower that is
+        features: For each tower, the input of its first remaining layer, a
+            tensor per level. They are consumed in one call. A tower that is
             left out is :class:`Idle`.
     """
     result = copy.copy(head)
@@ -100,7 +100,7 @@ def from_layer(
     for tower, levels in features.items():
         remaining = getattr(head, tower)[layer:]
         towers[tower] = nn.ModuleList([Feed(levels), *remaining])
-    # Past nn.Module's registration, which would change the head's own dict.
+    # This bypasses nn.Module, which would change the head's own dict.
     result.__dict__['_modules'] = {**head._modules, **towers}
     return result
 
@@ -111,7 +111,7 @@ def check_towers(
     """Check that a head has towers that can be cut, and boxes.
 
     Raises:
-        ConfigError: If it has not; says which heads fit.
+        ConfigError: If it has not; the message says which heads fit.
     """
     reason = _why_unfit(dense.facts.head, layer)
     if not dense.sigmoid:
@@ -121,7 +121,7 @@ def check_towers(
         or dense.regression is None
         or dense.regression.shape[-1] != 4
     ):
-        reason = 'regresses neither bins nor four numbers a prior'
+        reason = 'regresses neither bins nor four numbers per prior'
     if reason is not None:
         raise ConfigError(
             f'{method} fits dense heads like RetinaNet, FCOS, ATSS and GFL, '
@@ -131,7 +131,7 @@ def check_towers(
 
 def _why_unfit(head: Any, layer: int) -> str | None:
     if head is None:
-        return 'is no head of MMDetection, so that nothing goes through it'
+        return 'is not a head of MMDetection, so nothing can pass through it'
     reason = None
     for tower in TOWERS:
         layers = getattr(head, tower, None)

@@ -1,4 +1,4 @@
-"""What two-stage detectors have in common, and which pairs can meet."""
+"""Facts of two-stage detectors, and checks of which pairs fit."""
 
 import inspect
 from typing import Any
@@ -16,10 +16,10 @@ FITTING = 'Faster, Mask, Cascade and Double-Head R-CNN'
 
 
 def deltas_of_label(deltas: Tensor, labels: Tensor) -> Tensor:
-    """The 4 deltas of each box' label: (N, 4K) to (N, 4).
+    """Select the 4 deltas of each box's label, from (N, 4K) to (N, 4).
 
-    Background has no deltas of its own; it gets the last class', which
-    nobody uses. Class-agnostic deltas (N, 4) are every label's.
+    The background has no deltas of its own and gets those of the last class,
+    which nobody uses. Class-agnostic deltas (N, 4) are returned as they are.
     """
     per_class = deltas.unflatten(1, (-1, 4))
     index = labels.clamp(max=per_class.shape[1] - 1)
@@ -35,21 +35,21 @@ def check_two_stage(
     rcn: bool = True,
     deltas: bool = True,
 ) -> None:
-    """Check that those parts of a two-stage detector that are read can be.
+    """Check that the needed parts of a two-stage detector can be read.
 
     Args:
-        facts: About the detector.
+        facts: The facts of the detector.
         role: ``'student'`` or ``'teacher'``, for the message.
-        method: The method that asks, for the message.
-        rpn: The RPN is read.
-        rcn: The RoI head's labels and class logits are read.
-        deltas: The RoI head's boxes and their targets are read, too.
+        method: The name of the method, for the message.
+        rpn: Whether the RPN is read.
+        rcn: Whether the RoI head's labels and class logits are read.
+        deltas: Whether the RoI head's boxes and their targets are read, too.
 
     Raises:
-        ConfigError: If they cannot; names what fits.
+        ConfigError: If they cannot be read; the message names what fits.
     """
     reason = _why_unfit_rpn(facts) if rpn else None
-    if rcn:  # what a one-stage detector lacks first
+    if rcn:  # a one-stage detector lacks this first
         reason = _why_unfit_rcn(facts, deltas) or reason
     if reason is None:
         return
@@ -86,9 +86,9 @@ def _why_unfit_rcn(facts: DetectorFacts, deltas: bool) -> str | None:
     for stage in facts.rois:
         head, name, kind = stage.head, stage.kind, type(stage.head)
         if not isinstance(head, BBoxHead):
-            return f'its {name} is no BBoxHead'
+            return f'its {name} is not a BBoxHead'
         if hasattr(head, 'num_instance'):
-            return f'its {name} predicts several objects a RoI'
+            return f'its {name} predicts several objects per RoI'
         if kind.loss_and_target is not BBoxHead.loss_and_target:
             return f'its {name} has a loss_and_target of its own'
         if deltas and kind.get_targets is not BBoxHead.get_targets:
@@ -151,15 +151,15 @@ def check_same_classifiers(
     *,
     remedy: str = 'set soft=None or rcn=False',
 ) -> None:
-    """Check that the RoI heads' logits mean the same, stage by stage.
+    """Check that the RoI heads' logits have the same meaning in each stage.
 
     Args:
-        student: About the student.
-        teacher: About the teacher.
-        remedy: What to do otherwise, for the message.
+        student: The facts of the student.
+        teacher: The facts of the teacher.
+        remedy: What to do if they have not, for the message.
 
     Raises:
-        ConfigError: If they do not.
+        ConfigError: If they have not.
     """
     for stage, own in enumerate(student.rois):
         other = teacher.rois[min(stage, len(teacher.rois) - 1)]

@@ -324,12 +324,12 @@ def blank(config):
 @pytest.mark.parametrize(
     ('config', 'message'),
     [
-        (tiny.detr(), r'X fits .* the student is DETR: its queries stand for'),
+        (tiny.detr(), r'X fits .* the student is DETR: its queries do not'),
         (tiny.faster_rcnn(), r'the student is FasterRCNN: it has no dense'),
         (small(GUIDED), r'its GARetinaHead predicts its anchors, and as a te'),
         (
             toy.small_model(toy.stock('rpn/rpn_r50_fpn_1x_coco.py').model),
-            r'is RPN: it tells objects from background, but no classes. Use',
+            r'is RPN: it tells objects from background, but not classes. Use',
         ),
         (
             small(FREE_ANCHOR),
@@ -427,13 +427,13 @@ def test_priors_that_correspond():
             tiny.retinanet(),
             tiny.gfl(),
             False,
-            r'priors a point \[9, 9, 9, 9, 9\], the teacher \[1, 1, 1, 1, 1\]',
+            r'per point \[9, 9, 9, 9, 9\], the teacher \[1, 1, 1, 1, 1\]',
         ),
         (
             tiny.retinanet(),
             anchors(octave_base_scale=8),
             False,
-            r'several anchors a point of the two dense heads have other sha',
+            r'several anchors per point of the two dense heads have diff',
         ),
         (
             tiny.gfl(),

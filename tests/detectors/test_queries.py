@@ -475,7 +475,7 @@ class TestErrors:
             read_queries(outputs)
 
     def test_no_loss(self, evaluated):
-        with pytest.raises(TapError, match='trained on no assignment'):
+        with pytest.raises(TapError, match='not trained on an assignment'):
             assigned(evaluated[-1])
 
     @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_box_heads_with_a_loss_of_their_own_are_refused():
     student = tiny.build(FRCNN())
     for kind, message in (
         (Own, 'its Own has a loss_and_target of its own'),
-        (Several, 'its Several predicts several objects a RoI'),
+        (Several, 'its Several predicts several objects per RoI'),
     ):
         student.roi_head.bbox_head.__class__ = kind
         facts = read_facts(student)

@@ -344,7 +344,7 @@ def softmax_atss():
         (
             tiny.detr(),
             tiny.detr(),
-            r'KD fits .* DETR: its queries stand for no',
+            r'KD fits .* DETR: its queries do not belong',
         ),
         (
             tiny.gfl(),

@@ -289,7 +289,7 @@ class TestMembersThatDoNotFit:
             ),
             (
                 tiny.gfl(data_preprocessor__pad_size_divisor=64),
-                'padded to other sizes',
+                'padded to different sizes',
             ),
             (tiny.faster_rcnn(), 'GFLHead and NoneType'),
         ],

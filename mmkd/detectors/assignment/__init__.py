@@ -1,4 +1,4 @@
-"""Which priors are trained on which object: made, shared and taught."""
+"""Assignment of objects to priors: recorded, replayed, shared, batched."""
 
 from .mixture import Mixtures, fit_mixtures, positive_samples
 from .paa import Candidates, assigned_by, own_costs

@@ -1,4 +1,4 @@
-"""One assignment for several networks: who provides which costs."""
+"""One assignment for several networks, and who provides which costs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,24 +14,25 @@ from .mixture import fit_mixtures
 from .paa import Candidates, rank_in_group
 
 Indicator = Callable[[Tensor, Tensor, int], Tensor]
-"""Costs (P,), their groups (P,), number of groups G to a score (G,)."""
+"""A function from costs (P,), their groups (P,) and the number of groups G
+to a score for each group (G,)."""
 
 
 @dataclass
 class Switched:
-    """The costs on which networks agree."""
+    """The costs on which the networks agree."""
 
     costs: Tensor
-    """(P,), each candidate's cost in the eyes of its group's network."""
+    """(P,), each candidate's cost by the network of its group."""
     share: Tensor
     """(K,), the share of all groups that each network has decided."""
 
 
 def find_indicator(name: str, where: str) -> Indicator:
-    """The registered indicator of a name.
+    """Return the registered indicator of a name.
 
     Raises:
-        ConfigError: If there is none; says the nearest.
+        ConfigError: If there is none; the message has the nearest name.
     """
     INDICATORS.import_from_location()
     found = INDICATORS.get(name)
@@ -45,9 +46,9 @@ def find_indicator(name: str, where: str) -> Indicator:
 
 @INDICATORS.register_module(name='std_mean')
 def std_mean(costs: Tensor, groups: Tensor, number: int) -> Tensor:
-    r"""Spread over mean, :math:`\sigma / \mu`, of a group's costs.
+    r"""Score by the spread over the mean, :math:`\sigma / \mu`, of costs.
 
-    The deviation is the unbiased one; a group of one has none (NaN).
+    The deviation is unbiased; a group of one has none (NaN).
 
     Source: Nguyen et al., WACV 2022, eq. 4, as in the official code.
     """
@@ -60,12 +61,12 @@ def std_mean(costs: Tensor, groups: Tensor, number: int) -> Tensor:
 
 @INDICATORS.register_module(name='fisher')
 def fisher(costs: Tensor, groups: Tensor, number: int) -> Tensor:
-    r"""How far the two parts of a group's costs lie apart.
+    r"""Score by how far the two parts of a group's costs are apart.
 
     .. math:: (\mu^+ - \mu^-)^2 / (\sigma^{+2} + \sigma^{-2})
 
-    The parts are those of a mixture of two Gaussians fitted to the group,
-    the deviations unbiased, a part of one candidate without any.
+    The parts are those of a mixture of two Gaussians that is fitted to the
+    group. The deviations are unbiased, and a part of one candidate has none.
 
     Source: Nguyen et al., WACV 2022, the paper's second criterion. The
     official code has none: the parts and the deviations are UNVERIFIED.
@@ -96,15 +97,15 @@ def switch(
 ) -> Switched:
     """Take each group's costs from the network with the larger indicator.
 
-    A group is the candidates of one object at one level. With a single
-    candidate, the network to which it is cheaper provides it. Where
-    indicators are equal, the first network does; one whose indicator is not
-    a number (costs that are not finite, too) does not.
+    A group consists of the candidates of one object at one level. The cost of
+    a single candidate comes from the network to which it is cheaper. Where
+    indicators are equal, the first network provides the costs. A network
+    whose indicator is not a number, or whose costs are not finite, does not.
 
     Args:
-        candidates: P pre-assigned anchors.
-        costs: (P,) of each of the K networks.
-        indicator: Scores groups.
+        candidates: The P pre-assigned anchors.
+        costs: The costs (P,) of each of the K networks.
+        indicator: The function that scores groups.
     """
     levels = candidates.number_of_levels
     groups = candidates.objects * levels + candidates.levels

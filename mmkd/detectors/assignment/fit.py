@@ -1,4 +1,4 @@
-"""Which networks can share an assignment."""
+"""Checks which networks can share an assignment."""
 
 import copy
 from typing import Any
@@ -20,15 +20,15 @@ FITTING = (
 
 
 def is_paa(head: Any) -> bool:
-    """Whether a head separates candidates by their costs."""
+    """Return whether a head separates candidates by their costs."""
     return hasattr(head, 'paa_reassign') and hasattr(head, 'get_pos_loss')
 
 
 def dense_facts(facts: DetectorFacts, method: str) -> DenseFacts:
-    """The facts about the head of a one-stage detector.
+    """Return the facts of a one-stage detector's head.
 
     Raises:
-        ConfigError: If the detector has none that loops over priors.
+        ConfigError: If the detector has no head with priors.
     """
     head = getattr(facts.model, 'bbox_head', None)
     if facts.dense is None or not hasattr(head, 'prior_generator'):
@@ -43,14 +43,14 @@ def dense_facts(facts: DetectorFacts, method: str) -> DenseFacts:
 def check_dynamic(
     student: DenseOutputs, teacher: DenseOutputs, method: str
 ) -> None:
-    """Check that both heads assign by predictions, and the same priors.
+    """Check that both heads assign the same priors by predictions.
 
     Each of them is tried on one object of the blank image.
 
     Args:
         student: The student's outputs for a blank image.
-        teacher: The teacher's.
-        method: The method that asks, for the message.
+        teacher: The teacher's outputs for it.
+        method: The name of the method, for the message.
 
     Raises:
         ConfigError: If a head's assignment is static, or priors differ.
@@ -63,7 +63,7 @@ def check_dynamic(
         ('student', 'teacher'), (student, teacher), recorded, strict=True
     ):
         if not reads_predictions(record):
-            why = 'is static, it does not read predictions'
+            why = 'is static and does not read predictions'
             if record and not any(record.values()):
                 why = 'is not made by its assigner'
             raise ConfigError(
@@ -89,7 +89,7 @@ def _blank_assignment(dense: DenseOutputs) -> Any:
         n * s for n, s in zip(maps[0][0].shape[-2:], stride[::-1], strict=True)
     )
     meta = dict(img_shape=size, pad_shape=size, batch_input_shape=size)
-    # Some heads count in their loss what they have seen (DDOD).
+    # Some heads (DDOD) count in their loss what they have seen.
     counts = copy.deepcopy(
         {k: v for k, v in vars(head).items() if k[0] != '_'}
     )

@@ -9,46 +9,46 @@ from torch import Tensor
 TOLERANCE = 1e-3
 MAX_ITERATIONS = 100
 REGULARISATION = 1e-6
-"""Of scikit-learn's ``GaussianMixture``."""
+"""The defaults of scikit-learn's ``GaussianMixture``."""
 STEPS_BETWEEN_CHECKS = 8
-"""On a GPU, each check whether all fits have converged waits for it."""
+"""On a GPU, each check whether all fits have converged is a wait."""
 
 
 @dataclass
 class Mixtures:
     """M fitted mixtures, evaluated at their own samples.
 
-    Where a sample is masked out, its values mean nothing.
+    Values of samples that are masked out have no meaning.
     """
 
     component: Tensor
-    """(M, L); 0 is the component that started at the cheapest sample."""
+    """(M, L); component 0 started at the cheapest sample."""
     log_density: Tensor
-    """(M, L), float64, up to a constant of each mixture."""
+    """(M, L), float64, up to a constant in each mixture."""
     steps: Tensor
-    """(M,) how many EM steps each took."""
+    """(M,), the number of EM steps of each mixture."""
 
 
 def fit_mixtures(values: Tensor, mask: Tensor) -> Mixtures:
     r"""Fit one mixture of two 1-D Gaussians to each row, all rows at once.
 
-    Expectation-maximisation as scikit-learn's ``GaussianMixture(2,
-    covariance_type='diag')`` does it, with means that start at the row's
-    smallest and largest value, weights 0.5 and precisions 1: until the mean
-    log-likelihood changes by less than 1e-3, at most 100 steps, each
-    variance regularised by 1e-6.
+    This is expectation-maximisation as in scikit-learn's
+    ``GaussianMixture(2, covariance_type='diag')``. The means start at the
+    row's smallest and largest value, the weights at 0.5 and the precisions
+    at 1. It ends when the mean log-likelihood changes by less than 1e-3, or
+    after 100 steps. Each variance is regularised by 1e-6.
 
-    Where they differ: values are float64 and counted from the row's
-    smallest, so that identical or far-off values lose no digits
-    (scikit-learn refuses to fit where rounding makes a variance negative).
+    In contrast to scikit-learn, values are float64 and counted from the
+    smallest of the row, so that identical or distant values lose no digits.
+    (scikit-learn refuses to fit where rounding makes a variance negative.)
 
     Args:
         values: (M, L) finite costs.
-        mask: (M, L) which of them are samples; a row without any gives
-            values that mean nothing, and raises nothing.
+        mask: (M, L) which of them are samples. A row without any gives
+            values without meaning, and raises no error.
 
     Returns:
-        Component and log-density of each sample.
+        The component and log-density of each sample.
     """
     rows = len(values)
     if values.numel() == 0:
@@ -61,7 +61,7 @@ def fit_mixtures(values: Tensor, mask: Tensor) -> Mixtures:
     smallest = x.masked_fill(~mask, math.inf).amin(1, keepdim=True)
     x = (x - smallest).masked_fill(~mask, 0)
     n = mask.sum(1).clamp(min=1).double()
-    # Component first: sums run along contiguous samples.
+    # The component comes first, so that sums run along contiguous samples.
     means = torch.stack([torch.zeros_like(n), x.amax(1)])
     weights, variances = torch.full_like(means, 0.5), torch.ones_like(means)
     bound = torch.full_like(n, -math.inf)
@@ -92,7 +92,7 @@ def fit_mixtures(values: Tensor, mask: Tensor) -> Mixtures:
 def _log_joint(
     x: Tensor, weights: Tensor, means: Tensor, variances: Tensor
 ) -> Tensor:
-    """log(weight * density) of each component and sample, (2, M, L)."""
+    """Return log(weight * density) per component and sample, (2, M, L)."""
     distance = (x - means[..., None]) ** 2 / variances[..., None]
     constant = weights.log() - 0.5 * (2 * math.pi * variances).log()
     return constant[..., None] - 0.5 * distance
@@ -101,7 +101,7 @@ def _log_joint(
 def _maximise(
     x: Tensor, responsibility: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, means and variances (2, M) from responsibilities (2, M, L)."""
+    """Return weights, means and variances (2, M) by responsibilities."""
     # An empty component would divide by 0.
     count = responsibility.sum(2) + 10 * torch.finfo(x.dtype).eps
     means = (responsibility * x).sum(2) / count
@@ -113,15 +113,15 @@ def _maximise(
 def positive_samples(
     costs: Tensor, mask: Tensor, *, keep_single: bool = False
 ) -> Tensor:
-    """Which candidates of each object are positive, after PAA.
+    """Return which candidates of each object are positive, as in PAA.
 
-    Two Gaussians are fitted to the costs of an object's candidates; of the
-    cheaper component, the candidates up to the one of highest density are
+    Two Gaussians are fitted to the costs of an object's candidates. The
+    candidates of the cheaper component, up to the one of highest density, are
     positive.
 
-    Nothing raises: an object with fewer than two candidates has no positive
-    (see ``keep_single``); candidates whose cost is NaN or infinite are none;
-    of identical costs, the first is positive.
+    No case is an error: an object with fewer than two candidates has no
+    positive (see ``keep_single``), a candidate whose cost is NaN or infinite
+    does not count, and of identical costs the first is positive.
 
     Source: Kim and Lee, "Probabilistic Anchor Assignment with IoU Prediction
     for Object Detection", ECCV 2020, scheme (c) of its figure 3, as in
@@ -130,8 +130,8 @@ def positive_samples(
     Args:
         costs: (M, L), the candidates of M objects in ascending order.
         mask: (M, L), which entries are candidates.
-        keep_single: An object's only candidate is positive, as in LAD's
-            official code; MMDetection leaves such an object without.
+        keep_single: Make an object's only candidate positive, as in LAD's
+            official code; MMDetection gives such an object none.
 
     Returns:
         (M, L) bool.

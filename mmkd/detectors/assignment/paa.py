@@ -3,7 +3,7 @@
 MMDetection's ``PAAHead`` pre-assigns anchors to objects by IoU, computes a
 cost for each of these candidates and then loops over images, objects and
 levels to keep the best. Here the head's own loss runs up to the costs, and
-the rest is done for all objects at once, on the costs of one's choice.
+the rest is done for all objects at once, on any given costs.
 """
 
 import math
@@ -27,15 +27,15 @@ from .mixture import positive_samples
 class Candidates:
     """The anchors that IoU has pre-assigned to the objects of a batch.
 
-    N anchors in each of B images, P candidates, M objects, L levels. Anchors
-    are counted through the batch (image by image, level by level), objects
-    too.
+    There are N anchors in each of B images, P candidates, M objects and L
+    levels. Anchors are numbered through the batch (image by image, level by
+    level), and so are objects.
     """
 
     anchors: Tensor
     """(B * N, 4), xyxy in pixels."""
     labels: Tensor
-    """(B * N,), the background is the number of classes."""
+    """(B * N,); the background is the number of classes."""
     label_weights: Tensor
     """(B * N,)."""
     targets: Tensor
@@ -59,16 +59,17 @@ class Candidates:
         deltas: Tensor,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """A head's cost of each candidate, (P,), without gradient.
+        """Return a head's cost of each candidate, (P,), without gradient.
 
-        The sum of its focal loss over the classes and its weighted box loss.
+        It is the sum of the focal loss over the classes and the weighted box
+        loss.
 
         Args:
             head: The ``PAAHead`` whose losses are the costs.
             class_logits: Predictions (B, N, K), of this or another head.
             deltas: Predictions (B, N, 4) in the coding of ``head``.
-            labels: The anchors' labels in the classes of ``class_logits``,
-                where these are not the batch's.
+            labels: The anchors' labels in the classes of ``class_logits``, if
+                they are not those of the batch.
         """
         with torch.no_grad():
             (costs,) = type(head).get_pos_loss(
@@ -87,7 +88,7 @@ class Candidates:
     def costs_of(
         self, dense: DenseOutputs, labels: Tensor | None = None
     ) -> Tensor:
-        """The costs (P,) in the eyes of a PAA head's own predictions."""
+        """Return the costs (P,) of a PAA head's own predictions."""
         assert dense.regression is not None
         return self.costs(
             dense.facts.head, dense.logits, dense.regression, labels
@@ -96,14 +97,14 @@ class Candidates:
     def positives(
         self, costs: Tensor, topk: int, *, keep_single: bool = False
     ) -> Tensor:
-        """Which anchors are positive, (B * N,) bool.
+        """Return which anchors are positive, (B * N,) bool.
 
         Each object's ``topk`` cheapest candidates of each level are joined
         and separated by :func:`.positive_samples`.
 
         Args:
-            costs: (P,); candidates that are not finite are no candidates.
-            topk: Candidates of an object a level.
+            costs: (P,); candidates whose cost is not finite do not count.
+            topk: The number of candidates of an object per level.
             keep_single: See :func:`.positive_samples`.
         """
         table, place = self._cheapest(costs, topk)
@@ -112,7 +113,7 @@ class Candidates:
             table, table.isfinite(), keep_single=keep_single
         )
         anchor = place.gather(1, order)
-        # One place more, for what is not chosen: nothing waits for a count.
+        # One more place takes what is not chosen: nothing waits for a count.
         flags = torch.zeros(
             len(self.anchors) + 1, dtype=torch.bool, device=costs.device
         )
@@ -120,14 +121,14 @@ class Candidates:
         return flags[:-1]
 
     def _cheapest(self, costs: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-        """Costs and anchors of the ``topk`` cheapest, (M, L * topk)."""
+        """Return costs and anchors of the ``topk`` cheapest, (M, L * topk)."""
         costs = costs.where(costs.isfinite(), math.inf)
         cells = self.objects * self.number_of_levels + self.levels
         order = costs.argsort(stable=True)
         order = order[cells[order].argsort(stable=True)]
         rank = rank_in_group(cells[order])
         width = self.number_of_levels * topk
-        # One column more, for those that are too expensive.
+        # One more column takes those that are too expensive.
         column = torch.where(
             rank < topk, self.levels[order] * topk + rank, width
         )
@@ -140,7 +141,7 @@ class Candidates:
 
 
 def rank_in_group(groups: Tensor) -> Tensor:
-    """The place of each element within its group.
+    """Return the place of each element within its group.
 
     Args:
         groups: (P,) ascending.
@@ -154,7 +155,8 @@ def rank_in_group(groups: Tensor) -> Tensor:
 
 
 Costs = Callable[[Candidates, Tensor, Tensor], Tensor]
-"""Candidates, own class logits (B, N, K) and deltas (B, N, 4) to (P,)."""
+"""A function from candidates, a head's own class logits (B, N, K) and deltas
+(B, N, 4) to costs (P,)."""
 
 
 @contextmanager
@@ -163,13 +165,12 @@ def assigned_by(
 ) -> Iterator[None]:
     """Let a PAA head's own loss assign its anchors in one go, by ``costs``.
 
-    Within the context, the head's ``loss_by_feat`` runs as it stands, except
-    that the costs are those given and that all its objects are separated at
-    once.
+    Within the context, the head's ``loss_by_feat`` runs as it is, except that
+    it uses the given costs and that all objects are separated at once.
 
     Args:
         head: The ``PAAHead`` that is trained.
-        costs: What the candidates cost.
+        costs: The function that gives the candidates' costs.
         keep_single: See :func:`.positive_samples`.
     """
     step = _Step(head, costs, keep_single)
@@ -195,7 +196,7 @@ class _Step:
         *__: Any,
         **___: Any,
     ) -> None:
-        """Behind ``get_targets``."""
+        """Begin after ``get_targets``."""
         self.candidates = join_candidates(
             anchors, targets, [len(gt) for gt in gt_instances]
         )
@@ -205,12 +206,12 @@ class _Step:
     def collect(
         self, _: list, class_logits: Tensor, deltas: Tensor, *__: Any
     ) -> tuple[None]:
-        """Instead of ``get_pos_loss``, called once an image."""
+        """Stand in for ``get_pos_loss``, which is called once per image."""
         self.predictions.append((class_logits.detach(), deltas.detach()))
         return (None,)
 
     def result(self, *_: Any) -> tuple:
-        """Instead of ``paa_reassign``, called once an image after that."""
+        """Stand in for ``paa_reassign``, called once per image after that."""
         if self.results is None:
             self.results = iter(self._assign())
         return next(self.results)
@@ -248,8 +249,8 @@ def join_candidates(
 
     Args:
         anchors: Each image's anchors of each level, (n, 4).
-        targets: What ``PAAHead.get_targets`` returns.
-        objects: The number of objects of each image.
+        targets: The result of ``PAAHead.get_targets``.
+        objects: The number of objects in each image.
     """
     labels, label_weights, boxes, box_weights, index, owners = targets
     flat = torch.cat([torch.cat(list(levels)) for levels in anchors])
@@ -277,7 +278,7 @@ def join_candidates(
 
 
 def own_costs(head: Any) -> Costs:
-    """The costs of plain PAA: the head's own, of its own predictions."""
+    """Return the costs of plain PAA: those of the head's predictions."""
 
     def costs(
         candidates: Candidates, class_logits: Tensor, deltas: Tensor
@@ -288,7 +289,7 @@ def own_costs(head: Any) -> Costs:
 
 
 def flat_predictions(head: Any, outputs: Any) -> tuple[Tensor, Tensor]:
-    """What a head has returned: class logits (B, N, K), deltas (B, N, 4)."""
+    """Return a head's class logits (B, N, K) and deltas (B, N, 4)."""
     return (
         flatten_levels(outputs[0], head.cls_out_channels),
         flatten_levels(outputs[1], 4),
@@ -325,7 +326,7 @@ def check_stock_paa(head: Any, where: str) -> None:
         if getattr(type(head), method) is not getattr(PAAHead, method):
             raise ConfigError(
                 f'{where}: {name} has a "{method}" of its own, which a '
-                'batched assignment would pass over. Use PAAHead.'
+                'batched assignment would ignore. Use PAAHead.'
             )
     if head.covariance_type == 'tied':
         raise ConfigError(

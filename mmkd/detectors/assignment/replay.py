@@ -1,8 +1,8 @@
 """Assignments that are made by one head and trained on by another.
 
 The heads of one-stage detectors call ``assigner.assign(pred_instances, ...)``
-once an image, in order. An assigner that reads predictions is *dynamic*: its
-result on one network's predictions is a lesson for another.
+once per image, in order. An assigner that reads predictions is *dynamic*: its
+result for one network's predictions can teach another.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,25 +19,25 @@ from mmkd.detectors.record import replaced
 from mmkd.errors import AssignmentError
 
 Recorded = dict[str, list[tuple[InstanceData, AssignResult]]]
-"""Attribute of the assigner to each image's predictions and assignment."""
+"""Each image's predictions and assignment, by the assigner's attribute."""
 
 INITIAL = 'initial_assigner'
-"""A static assigner of the first epochs, which predictions take the place
-of: a teacher's are good from the start."""
+"""Static assigners of the first epochs are replaced by predictions, because a
+teacher's are good from the start."""
 
 
 def assigners_of(head: Any) -> dict[str, Any]:
-    """A head's assigners by attribute, each once."""
+    """Return a head's assigners by attribute, each once."""
     found: dict[str, Any] = {}
     for name, value in vars(head).items():
         if name == INITIAL or not isinstance(value, BaseAssigner):
             continue
         if not any(value is other for other in found.values()):
             found[name] = value
-    # TOODHead keeps its first epochs' assigner under this name, too.
+    # TOODHead also keeps the assigner of its first epochs in this name.
     if 'alignment_assigner' in found:
         found = {'alignment_assigner': found['alignment_assigner']}
-    if 'cls_assigner' in found:  # DDODHead: one for each branch
+    if 'cls_assigner' in found:  # DDODHead has one for each branch
         found.pop('assigner', None)
     return found
 
@@ -60,7 +60,7 @@ def record_assignments(
 
     Args:
         head: A dense head with assigners.
-        outputs: What its forward pass has returned.
+        outputs: The result of its forward pass.
         gt_instances: Each image's objects, labels in the head's classes.
         metas: Each image's meta data.
         ignored: Each image's regions to ignore.
@@ -77,8 +77,8 @@ def record_assignments(
                 assigner, pred_instances, *args, **kwargs
             )
             recorded[name].append((pred_instances, result))
-            # A head may pass over images without objects: then its loss
-            # simply runs to the end.
+            # A head may skip images without objects. Then its loss simply runs
+            # to the end.
             if sum(map(len, recorded.values())) == expected:
                 raise _AllAssigned
             return result
@@ -122,9 +122,9 @@ def replayed(
 
     Args:
         head: A dense head whose priors are those of the recorded one.
-        recorded: By :func:`record_assignments`, for the same images.
-        quality: ``'student'``: soft targets (IoU, alignment) are those of
-            the trained head's own boxes; ``'teacher'``: the recorded ones.
+        recorded: The result of :func:`record_assignments` for these images.
+        quality: ``'student'`` takes soft targets (IoU, alignment) from the
+            trained head's own boxes, ``'teacher'`` takes the recorded ones.
     """
     with ExitStack() as stack:
         stack.enter_context(past_initial_epochs(head))
@@ -161,7 +161,7 @@ class _Player:
             gt_instances = args[0]
         if len(predicted.priors) != len(pred_instances.priors):
             raise AssignmentError(
-                f'{self.name}: the assignment is of '
+                f'{self.name}: the assignment has '
                 f'{len(predicted.priors)} priors, the trained head has '
                 f'{len(pred_instances.priors)} on this image. Give both '
                 'heads the same allowed_border.'
@@ -193,13 +193,13 @@ class _Player:
         object_: Tensor,
         args: tuple,
     ) -> None:
-        """IoU (and TOOD's alignment) of the trained head's own boxes."""
+        """Return the IoU (and TOOD's alignment) of the head's own boxes."""
         boxes = gt_instances.bboxes
         boxes = boxes if isinstance(boxes, Tensor) else boxes.tensor
         overlaps = self.assigner.iou_calculator(
             pred_instances.bboxes, boxes[object_], is_aligned=True
         )
-        # Stock assigners mark priors that are background so, or with 0.
+        # Stock assigners mark background priors in this way, or with 0.
         result.max_overlaps = torch.where(
             positive, overlaps, result.max_overlaps
         )
@@ -213,7 +213,7 @@ class _Player:
 
 
 def same_priors(ours: Recorded, theirs: Recorded) -> bool:
-    """Whether two heads were asked to assign the same priors."""
+    """Return whether two heads were given the same priors to assign."""
     return all(
         a.priors.shape == b.priors.shape
         and torch.allclose(a.priors.float(), b.priors.float())
@@ -223,7 +223,7 @@ def same_priors(ours: Recorded, theirs: Recorded) -> bool:
 
 
 def reads_predictions(recorded: Recorded) -> bool:
-    """Whether the recorded assigners were called, and given predictions."""
+    """Return whether the recorded assigners were given predictions."""
     return bool(recorded) and all(
         images and all('bboxes' in p and 'scores' in p for p, _ in images)
         for images in recorded.values()

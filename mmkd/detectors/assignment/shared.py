@@ -15,11 +15,12 @@ from .paa import Candidates, assigned_by, flat_predictions, unweighted_boxes
 
 
 class SharedAssignment:
-    """One step in which the losses wait until every network has predicted.
+    """A step in which the losses wait until every network has predicted.
 
     Args:
-        heads: Network to the facts about its PAA head.
-        indicator: Decides which network provides a group's costs.
+        heads: The facts of each network's PAA head, by the network's name.
+        indicator: The function that decides which network provides the costs
+            of a group.
         weighted_boxes: Whether box losses are weighted by IoU, as in stock
             PAA.
         keep_single: Whether an object's only candidate is positive.
@@ -43,7 +44,7 @@ class SharedAssignment:
 
     @contextmanager
     def steering(self) -> Iterator[None]:
-        """Within the context, the heads' own losses share the assignment."""
+        """Let the heads' own losses share the assignment in the context."""
         with ExitStack() as stack:
             for name, head in self.heads.items():
                 arrive = functools.partial(self._arrive, name)
@@ -75,7 +76,7 @@ class SharedAssignment:
             losses.update(type(head).loss_by_feat(head, *args, **kwargs))
 
     def _costs(self, candidates: Candidates, *_: Tensor) -> Tensor:
-        """The shared costs; the candidates are the same for every network."""
+        """Return the shared costs; every network has the same candidates."""
         if not hasattr(self, 'switched'):
             each = [
                 candidates.costs(

@@ -11,41 +11,41 @@ from mmkd.registry import MODELS
 
 WINDOW = 3
 FLOOR = 1e-6
-"""Probabilities closer to 0 or 1 are cut off."""
+"""Probabilities that are closer to 0 or 1 are clamped."""
 
 
 @MODELS.register_module()
 class COPHead(PAAHead):
-    r"""PAA's head whose classes are weighed by a conditional objectness.
+    r"""PAA's head with classes weighted by a conditional objectness.
 
     .. math::
         p_{c,i} = \frac{1}{9} \sum_{k \in 3 \times 3}
             \sigma(z^{cls}_{c,k}) \, \sigma(z^{coef}_{i,k})
 
-    for class c at position i; the 9 coefficients of a position are a 3x3
-    convolution on the regression tower. The head returns
-    :math:`\mathrm{logit}(p)`, so that the stock focal loss is that of the
-    probability, the stock score :math:`\sqrt{p \cdot IoU}`, and LAD, CoLAD
+    for class c at position i. The 9 coefficients of a position come from a
+    3x3 convolution on the regression tower. The head returns
+    :math:`\mathrm{logit}(p)`. The stock focal loss is therefore that of the
+    probability, the stock score is :math:`\sqrt{p \cdot IoU}`, and LAD, CoLAD
     and every method on class logits work as on ``PAAHead``.
 
-    A stock config switches to it by ``bbox_head=dict(type='mmkd.COPHead')``;
-    weights of a trained ``PAAHead`` fit but for the new convolution.
+    A stock config switches to it by ``bbox_head=dict(type='mmkd.COPHead')``.
+    The weights of a trained ``PAAHead`` fit, except for the new convolution.
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
     Distillation", WACV 2022, https://arxiv.org/abs/2108.10520. The official
-    code also has a convolution that nothing uses, and lets the logits beyond
-    the border be 0, that is a probability of 0.5; here nothing is there: the
-    probability is 0.
+    code also has a convolution that nothing uses, and sets the logits beyond
+    the border to 0, which is a probability of 0.5. Here the probability there
+    is 0.
 
     Raises:
-        ConfigError: If there are several anchors a position.
+        ConfigError: If there are several anchors per position.
     """
 
     def _init_layers(self) -> None:
         super()._init_layers()
         if self.num_base_priors != 1:
             raise ConfigError(
-                'COPHead needs one anchor a position, the anchor_generator '
+                'COPHead needs one anchor per position; the anchor_generator '
                 f'gives {self.num_base_priors}. Set scales_per_octave=1 and '
                 'one ratio.'
             )
@@ -60,7 +60,7 @@ class COPHead(PAAHead):
     def forward_single(
         self, x: Tensor, scale: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Class logits, box deltas and IoU logits of a level."""
+        """Return class logits, box deltas and IoU logits of a level."""
         classes, boxes = x, x
         for layer in self.cls_convs:
             classes = layer(classes)
@@ -77,7 +77,7 @@ class COPHead(PAAHead):
 
 
 def conditional_objectness(classes: Tensor, coefficients: Tensor) -> Tensor:
-    """Class probabilities of each position's window, weighed and averaged.
+    """Weight and average the class probabilities in each position's window.
 
     Args:
         classes: (B, C, H, W) logits.

@@ -24,7 +24,7 @@ def test_heads_that_leave_out_other_priors():
     with torch.no_grad():
         outputs = head(theirs.extract_feat(inputs))
     recorded = record_assignments(head, outputs, objects, metas)
-    message = r'is of \d+ priors, .* on this image\. Give both heads the same'
+    message = r'has \d+ priors, .* on this image\. Give both heads the same'
     with (
         replayed(ours.bbox_head, recorded),
         pytest.raises(AssignmentError, match=message),
