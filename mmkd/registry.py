@@ -18,6 +18,7 @@ if error := missing_packages():
     raise error
 
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
@@ -97,3 +98,4 @@ def _cfg_path(base: str, filename: str) -> tuple[str, str | None]:
 
 
 Config._get_cfg_path = staticmethod(_cfg_path)
+MODULE2PACKAGE['mmkd'] = 'mmkd'  # for mmengine.hub.get_config

@@ -287,6 +287,12 @@ class TestInstalled:
         checkpoint = 'work_dirs/my/epoch_1.pth'
         assert re.search(rf'mmkd test .*/my.py .*/{checkpoint}', done.stdout)
 
+        hub = (
+            'import mmkd.registry; from mmengine.hub import get_config; '
+            'print(get_config("mmkd::bccd/lad.py").distillation)'
+        )
+        assert 'mmkd::bccd/paa_big.py' in installed('python', '-c', hub).stdout
+
         stock = 'mmkd::bccd/gfl_student.py'
         done = installed('mmkd', 'test', stock, checkpoint)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -54,7 +54,8 @@ class TestMethods:
             for cls in METHODS.module_dict.values()
             if cls.__module__.startswith('mmkd.')
         }
-        assert {cls.__name__ for cls in names.values()} == own
+        found = {cls.__name__ for cls in names.values()}
+        assert found >= own  # other tests register methods of their own
         assert all(name == name.lower() for name in names)
         assert find_method('pkd') == 'mmkd.PKD'
         assert find_method('frcnn') == 'mmkd.FasterRCNNDistillation'
