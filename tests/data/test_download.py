@@ -2,6 +2,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import random
 import re
 import signal
 import tarfile
@@ -18,7 +19,7 @@ from mmkd.data import download as module
 from mmkd.data.download import RemoteFile, download, extract, verify
 from mmkd.errors import DataError
 
-CONTENT = os.urandom(100_000)
+CONTENT = random.Random(0).randbytes(100_000)
 MD5 = f'md5:{hashlib.md5(CONTENT).hexdigest()}'
 SHA256 = f'sha256:{hashlib.sha256(CONTENT).hexdigest()}'
 WRONG = f'md5:{"0" * 32}'
