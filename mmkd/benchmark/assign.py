@@ -17,14 +17,16 @@ from mmkd.detectors.assignment import assigned_by, own_costs, positive_samples
 from mmkd.detectors.facts import read_facts
 from mmkd.detectors.source import find_in_model_index, load_config
 
-from .common import Benchmark, Times, Trainer, altered, table
+from .common import OBJECTS, Benchmark, Times, Trainer, altered, table
 from .paa_reference import reference
 
-OBJECTS, CANDIDATES = 112, (10, 45)
+NUMBER, CANDIDATES = 112, (10, 45)
+"""Of the objects of a batch, and of the candidates of an object."""
 DTYPES = {'float64': np.float64, 'float32': np.float32}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    **OBJECTS,
     '--config': dict(default='mmkd::lad_r50.py', help='a config of LAD'),
     '--costs': dict(
         type=Path, help='a PAA checkpoint of BCCD, for real costs'
@@ -66,7 +68,7 @@ def tables(result: Mapping[str, Any]) -> str:
     seconds = ['', 'median s']
     return '\n\n'.join(
         [
-            f'{OBJECTS} objects of {CANDIDATES[0]} to {CANDIDATES[1]} '
+            f'{NUMBER} objects of {CANDIDATES[0]} to {CANDIDATES[1]} '
             'candidates',
             table(seconds, [*fit.items(), factor]),
             table(header, partitions),
@@ -84,7 +86,7 @@ def random_costs(batches: int) -> list[tuple[Tensor, Tensor]]:
     made = []
     for _ in range(batches):
         rows = []
-        for number in range(OBJECTS):
+        for number in range(NUMBER):
             n = chance.integers(CANDIDATES[0], CANDIDATES[1] + 1)
             row = chance.gamma(2, 1, n) + 0.5
             if number % 2:

@@ -51,7 +51,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         help='height and width of the images, in pixels',
     ),
     '--batch': dict(type=int, default=2, help='images per batch'),
-    '--objects': dict(type=int, default=8, help='objects per image'),
     '--repeat': dict(type=int, default=7, help='rounds that are counted'),
     '--threads': dict(type=int, default=1, help='CPU threads'),
     '--device': dict(default='auto', help='cpu, cuda or auto'),
@@ -61,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     '--json': dict(type=Path, help='write the result to this file'),
 }
-"""The options of every benchmark that has none of the same name."""
+"""The options of every benchmark."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

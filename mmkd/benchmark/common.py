@@ -5,6 +5,7 @@ import copy
 import itertools
 import logging
 import multiprocessing
+import os
 import statistics
 import time
 import warnings
@@ -51,6 +52,9 @@ class Benchmark:
 
 
 CONFIG = {'config': dict(help='a config with `distillation`')}
+OBJECTS: dict[str, dict[str, Any]] = {
+    '--objects': dict(type=int, default=8, help='objects per image')
+}
 
 
 def altered(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
@@ -363,13 +367,17 @@ def each(
 def in_processes(
     number: int, function: Callable[..., Any], *args: Any
 ) -> list[Any]:
-    """Call a function in so many fresh processes, with the rank as well."""
+    """Call a function in so many fresh processes, with the rank as well.
+
+    What they print goes to stderr, as MMDetection prints when it is imported.
+    """
     context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(number, context, silence) as pool:
-        return [*pool.map(partial(function, *args), range(number))]
+    with ProcessPoolExecutor(number, context, os.dup2, (2, 1)) as pool:
+        return [*pool.map(partial(_silent, function, *args), range(number))]
 
 
-def silence() -> None:
-    """Print neither a line for each parameter nor warnings of MMEngine."""
+def _silent(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function without a log of each parameter, and warnings."""
     logging.disable(logging.WARNING)
     warnings.simplefilter('ignore')
+    return function(*args)

@@ -18,6 +18,7 @@ from mmkd.study.step import peak_resident
 
 from .common import (
     CONFIG,
+    OBJECTS,
     Benchmark,
     Times,
     Trainer,
@@ -248,10 +249,13 @@ def own_peak(args: argparse.Namespace, kind: str, rank: int) -> float:
     return peak_resident()
 
 
-STEP = Benchmark('step', CONFIG, measure_step, step_table)
+STEP = Benchmark('step', {**CONFIG, **OBJECTS}, measure_step, step_table)
 METHODS = Benchmark(
     'methods',
-    {'configs': dict(nargs='+', help='configs with `distillation`')},
+    {
+        'configs': dict(nargs='+', help='configs with `distillation`'),
+        **OBJECTS,
+    },
     measure_methods,
     methods_table,
 )

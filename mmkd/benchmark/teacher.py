@@ -8,6 +8,7 @@ from typing import Any
 
 from .common import (
     CONFIG,
+    OBJECTS,
     Benchmark,
     Runs,
     Times,
@@ -38,6 +39,7 @@ COMPILED = {
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **CONFIG,
+    **OBJECTS,
     '--compile': dict(
         action='store_true',
         help='measure compiled teachers as well; compiling takes minutes',
