@@ -11,7 +11,7 @@ distillation = dict(
             type='mmkd.CrossKD',
             layer=3,  # of 4
             cls_weight=1.0,
-            box_weight=4.0,  # of the divergence of bins
+            box_weight=4.0,  # weight of the divergence of bins
         )
     ),
 )

@@ -8,7 +8,7 @@ distillation = dict(
     methods=dict(
         cwd=dict(
             type='mmkd.CWD',
-            temperature=1.0,  # MMRazor's detectors, as is the weight
+            temperature=1.0,  # as in MMRazor's detectors, and so is the weight
             loss_weight=10.0,
         )
     ),

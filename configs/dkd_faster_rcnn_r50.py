@@ -9,7 +9,7 @@ distillation = dict(
     methods=dict(
         dkd=dict(
             type='mmkd.DKD',
-            # of the official code for detectors; 1, 8 and 4 for classifiers
+            # from the official code for detectors; for classifiers: 1, 8 and 4
             alpha=1.0,
             beta=0.25,
             temperature=1.0,

@@ -1,6 +1,6 @@
 # Deep mutual learning (Zhang et al., CVPR 2018) of two-stage detectors: Faster
 # R-CNN R50 and R101 train together, each on the RoIs of both, COCO 1x (alone:
-# 37.4 and 39.4 AP). The paper has no detectors: no figures are published.
+# 37.4 and 39.4 AP). The paper has no detectors and so no figures.
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py']
 
 runner_type = 'mmkd.DistillationRunner'

@@ -1,6 +1,6 @@
 # Deep mutual learning (Zhang et al., CVPR 2018): RetinaNet R50 and R101 train
-# together, COCO 1x (alone: 36.5 and 38.5 AP). The paper's T is 1, its weight
-# 1; it has no detectors, so there are no published figures.
+# together, COCO 1x (alone: 36.5 and 38.5 AP). T and the weight are 1 in the
+# paper. It has no detectors, so there are no published figures.
 _base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py']
 
 runner_type = 'mmkd.DistillationRunner'

@@ -1,8 +1,8 @@
 # FFSD (Li et al., arXiv 2103.14473): two RetinaNet R50 are fused, and the
-# leader, a third one and alone meant for use, learns from the fusion, COCO 1x
-# (alone: 36.5 AP). T = 2 and the weights are the paper's for classification;
-# module_weight is 1000 there, where the modules have their own optimiser. The
-# ramp is the paper's 5 epochs. There are no published figures of detectors.
+# leader, a third one and the only one meant for use, learns from the fusion,
+# COCO 1x (alone: 36.5 AP). T = 2, the weights and the ramp over 5 epochs are
+# the paper's for classification. There, module_weight is 1000 and the modules
+# have an optimiser of their own. No figures of detectors are published.
 _base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py']
 
 runner_type = 'mmkd.DistillationRunner'

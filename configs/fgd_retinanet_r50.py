@@ -9,7 +9,7 @@ distillation = dict(
     methods=dict(
         fgd=dict(
             type='mmkd.FGD',
-            # the official config of this pair
+            # from the official config of this pair
             temperature=0.5,
             foreground_weight=1e-3,  # alpha
             background_weight=5e-4,  # beta

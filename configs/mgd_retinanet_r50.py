@@ -9,7 +9,7 @@ distillation = dict(
     methods=dict(
         mgd=dict(
             type='mmkd.MGD',
-            mask_ratio=0.65,  # of one-stage detectors; two-stage: 0.45
+            mask_ratio=0.65,  # for one-stage detectors; two-stage: 0.45
             loss_weight=2e-5,  # two-stage: 5e-7
         )
     ),

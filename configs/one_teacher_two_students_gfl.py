@@ -1,11 +1,11 @@
 # One teacher, two students that also learn from each other (ISBI 2022): GFL
-# R101 teaches two GFL R50, all trained together, COCO 1x. Neither T nor the
-# weights are published. The pair of students is evaluated as an ensemble.
+# R101 teaches two GFL R50, and all three train together, COCO 1x. Neither T
+# nor the weights are published. The students are evaluated as an ensemble.
 _base_ = ['mmdet::gfl/gfl_r50_fpn_1x_coco.py']
 
 runner_type = 'mmkd.DistillationRunner'
 distillation = dict(
-    # For a trained, frozen one: checkpoint=..., or name=..., and no trainable.
+    # A trained, frozen teacher has checkpoint=... or name=..., no trainable.
     teacher=dict(
         config='mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py', trainable=True
     ),

@@ -8,8 +8,8 @@ distillation = dict(
     methods=dict(
         pkd=dict(
             type='mmkd.PKD',
-            levels=[0, 1, 2, 3],  # of the official config: P2 to P5
-            loss_weight=6.0,  # of all the paper's detectors
+            levels=[0, 1, 2, 3],  # as in the official config: P2 to P5
+            loss_weight=6.0,  # for all detectors of the paper
         )
     ),
 )

@@ -13,7 +13,7 @@ distillation = dict(
             anchor_grid=[16, 16],  # no published value for detectors
             patch_weight=0.6,  # delta and zeta: ResNet-18 on COCO-Stuff
             anchor_weight=0.6,
-            theta='identity',  # the paper's best
+            theta='identity',  # the best in the paper
         )
     ),
 )

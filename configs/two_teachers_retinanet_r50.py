@@ -1,10 +1,10 @@
 # KD (Hinton et al., 2015) from two teachers, RetinaNet R101 and X101 -> R50,
 # COCO 2x (the student alone: 37.4 AP). No paper gives these settings.
 #
-# Both checkpoints are fetched from MMDetection's model index. Each teacher has
-# half of the method's weight: kd.loss_cls_r101, kd.loss_cls_x101. Teachers may
-# have other classes, each teaches those that the student has, too. Equal
-# classes can also be taught by the mean of the logits:
+# Both checkpoints come from MMDetection's model index. Each teacher has half
+# of the method's weight: kd.loss_cls_r101, kd.loss_cls_x101. Teachers may have
+# other classes; each teaches those that it shares with the student. Teachers
+# of equal classes can also teach by the mean of their logits:
 # teacher=dict(mean=[..., ...]).
 _base_ = ['mmdet::retinanet/retinanet_r50_fpn_2x_coco.py']
 

@@ -26,7 +26,7 @@ test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=scale, keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True),
-    # CocoMetric reads the ground truth from `instances`: no JSON is needed.
+    # CocoMetric reads the ground truth from `instances`, so it needs no JSON.
     dict(type='PackDetInputs', meta_keys=(*meta_keys, 'instances')),
 ]
 
@@ -41,7 +41,7 @@ train_dataloader = dict(
         data_root='data/bccd/',
         ann_file='BCCD/ImageSets/Main/train.txt',
         data_prefix=dict(sub_data_root='BCCD/'),
-        # A few boxes have no area: log(0) as a regression target.
+        # A few boxes have no area, whose regression target would be log(0).
         filter_cfg=dict(filter_empty_gt=True, bbox_min_size=1),
         pipeline=train_pipeline,
     ),

@@ -1,8 +1,8 @@
-# GFL on BCCD, with a ResNet-18 of half width: the model of
-# mmdet::gfl/gfl_r50_fpn_1x_coco.py, narrow, towers of two layers. The neck
-# has norms: without them its coarsest levels, which hold no object at
-# 320x240, grow without bound from scratch, and with them all methods that
-# compare features as they are.
+# GFL on BCCD, with a ResNet-18 of half width: a narrow version of
+# mmdet::gfl/gfl_r50_fpn_1x_coco.py with towers of two layers. The neck has
+# norms. Without them its coarsest levels, which hold no object at 320x240,
+# grow without bound when trained from scratch, and so do the losses of methods
+# that compare features as they are.
 _base_ = ['./bccd_one_stage.py', './schedule_bccd_adamw.py', './bccd.py']
 
 runner_type = 'mmkd.DistillationRunner'

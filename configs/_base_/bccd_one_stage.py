@@ -1,6 +1,6 @@
-# What BCCD's one-stage detectors share: a ResNet-18 of half width and the
-# dense head of a stock config, narrow, with towers of two layers. The head's
-# kind, coder and losses are its config's.
+# What BCCD's one-stage detectors share: a ResNet-18 of half width and a narrow
+# dense head with towers of two layers. The kind, coder and losses of the head
+# come from the stock config.
 model = dict(
     data_preprocessor=dict(
         type='DetDataPreprocessor',
@@ -24,7 +24,7 @@ model = dict(
         in_channels=64,
         feat_channels=64,
         stacked_convs=2,
-        # 8 channels a group, as in the stock heads of 256
+        # 8 channels per group, as in the stock heads of 256
         norm_cfg=dict(type='GN', num_groups=8, requires_grad=True),
         anchor_generator=dict(
             type='AnchorGenerator',

@@ -1,6 +1,6 @@
 # Tree crowns from the air: tiles of 256 x 256 pixels in COCO's layout, made by
-# `mmkd prepare neon`. Data, schedule and metrics of the demo, the
-# same for its three networks.
+# `mmkd prepare neon`. Data, schedule and metrics of the demo are
+# the same for its three networks.
 _base_ = ['mmdet::_base_/default_runtime.py']
 
 classes = ('Tree',)
@@ -11,7 +11,7 @@ data_root = 'data/neon/'
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
-    # Seen from above, a tree has no upside: all flips, equally often.
+    # Seen from above, a tree has no upside, so all flips are equally likely.
     dict(
         type='RandomFlip',
         prob=[0.25, 0.25, 0.25],
@@ -21,7 +21,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    # Changes nothing, but the detectors ask for its scale factor.
+    # It changes nothing, but the detectors need its scale factor.
     dict(type='Resize', scale=(256, 256)),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs'),

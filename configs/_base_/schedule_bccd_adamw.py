@@ -1,6 +1,6 @@
 # 8 epochs of 26 iterations from scratch. With SGD, dense heads learn the rare
-# class late, some seeds not at all; the rate was chosen for the small PAA
-# alone, on the validation split, and is GFL's as well.
+# class late, and with some seeds not at all. The rate was chosen for the small
+# PAA alone, on the validation split; GFL uses it as well.
 _base_ = ['mmdet::_base_/default_runtime.py']
 
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=8, val_interval=8)

@@ -7,6 +7,6 @@ model = dict(
     bbox_head=dict(
         in_channels=32,
         feat_channels=32,
-        norm_cfg=dict(num_groups=4),  # of 8 channels, as the teacher's
+        norm_cfg=dict(num_groups=4),  # of 8 channels each, as in the teacher
     ),
 )

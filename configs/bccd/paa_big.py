@@ -36,5 +36,5 @@ model = dict(
         )
     ),
 )
-# Stock PAA stops with an error of scikit-learn's where costs are close.
+# Stock PAA stops with an error from scikit-learn where costs are close.
 custom_hooks = [dict(type='mmkd.BatchedPAAHook')]

@@ -20,7 +20,7 @@ model = dict(
         bbox_roi_extractor=dict(out_channels=64),
         bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=3),
     ),
-    # About 13 objects an image: fewer proposals and RoIs than on COCO.
+    # About 13 objects per image, hence fewer proposals and RoIs than on COCO.
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=250),
         rcnn=dict(sampler=dict(num=64)),

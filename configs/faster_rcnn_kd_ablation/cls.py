@@ -1,4 +1,4 @@
-# Table 4: soft labels, all classes alike (PASCAL 54.7 -> 57.4).
+# Table 4: soft labels, equal weights for all classes (PASCAL 54.7 -> 57.4).
 _base_ = ['../faster_rcnn_kd_r18_voc.py']
 
 distillation = dict(

@@ -1,4 +1,4 @@
-# Table 4: hints behind adaptation layers (PASCAL 54.7 -> 58.0).
+# Table 4: hints with adaptation layers (PASCAL 54.7 -> 58.0).
 _base_ = ['../faster_rcnn_kd_r18_voc.py']
 
 distillation = dict(

@@ -1,4 +1,4 @@
-# Table 4, plain L2 towards the teacher's boxes (PASCAL 54.7 -> 54.6).
+# Table 4: plain L2 towards the teacher's boxes (PASCAL 54.7 -> 54.6).
 _base_ = ['../faster_rcnn_kd_r18_voc.py']
 
 distillation = dict(

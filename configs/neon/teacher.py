@@ -13,8 +13,9 @@ model = dict(
         norm_eval=False,
         init_cfg=None,  # no download: trained from scratch
     ),
-    # Half of the crowns are below 35 pixels, few below 17: strides from 8 and
-    # anchors from 32 pixels will do, and are faster than strides from 4.
+    # Half of the crowns are smaller than 35 pixels, few are smaller than 17.
+    # Strides from 8 and anchors from 32 pixels suffice, and are faster than
+    # strides from 4.
     neck=dict(
         in_channels=[32, 64, 128, 256],
         out_channels=64,
@@ -34,8 +35,9 @@ model = dict(
         ),
         bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=1),
     ),
-    # About 9 trees a tile: fewer proposals and RoIs than on COCO (RoIAlign is
-    # slow on a CPU), of which up to half, and not a quarter, are trees.
+    # A tile has about 9 trees, so there are fewer proposals and RoIs than on
+    # COCO (RoIAlign is slow on a CPU). Up to half of them, not a quarter, are
+    # trees.
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=300, max_per_img=150),
         rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),

@@ -8,6 +8,6 @@ distillation = dict(
         config='mmkd::bccd/gfl_teacher.py',
         checkpoint='work_dirs/bccd/gfl_teacher/epoch_16.pth',
     ),
-    # Behind the first of the towers' two layers; the paper: 3 of 4.
+    # After the first of the towers' two layers; the paper has 3 of 4.
     methods=dict(crosskd=dict(type='mmkd.CrossKD', layer=1)),
 )

@@ -8,7 +8,7 @@ distillation = dict(
         config='mmkd::bccd/gfl_teacher.py',
         checkpoint='work_dirs/bccd/gfl_teacher/epoch_16.pth',
     ),
-    # the paper's for classifiers
+    # the paper's values for classifiers
     methods=dict(
         dkd=dict(type='mmkd.DKD', alpha=1.0, beta=8.0, temperature=4.0)
     ),

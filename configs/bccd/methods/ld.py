@@ -8,8 +8,8 @@ distillation = dict(
         config='mmkd::bccd/gfl_teacher.py',
         checkpoint='work_dirs/bccd/gfl_teacher/epoch_16.pth',
     ),
-    # The sums grow with the objects of a batch: about 3 * 7 in the paper's
-    # configs, 8 * 13 here, so a fifth of its weights of 0.25.
+    # The sums grow with the objects in a batch: about 3 * 7 in the paper's
+    # configs and 8 * 13 here. The weights are a fifth of its 0.25.
     methods=dict(
         ld=dict(
             type='mmkd.LD',

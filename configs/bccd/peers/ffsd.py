@@ -1,8 +1,8 @@
 # FFSD (Li et al., arXiv 2103.14473): two common students are fused, and the
-# leader, which alone is meant for use, learns from the fusion. T = 2, the
-# weights and the ramp over 5 epochs are the paper's, for classification;
-# module_weight is 1000 there, where it has an optimiser of its own. Here all
-# layers of the method are clipped together.
+# leader, the only network that is meant for use, learns from the fusion. T =
+# 2, the weights and the ramp over 5 epochs are the paper's for classification.
+# There, module_weight is 1000 and the modules have an optimiser of their own;
+# here all layers of the method are clipped together.
 _base_ = ['../gfl_student.py']
 
 distillation = dict(

@@ -1,5 +1,6 @@
 # One teacher and two students that also learn from each other, all trained
-# together. alpha=0 leaves mutual learning, beta=0 distillation alone.
+# together. With alpha=0 only mutual learning remains, with beta=0 only
+# distillation.
 _base_ = ['../gfl_student.py']
 
 distillation = dict(
