@@ -6,9 +6,11 @@ from mmengine.config import Config
 
 import mmkd
 from mmkd.core.distiller import build_distiller
+from mmkd.doctor import diagnose
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers import toy
 
+AT = 'mmkd.AttentionTransfer'
 WIDER = dict(neck__out_channels=24, bbox_head__in_channels=24)
 EXAMPLES = toy.ROOT / 'docs' / 'examples'
 
@@ -41,7 +43,7 @@ def test_attention_by_hand(example):
 def test_the_method_distils(example):
     example('own_method')
     teacher = dict(config=dict(model=tiny.retinanet(**WIDER)), checkpoint=None)
-    method = dict(type='mmkd.AttentionTransfer', loss_weight=2.0)
+    method = dict(type=AT, loss_weight=2.0)
     model, losses = step(
         tiny.retinanet(), dict(teacher=teacher, methods=dict(at=method))
     )
@@ -51,11 +53,16 @@ def test_the_method_distils(example):
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_its_config(example):
+def test_the_doctor_finds_what_the_tutorial_says(example, tmp_path):
+    """Its maps' padding is part of the attention."""
     example('own_method')
-    page = (toy.ROOT / 'docs/tutorials/own_method.md').read_text()
-    assert 'mmkd.AttentionTransfer' in page
-    assert mmkd.METHODS.get('AttentionTransfer') is not None
+    cfg = toy.distilled(
+        tmp_path, toy.RETINANET, methods=dict(at=dict(type=AT))
+    )
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    findings = [f for f in diagnose(cfg).findings if 'untrained' not in f]
+    assert len(findings) == 1
+    assert 'what lies on the padding changes the loss' in findings[0]
 
 
 # ---------------------------------------------------------------- own teacher
