@@ -138,9 +138,9 @@ def check_same_anchors(student: RPNFacts, teacher: RPNFacts) -> None:
     if not same:
         raise ConfigError(
             "the RPNs cannot be distilled: the student's anchors (strides "
-            f'{list(ours.strides)}, {ours.num_base_priors} a position) are '
+            f'{list(ours.strides)}, {ours.num_base_priors} per position) are '
             f"not the teacher's (strides {list(theirs.strides)}, "
-            f'{theirs.num_base_priors} a position, or other shapes). Give '
+            f'{theirs.num_base_priors} per position, or other shapes). Give '
             'both the same anchor_generator, or set rpn=False.'
         )
 

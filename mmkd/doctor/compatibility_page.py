@@ -1,4 +1,4 @@
-"""The page that :mod:`compatibility` writes of its verdicts."""
+"""The page of verdicts that :mod:`compatibility` writes."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -20,14 +20,14 @@ PARTICULARS = (
     (r'; \w+ has (no bbox_head|\w+Head)', ''),
     (r'^\w+: ', ''),
 )
-"""Patterns of what a reason says of one pair alone, and what to say instead:
-then reasons that are the same are the same text."""
+"""Patterns of what in a reason concerns a single pair, and their replacement,
+so that equal reasons have the same text."""
 INTRODUCTION = """# Compatibility
 
-Written by `python tools/compatibility.py`; what stands here was run, and
-running it again writes it again. At toy scale (narrow layers where the
-backbone is a ResNet, photos of {width}x{height} pixels) the student of a
-stock config is trained two plain iterations on the CPU, then two with each
+This page is written by `python tools/compatibility.py`. Everything on it was
+run, and the command runs it again. The student of a stock config is trained at
+toy scale (narrow layers where the backbone is a ResNet, photos of
+{width}x{height} pixels) on the CPU: two plain iterations, then two with each
 kind of distillation from an untrained detector of the same config.
 
 | kind | method |
@@ -37,17 +37,17 @@ kind of distillation from an untrained detector of the same config.
 The verdicts:
 
 * **works**: both iterations ran, every loss was finite, the method's losses
-  gave the student a gradient, and the first step was not that of plain
+  gave the student a gradient, and the first step differed from that of plain
   training.
 * **does not fit**: mmkd refused the pair, with a reason (below).
 * **fails**: anything else.
 
-That a method works says nothing about what it gains.
+A method that works need not gain anything.
 """
 
 
 def page(pairs: Sequence[Pair], content: dict[str, Any]) -> str:
-    """The page, in Markdown."""
+    """Return the page in Markdown."""
     trials = content['trials']
     done = [pair for pair in pairs if pair.name in trials]
     same = [pair for pair in done if pair.student == pair.teacher]
@@ -67,7 +67,7 @@ def page(pairs: Sequence[Pair], content: dict[str, Any]) -> str:
         parts[1] += (
             f'\n\n**Not done: {len(missing)} of {len(pairs)} configs and '
             'pairs have not been tried yet** (below); running the command '
-            'again goes on with them.'
+            'again continues with them.'
         )
         parts.append(
             '## Not reached\n\n' + '\n'.join(f'* {n}' for n in missing)
@@ -85,7 +85,7 @@ def introduction() -> str:
 
 
 def counts(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
-    """Of the families, a family being all its configs."""
+    """Count families and configs. A family consists of all its configs."""
     runs = [p for p in pairs if status(trials[p.name], 'plain') == WORKS]
     families = {p.student.partition('/')[0] for p in runs}
     failed = {
@@ -123,7 +123,7 @@ def table(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
 
 
 def reasons(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
-    """Of each failure, then of each refusal, and how the plain step ran."""
+    """List the failures, the refusals, and plain steps that ran on noise."""
     failed, plain = [], []
     for pair in pairs:
         for step, verdict in trials[pair.name].items():
@@ -135,9 +135,8 @@ def reasons(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
     return '\n\n'.join(
         [
             '### Fails\n\n' + (listed(failed) or 'Nothing.'),
-            '### Does not fit\n\nWhat is said of "it" is true of the '
-            'student, or of the teacher of a pair.\n\n'
-            + refusals(pairs, trials),
+            '### Does not fit\n\n"It" is the student or, in a pair, the '
+            'teacher.\n\n' + refusals(pairs, trials),
             '### On noise instead of photos\n\n'
             + (listed(plain) or 'Nothing.'),
         ]
@@ -145,7 +144,7 @@ def reasons(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
 
 
 def refusals(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
-    """Each reason once, below it whom it concerns, by kind."""
+    """List each reason once, with the detectors that it concerns."""
     concerned: dict[str, dict[str, list[str]]] = {}
     for pair in pairs:
         for step, verdict in trials[pair.name].items():
@@ -154,7 +153,7 @@ def refusals(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
                 by_kind.setdefault(step, []).append(pair.name)
     lines = []
     for reason, by_kind in sorted(concerned.items()):
-        kinds: dict[str, list[str]] = {}  # those of the same detectors as one
+        kinds: dict[str, list[str]] = {}  # kinds of the same detectors
         for kind, names in by_kind.items():
             kinds.setdefault(families(names, pairs), []).append(kind)
         lines.append(f'* {reason}')
@@ -163,14 +162,14 @@ def refusals(pairs: Sequence[Pair], trials: dict[str, Any]) -> str:
 
 
 def general(reason: str) -> str:
-    """What a reason says of any pair."""
+    """Return a reason without its particulars."""
     for pattern, instead in PARTICULARS:
         reason = re.sub(pattern, instead, reason)
     return reason
 
 
 def families(names: Sequence[str], pairs: Sequence[Pair]) -> str:
-    """Configs, by their folder where all of it that is tried is meant."""
+    """Name configs, or their folder if all that is tried in it is meant."""
     shown = []
     for name in names:
         folder = name.partition('/')[0]
