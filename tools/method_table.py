@@ -101,17 +101,19 @@ def short_table() -> str:
 def long_table() -> str:
     """For the docs: titles, and every file."""
     users = users_of_types()
-    rows = [('method', 'paper', 'code', 'configs', 'test')]
+    rows = [('method', 'paper', 'configs', 'code and test')]
     for cls in classes():
         name, code, paper = f'mmkd.{cls.__name__}', file_of(cls), paper_of(cls)
         rows.append(
             (
-                f'`{name}`',
+                f'`{cls.__name__}`',
                 f'{paper.authors}, [{paper.title}]({paper.url}), '
                 f'{paper.venue}',
-                f'`{code}`',
                 ', '.join(named(users.get(name, ()))) or 'none',
-                ', '.join(f'`{path}`' for path in tests_of(name, code)),
+                ', '.join(
+                    f'`{Path(*path.parts[1:])}`'
+                    for path in (code, *tests_of(name, code))
+                ),
             )
         )
     return markdown(rows)

@@ -36,10 +36,10 @@ from photos import photos
 # %matplotlib inline
 
 # %%
-ROOT = Path('../..').resolve()  # the checkout of mmkd
+os.chdir('../..')  # from the notebook's folder to the root of the checkout
 EPOCHS = int(os.environ.get('MMKD_EPOCHS', '9'))
-WORK = Path(os.environ.get('MMKD_WORK_DIR', ROOT / 'work_dirs' / 'notebook'))
-DATA = photos(Path(os.environ.get('MMKD_DATA', ROOT / 'data')))
+WORK = Path(os.environ.get('MMKD_WORK_DIR', 'work_dirs/notebook'))
+DATA = photos(Path(os.environ.get('MMKD_DATA', 'data')))
 print(len(list((DATA / 'train').iterdir())), 'tiles to train on')
 
 # %% [markdown]
@@ -68,15 +68,14 @@ distillation = dict(
     methods=dict(frcnn=dict(type='mmkd.FasterRCNNDistillation')),
 )
 """
-CONFIGS = ROOT / 'configs' / 'neon'
 WORK.mkdir(parents=True, exist_ok=True)
-for name, text in {
-    'teacher': SHARED,
-    'student': SHARED,
-    'distilled': SHARED + DISTILLATION,
-}.items():
-    base = CONFIGS / f'{"student" if name == "distilled" else name}.py'
-    (WORK / f'{name}.py').write_text(f'_base_ = [{str(base)!r}]\n{text}')
+for name, base, text in (
+    ('teacher', 'teacher', SHARED),
+    ('student', 'student', SHARED),
+    ('distilled', 'student', SHARED + DISTILLATION),
+):
+    path = os.path.relpath(f'configs/neon/{base}.py', WORK)
+    (WORK / f'{name}.py').write_text(f'_base_ = [{path!r}]\n{text}')
 
 print((WORK / 'distilled.py').read_text())
 

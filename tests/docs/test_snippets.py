@@ -207,4 +207,4 @@ def test_the_site_builds_without_a_warning(tmp_path):
         command, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert 'mmkd.PKD' in (tmp_path / 'methods.html').read_text()
+    assert 'CrossKD' in (tmp_path / 'methods.html').read_text()

@@ -27,6 +27,10 @@ def written():
     return {page: table() for page, table in TABLES.items()}
 
 
+def rows(written, page):
+    return written[page].splitlines()[2:]
+
+
 @pytest.mark.parametrize('page', TABLES)
 def test_pages_are_up_to_date(written, page):
     text = (ROOT / page).read_text()
@@ -37,18 +41,22 @@ def test_pages_are_up_to_date(written, page):
 
 @pytest.mark.parametrize('page', TABLES)
 def test_every_method_is_a_row(written, page):
-    rows = written[page].splitlines()[2:]
-    names = [row.split('`')[1].removeprefix('mmkd.') for row in rows]
+    names = [
+        row.split('`')[1].removeprefix('mmkd.') for row in rows(written, page)
+    ]
     expected = {getattr(methods, n).__name__ for n in methods.__all__}
     assert sorted(names) == sorted(expected - {'Method'} | {'COPHead'})
 
 
 def test_every_file_exists(written):
     links = re.findall(r'\]\((?!https://)(.*?)\)', written['README.md'])
-    code = re.findall(r'`((?:mmkd|tests)/.*?)`', written['docs/methods.md'])
     assert len(links) > len(classes())
-    assert len(code) > len(classes())
-    assert all((ROOT / path).exists() for path in (*links, *code))
+    assert all((ROOT / path).exists() for path in links)
+    cells = [row.split(' | ')[3] for row in rows(written, 'docs/methods.md')]
+    for code, *tests in (re.findall('`(.*?)`', cell) for cell in cells):
+        assert (ROOT / 'mmkd' / code).exists()
+        assert tests
+        assert all((ROOT / 'tests' / path).exists() for path in tests)
 
 
 def test_every_method_has_a_config():
