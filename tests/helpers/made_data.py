@@ -22,6 +22,10 @@ SHARED = Path(os.environ.get('MMKD_SHARED_DATA', BESIDE)).absolute()
 """Where real data sets lie. A folder that does not exist hides them."""
 SIZES = [(320, 213), (240, 320), (320, 240), (213, 320), (250, 188)]
 """Width and height of the photos in pixels, in turns."""
+SPLITS = dict(
+    train=range(1000, 1012), val=range(2000, 2008), test=range(3000, 3006)
+)
+"""The numbers of the photos."""
 KINDS = 8
 """Only the first classes of COCO occur."""
 CELLS = ('RBC', 'WBC', *['Platelets'] * 6)
@@ -36,14 +40,14 @@ def root() -> Path:
     folder = Path(tempfile.mkdtemp(prefix='mmkd-made-'))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     rng = np.random.default_rng(0)
-    for split, count in (('train', 12), ('val', 8)):
-        photos = [draw(number, rng) for number in range(count)]
+    for split, keys in SPLITS.items():
+        photos = {key: draw(key, rng) for key in keys}
         write_coco(folder / 'coco_tiny', f'{split}2017', photos)
         write_voc(folder / 'bccd' / 'BCCD', split, photos)
     return folder
 
 
-def draw(number: int, rng: np.random.Generator) -> tuple[np.ndarray, list]:
+def draw(key: int, rng: np.random.Generator) -> tuple[np.ndarray, list]:
     """Draw polygons on a textured background.
 
     Returns:
@@ -51,12 +55,12 @@ def draw(number: int, rng: np.random.Generator) -> tuple[np.ndarray, list]:
         its corners, (corners, 2) in pixels. The first object's kind is 0;
         those of kind ``k`` have ``k + 3`` corners and a colour of their own.
     """
-    size = np.array(SIZES[number % len(SIZES)])
+    size = np.array(SIZES[key % len(SIZES)])
     rough = rng.uniform(40, 200, (6, 6, 3))
     image = cv2.resize(rough, tuple(size), interpolation=cv2.INTER_CUBIC)
     image += rng.normal(0, 8, image.shape)
     objects = []
-    for index in range(2 + number % 5):
+    for index in range(2 + key % 5):
         kind = int(rng.integers(KINDS)) if index else 0
         half = rng.uniform(0.05, 0.25, 2) * size
         centre = rng.uniform(half + 1, size - half - 1)
@@ -69,7 +73,7 @@ def draw(number: int, rng: np.random.Generator) -> tuple[np.ndarray, list]:
     return image.clip(0, 255).astype('uint8'), objects
 
 
-def write_coco(root: Path, split: str, photos: list) -> None:
+def write_coco(root: Path, split: str, photos: dict) -> None:
     """Write photos in COCO's layout; every fourth has a crowd."""
     from mmdet.datasets import CocoDataset
 
@@ -77,7 +81,7 @@ def write_coco(root: Path, split: str, photos: list) -> None:
     names = enumerate(CocoDataset.METAINFO['classes'])
     categories = [dict(id=2 * k + 1, name=name) for k, name in names]
     images, objects = [], []
-    for key, (image, drawn) in enumerate(photos, 1000):
+    for key, (image, drawn) in photos.items():
         (height, width), name = image.shape[:2], f'{key:012}.jpg'
         cv2.imwrite(str(root / split / name), image)
         size = dict(width=width, height=height)
@@ -100,15 +104,15 @@ def write_coco(root: Path, split: str, photos: list) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_voc(root: Path, split: str, photos: list) -> None:
+def write_voc(root: Path, split: str, photos: dict) -> None:
     """Write photos in VOC's layout, whose corners count from 1."""
     labels = {}
-    for number, (image, drawn) in enumerate(photos):
-        boxes = [(kind, *cv2.boundingRect(corners)) for kind, corners in drawn]
-        cells = [
-            (CELLS[k], (x + 1, y + 1, x + w, y + h)) for k, x, y, w, h in boxes
-        ]
-        labels[f'{split}_{number}'] = voc_xml(*cells, size=image.shape[1::-1])
+    for key, (image, drawn) in photos.items():
+        cells = []
+        for kind, corners in drawn:
+            x, y, w, h = cv2.boundingRect(corners)
+            cells.append((CELLS[kind], (x + 1, y + 1, x + w, y + h)))
+        labels[f'{key:06}'] = voc_xml(*cells, size=image.shape[1::-1])
     make_voc(root, split, labels)
-    for name, (image, _) in zip(labels, photos, strict=True):
-        cv2.imwrite(str(root / 'JPEGImages' / f'{name}.jpg'), image)
+    for key, (image, _) in photos.items():
+        cv2.imwrite(f'{root}/JPEGImages/{key:06}.jpg', image)

@@ -379,7 +379,7 @@ def test_the_command_line_tests_it(files, tmp_path):
     batch = next(iter(loader))
     expected = ensemble.test_step(batch)[0].pred_instances
     got = results[0]['pred_instances']
-    assert len(expected) == 100
+    assert len(expected) > 50
     torch.testing.assert_close(got['scores'], expected.scores)
     torch.testing.assert_close(got['bboxes'], expected.bboxes)
     alone = ensemble.members[0].test_step(batch)[0].pred_instances
