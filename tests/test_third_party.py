@@ -96,7 +96,8 @@ def test_a_method_that_asks_for_more_lists_who_fits():
     assert 'methods.kd (KD) needs dense predictions or RoI scores' in text
     assert 'Oracle gives detections' in text
     assert 'Teachers that give it: EnsembleTeacher, FrozenDetector' in text
-    assert 'Methods that fit Oracle: Corner' in text
+    # Other tests of the same process may have registered methods as well.
+    assert 'Corner' in text.partition('Methods that fit Oracle: ')[2]
 
 
 def test_options_are_checked():
