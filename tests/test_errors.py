@@ -28,7 +28,7 @@ ALLOWED = {
         '_AllAssigned',
     ): 'record_assignments, which raises it through the head, catches it',
     (
-        'study/study.py',
+        'study/file.py',
         'yaml.constructor.ConstructorError',
     ): 'read_yaml turns what the parser raises into a ConfigError',
     ('cli/completion.py', '_Found'): 'parser_of, which raises it, catches it',

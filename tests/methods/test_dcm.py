@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from mmkd.data.batch import Batch
 from mmkd.detectors.auxiliary import StagePyramid, fresh_copy
+from mmkd.detectors.facts import read_facts
 from mmkd.errors import ConfigError, TapError
 from mmkd.utils import isolated_random_state
 from tests.helpers import tiny_detectors as tiny
@@ -202,7 +204,9 @@ def test_zero_weight_is_each_network_alone():
     losses = networks.losses(batch)
     alone = tiny.seeded_loss(networks.student, *batch)
     with isolated_random_state():
-        theirs = networks.distiller.peers['big'].loss(*copy.deepcopy(batch))
+        theirs = networks.distiller.peers['big'].loss(
+            Batch(batch[0], copy.deepcopy(batch[1]))
+        )
     assert toy.same({k: losses[k] for k in alone}, alone)
     assert toy.same({k: losses[f'big.{k}'] for k in theirs}, theirs)
     assert len(losses) == len(alone) + len(theirs)
@@ -227,10 +231,11 @@ class TestParts:
         assert [m.shape for m in maps] == [level.shape for level in levels]
 
     def test_a_copy_starts_anew(self):
-        head = tiny.build(tiny.gfl(), seed=1).bbox_head
+        facts = read_facts(tiny.build(tiny.gfl(), seed=1)).dense
+        head = facts.head
         for parameter in head.parameters():
             parameter.data.fill_(7.0)
-        copied = fresh_copy(head)
+        copied = fresh_copy(facts)
         assert copied.gfl_cls.bias.unique().item() == pytest.approx(
             -4.595, abs=1e-3
         )

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub
 
+from mmkd.data.batch import Batch
 from mmkd.errors import ConfigError, TapError
 from mmkd.methods.ffsd import StageDecoder, shifted
 from mmkd.utils import isolated_random_state
@@ -30,23 +30,20 @@ FFSD = dict(type='mmkd.FFSD')
 COMMON = ('first', 'second')
 
 
-@pytest.fixture(autouse=True)
-def epoch():
-    """From epoch 5 on the weights are whole."""
-    hub = MessageHub.get_current_instance()
-    hub.pop_info('epoch_length')  # of an earlier run
-    hub.update_info('epoch', 5)
-    yield lambda number: hub.update_info('epoch', number)
-    hub.pop_info('epoch')
-
-
 def ffsd(config=None, peers=None, **options):
     config = config or tiny.gfl()
     peers = peers or {'first': wide(config), 'second': config}
     networks = Networks({'m': dict(FFSD, **options)}, config, peers)
     networks.method = networks.distiller.methods['m']
+    to_epoch(networks, 5)  # from which on the weights are whole
     spread(networks.method.fusion, 7)
     return networks
+
+
+def to_epoch(networks, number):
+    """Let the next step be the first of an epoch."""
+    networks.distiller.epoch_length = 100
+    networks.distiller.steps = 100 * number
 
 
 class Computed:
@@ -213,12 +210,12 @@ def test_a_target_by_hand():
     assert target[1, :2].tolist() == pytest.approx(expected[1])
 
 
-def test_the_weights_rise(epoch):
+def test_the_weights_rise():
     networks = ffsd(module_weight=0)
     batch = networks.batch()
     whole = networks.of_method(batch)
     for number in (0, 2, 4):
-        epoch(number)
+        to_epoch(networks, number)
         losses = networks.of_method(batch)
         factor = math.exp(-5 * (1 - number / 5) ** 2)
         for name in ('features_student', 'sd_student', 'div_second'):
@@ -269,7 +266,9 @@ def test_zero_weight_is_each_network_alone():
     assert toy.same({k: losses[k] for k in alone}, alone)
     for name in COMMON:
         with isolated_random_state():
-            theirs = networks.distiller.peers[name].loss(*copy.deepcopy(batch))
+            theirs = networks.distiller.peers[name].loss(
+                Batch(batch[0], copy.deepcopy(batch[1]))
+            )
         assert toy.same({k: losses[f'{name}.{k}'] for k in theirs}, theirs)
     assert not any(key.startswith('m.') for key in losses)
 
@@ -318,7 +317,7 @@ def test_a_run_resumes_exactly(tmp_path):
 
 @pytest.mark.parametrize('by_epoch', [True, False])
 def test_the_weights_rise_in_a_run(tmp_path, by_epoch):
-    """By epochs, which a loop by iterations does not count."""
+    """By epochs, also where the loop counts iterations."""
     cfg = mutual_run(tmp_path, method=dict(FFSD, ramp_epochs=2))
     cfg.distillation.peers.second = dict(config=peer_config(cfg, channels=8))
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
@@ -332,8 +331,11 @@ def test_the_weights_rise_in_a_run(tmp_path, by_epoch):
     seen = []
 
     class Ramp(Hook):
-        def after_train_iter(self, runner, *_, **__):
-            seen.append(runner.distiller.methods['m']._ramp())
+        def before_train(self, runner):
+            method = runner.distiller.methods['m']
+            method.register_forward_pre_hook(
+                lambda _, args: seen.append(method._ramp(args[-1].epoch))
+            )
 
     toy.train(cfg, Ramp())
     first, second = math.exp(-5), math.exp(-5 / 4)

@@ -44,6 +44,7 @@ def in_terminal(path, interrupt_at=None):
         The exit status, and all that was shown, without colours.
     """
     ours, theirs = pty.openpty()
+    environ = {k: v for k, v in os.environ.items() if k != 'COLUMNS'}
     size = struct.pack('HHHH', 40, 300, 0, 0)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
     process = subprocess.Popen(
@@ -52,7 +53,7 @@ def in_terminal(path, interrupt_at=None):
         stdout=theirs,
         stderr=theirs,
         cwd=toy.ROOT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'TERM': 'xterm'},
+        env={**environ, 'OMP_NUM_THREADS': '1', 'TERM': 'xterm'},
         # A shell's background process ignores it, and so would this one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
