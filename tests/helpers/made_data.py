@@ -52,17 +52,17 @@ def draw(key: int, rng: np.random.Generator) -> tuple[np.ndarray, list]:
 
     Returns:
         The image, BGR of (height, width, 3), and of each object its kind and
-        its corners, (corners, 2) in pixels. The first object's kind is 0;
-        those of kind ``k`` have ``k + 3`` corners and a colour of their own.
+        its corners, (corners, 2) in pixels. Every third is of kind 0; those
+        of kind ``k`` have ``k + 3`` corners and a colour of their own.
     """
     size = np.array(SIZES[key % len(SIZES)])
     rough = rng.uniform(40, 200, (6, 6, 3))
     image = cv2.resize(rough, tuple(size), interpolation=cv2.INTER_CUBIC)
     image += rng.normal(0, 8, image.shape)
     objects = []
-    for index in range(2 + key % 5):
-        kind = int(rng.integers(KINDS)) if index else 0
-        half = rng.uniform(0.05, 0.25, 2) * size
+    for index in range(4 + 2 * (key % 5)):
+        kind = int(rng.integers(KINDS)) if index % 3 else 0
+        half = rng.uniform(0.04, 0.4, 2) * size
         centre = rng.uniform(half + 1, size - half - 1)
         angles = 2 * np.pi * (np.arange(kind + 3) / (kind + 3) + rng.random())
         unit = np.stack([np.cos(angles), np.sin(angles)], axis=1)
