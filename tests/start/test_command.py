@@ -36,7 +36,11 @@ PAIRS = {
     FCOS: 'fcos_r101-caffe_fpn_gn-head-1x_coco',
 }
 """Students with RoIs, with anchors and without to teachers."""
-TAUGHT = [name for name, cls in methods().items() if cls.needs == 'teacher']
+TAUGHT = [
+    name
+    for name, cls in methods().items()
+    if cls.__module__.startswith('mmkd.') and cls.learns_from == 'teacher'
+]
 
 
 def based_on(base, folder):
