@@ -6,7 +6,7 @@ from mmkd.registry import MODELS
 
 from .checks import check_not_negative
 from .kl import sigmoid_kl
-from .reduction import Loss
+from .reduction import PairLoss
 
 
 def focal_kl_loss(
@@ -58,7 +58,7 @@ def focal_kl_loss(
 
 
 @MODELS.register_module()
-class FocalKLLoss(Loss):
+class FocalKLLoss(PairLoss):
     """Weight and reduce :func:`focal_kl_loss`, which SoLAD uses.
 
     Args:
@@ -88,25 +88,6 @@ class FocalKLLoss(Loss):
         check_not_negative('FocalKLLoss', gamma=gamma)
         self.gamma = gamma
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Compare the student's logits with the teacher's.
-
-        Args:
-            pred: The student's logits, any shape.
-            target: The teacher's logits, same shape; they get no gradient.
-            weight: Weights that broadcast to the shape.
-            avg_factor: Divides the sum, in place of the number of elements.
-            reduction_override: Replaces the configured reduction.
-
-        Returns:
-            A scalar, or the shape of ``pred`` without reduction.
-        """
-        loss = focal_kl_loss(pred, target, gamma=self.gamma)
-        return self.reduce(loss, weight, avg_factor, reduction_override)
+    def compute(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Compare logits of any shape."""
+        return focal_kl_loss(pred, target, gamma=self.gamma)

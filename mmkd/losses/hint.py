@@ -6,7 +6,7 @@ from torch import Tensor
 from mmkd.registry import MODELS
 
 from .checks import check_choice, check_same_shape
-from .reduction import Loss
+from .reduction import PairLoss
 
 NORMS = ('l2', 'l1')
 
@@ -61,7 +61,7 @@ def hint_loss(pred: Tensor, target: Tensor, *, norm: str = 'l2') -> Tensor:
 
 
 @MODELS.register_module()
-class HintLoss(Loss):
+class HintLoss(PairLoss):
     """Weight and reduce :func:`hint_loss`, which FeatureHint uses.
 
     Args:
@@ -90,25 +90,6 @@ class HintLoss(Loss):
         check_choice('HintLoss', NORMS, norm=norm)
         self.norm = norm
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Compare two features of the same shape.
-
-        Args:
-            pred: The student's adapted feature, (B, C, H, W) or (N, C).
-            target: The teacher's feature, same shape; it gets no gradient.
-            weight: Weights that broadcast to ``pred``.
-            avg_factor: Divides the sum, in place of the number of elements.
-            reduction_override: Replaces the configured reduction.
-
-        Returns:
-            A scalar, or the shape of ``pred`` without reduction.
-        """
-        loss = hint_loss(pred, target, norm=self.norm)
-        return self.reduce(loss, weight, avg_factor, reduction_override)
+    def compute(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Compare features, (B, C, H, W) or (N, C)."""
+        return hint_loss(pred, target, norm=self.norm)

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from mmkd.registry import MODELS
 
 from .checks import check_positive, check_same_shape
-from .reduction import Loss
+from .reduction import PairLoss
 
 REMEDY = 'For class logits, select the classes that both networks have first.'
 
@@ -104,7 +104,7 @@ def sigmoid_kl(
     return divergence * temperature**2
 
 
-class _KLLoss(Loss):
+class _KLLoss(PairLoss):
     """The options that both divergences have."""
 
     def __init__(
@@ -144,28 +144,9 @@ class SoftmaxKLLoss(_KLLoss):
         tensor(0.1667)
     """
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Compare the student's distributions with the teacher's.
-
-        Args:
-            pred: The student's logits, (N, C) or (..., C).
-            target: The teacher's logits, same shape; they get no gradient.
-            weight: Weight of each sample, (N,) or (...).
-            avg_factor: Divides the sum, in place of the number of samples.
-            reduction_override: Replaces the configured reduction.
-
-        Returns:
-            A scalar, or (N,) or (...) without reduction.
-        """
-        loss = softmax_kl(pred, target, self.temperature)
-        return self.reduce(loss, weight, avg_factor, reduction_override)
+    def compute(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Compare logits, (..., C), by sample, (...)."""
+        return softmax_kl(pred, target, self.temperature)
 
 
 @MODELS.register_module()
@@ -188,28 +169,9 @@ class SigmoidKLLoss(_KLLoss):
         tensor(55.4518)
     """
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Compare the student's binary problems with the teacher's.
-
-        Args:
-            pred: The student's logits, any shape.
-            target: The teacher's logits, same shape; they get no gradient.
-            weight: Weights that broadcast to the shape.
-            avg_factor: Divides the sum, in place of the number of elements.
-            reduction_override: Replaces the configured reduction.
-
-        Returns:
-            A scalar, or the shape of ``pred`` without reduction.
-        """
-        loss = sigmoid_kl(pred, target, self.temperature)
-        return self.reduce(loss, weight, avg_factor, reduction_override)
+    def compute(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Compare logits of any shape."""
+        return sigmoid_kl(pred, target, self.temperature)
 
 
 class _SigmoidKL(Function):

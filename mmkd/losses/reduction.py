@@ -63,3 +63,35 @@ class Loss(nn.Module):
             return self.loss_weight * loss.sum()
         reduced = weight_reduce_loss(loss, weight, reduction, avg_factor)
         return self.loss_weight * reduced
+
+
+class PairLoss(Loss):
+    """A loss that needs only the student's tensor and the teacher's."""
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """Weight and reduce :meth:`compute`.
+
+        Args:
+            pred: The student's tensor, of a shape that :meth:`compute` takes.
+            target: The teacher's, same shape; it gets no gradient.
+            weight: Weights that broadcast to what :meth:`compute` returns.
+            avg_factor: Divides the sum, in place of the number of its
+                elements.
+            reduction_override: Replaces the configured reduction.
+
+        Returns:
+            A scalar, or what :meth:`compute` returns without reduction.
+        """
+        loss = self.compute(pred, target)
+        return self.reduce(loss, weight, avg_factor, reduction_override)
+
+    def compute(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of each element or sample."""
+        raise NotImplementedError

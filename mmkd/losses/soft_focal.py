@@ -7,7 +7,7 @@ from torch import Tensor
 from mmkd.registry import MODELS
 
 from .checks import check_not_negative, check_same_shape
-from .reduction import Loss
+from .reduction import PairLoss
 
 
 def soft_focal_loss(
@@ -64,7 +64,7 @@ def soft_focal_loss(
 
 
 @MODELS.register_module()
-class SoftFocalLoss(Loss):
+class SoftFocalLoss(PairLoss):
     """Weight and reduce :func:`soft_focal_loss`, which CrossKD uses.
 
     Args:
@@ -94,26 +94,6 @@ class SoftFocalLoss(Loss):
         check_not_negative('SoftFocalLoss', beta=beta)
         self.beta = beta
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Compare the student's logits with the teacher's probabilities.
-
-        Args:
-            pred: The student's logits, any shape.
-            target: The teacher's probabilities, same shape; they get no
-                gradient.
-            weight: Weights that broadcast to the shape.
-            avg_factor: Divides the sum, in place of the number of elements.
-            reduction_override: Replaces the configured reduction.
-
-        Returns:
-            A scalar, or the shape of ``pred`` without reduction.
-        """
-        loss = soft_focal_loss(pred, target, beta=self.beta)
-        return self.reduce(loss, weight, avg_factor, reduction_override)
+    def compute(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Compare logits, of any shape, with the teacher's probabilities."""
+        return soft_focal_loss(pred, target, beta=self.beta)

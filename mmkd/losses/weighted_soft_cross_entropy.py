@@ -7,7 +7,7 @@ from torch import Tensor
 from mmkd.registry import MODELS
 
 from .checks import check_not_negative, check_positive, check_same_shape
-from .reduction import Loss
+from .reduction import PairLoss
 
 
 def weighted_soft_cross_entropy_loss(
@@ -85,7 +85,7 @@ def weighted_soft_cross_entropy_loss(
 
 
 @MODELS.register_module()
-class WeightedSoftCrossEntropyLoss(Loss):
+class WeightedSoftCrossEntropyLoss(PairLoss):
     """Weight and reduce :func:`weighted_soft_cross_entropy_loss`.
 
     Args:
@@ -125,31 +125,12 @@ class WeightedSoftCrossEntropyLoss(Loss):
         self.temperature = temperature
         self.use_sigmoid = use_sigmoid
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Compare the student's logits with the teacher's.
-
-        Args:
-            pred: The student's logits, (N, C) or (..., C).
-            target: The teacher's logits, same shape; they get no gradient.
-            weight: Weight of each sample, (N,) or (...).
-            avg_factor: Divides the sum, in place of the number of samples.
-            reduction_override: Replaces the configured reduction.
-
-        Returns:
-            A scalar, or (N,) or (...) without reduction.
-        """
-        loss = weighted_soft_cross_entropy_loss(
+    def compute(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Compare logits, (..., C), by sample, (...)."""
+        return weighted_soft_cross_entropy_loss(
             pred,
             target,
             background_weight=self.background_weight,
             temperature=self.temperature,
             use_sigmoid=self.use_sigmoid,
         )
-        return self.reduce(loss, weight, avg_factor, reduction_override)
