@@ -102,7 +102,9 @@ setup(
         'mmdet': MMDET,
         **{
             extra: read_requirements(extra)
-            for extra in ('dev', 'docs', 'ensemble', 'mim', 'report')
+            for extra in (
+                *('dev', 'docs', 'ensemble', 'mim', 'onnx', 'report'),
+            )
         },
     },
     classifiers=[

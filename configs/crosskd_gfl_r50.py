@@ -1,5 +1,6 @@
 # CrossKD (Wang et al., CVPR 2024), GFL R101 -> R50, COCO 1x:
-# 40.2 -> 43.7 AP in the paper.
+# 40.2 -> 43.7 AP in the paper. The features are aligned as in its official
+# code, which is the default.
 _base_ = ['mmdet::gfl/gfl_r50_fpn_1x_coco.py']
 
 runner_type = 'mmkd.DistillationRunner'

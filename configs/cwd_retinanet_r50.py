@@ -8,8 +8,11 @@ distillation = dict(
     methods=dict(
         cwd=dict(
             type='mmkd.CWD',
-            temperature=1.0,  # as in MMRazor's detectors, and so is the weight
-            loss_weight=10.0,
+            # from the config of that figure (pppppM/mmdetection-distiller);
+            # MMRazor has all five levels and the weight 10, without a figure
+            levels=[0, 1, 2, 3],
+            temperature=1.0,
+            loss_weight=5.0,
         )
     ),
 )

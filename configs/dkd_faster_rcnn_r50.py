@@ -9,7 +9,8 @@ distillation = dict(
     methods=dict(
         dkd=dict(
             type='mmkd.DKD',
-            # from the official code for detectors; for classifiers: 1, 8 and 4
+            # from the official code for detectors; most of the paper's
+            # classifiers have 1, 8 and 4
             alpha=1.0,
             beta=0.25,
             temperature=1.0,

@@ -8,8 +8,11 @@ distillation = dict(
     methods=dict(
         fbkd=dict(
             type='mmkd.FBKD',
-            levels=[0, 1, 2, 3],  # as in the official config: P2 to P5
-            pooling=[8, 4, 2, 2],
+            # from MMRazor's config, to which that figure belongs: P2 to P5.
+            # Its block pools by 2 before it pools by 8, 4, 2 and 2.
+            levels=[0, 1, 2, 3],
+            pooling=[16, 8, 4, 4],
+            reduction=[4, 4, 2, 2],
             temperature=0.5,
             feature_weight=7e-5,
             attention_weight=4e-3,

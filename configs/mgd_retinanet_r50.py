@@ -1,6 +1,9 @@
 # MGD (Yang et al., ECCV 2022), RetinaNet X101 -> R50, COCO 2x.
 _base_ = ['mmdet::retinanet/retinanet_r50_fpn_2x_coco.py']
 
+# as in the official config
+optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))
+
 runner_type = 'mmkd.DistillationRunner'
 distillation = dict(
     # 41.6 AP; the student alone: 37.4, distilled by MGD: 41.0 (published,

@@ -9,7 +9,7 @@ distillation = dict(
         pkd=dict(
             type='mmkd.PKD',
             levels=[0, 1, 2, 3],  # as in the official config: P2 to P5
-            loss_weight=6.0,  # for all detectors of the paper
+            loss_weight=6.0,  # for RetinaNet and RepPoints it is 10
         )
     ),
 )

@@ -2,5 +2,11 @@
 _base_ = ['./lad_r50.py']
 
 distillation = dict(
-    methods=dict(_delete_=True, soft=dict(type='mmkd.SoftLabelDistillation'))
+    methods=dict(
+        _delete_=True,
+        soft=dict(
+            type='mmkd.SoftLabelDistillation',
+            task_loss=False,  # soft labels alone, as in the official code
+        ),
+    )
 )

@@ -14,6 +14,7 @@ distillation = dict(
             patch_weight=0.6,  # delta and zeta: ResNet-18 on COCO-Stuff
             anchor_weight=0.6,
             theta='identity',  # the best in the paper
+            per_image=True,  # as the authors' code for segmentation does
         )
     ),
 )

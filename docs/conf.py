@@ -17,7 +17,7 @@ extensions = [
 exclude_patterns = ['_build', 'examples']
 nitpicky = True
 # What docstrings and signatures name of other packages has no page here.
-nitpick_ignore_regex = [('py:.*', r'(?!mmkd).*')]
+nitpick_ignore_regex = [('py:.*', r'(?!mmkd).*|mmkd\.utils\.Official')]
 
 html_theme = 'furo'
 html_title = f'mmkd {release}'

@@ -4,6 +4,11 @@ Each class also has the built-in class that fits as a base, so that
 ``except ValueError`` and ``except RuntimeError`` catch it, too.
 """
 
+import os
+import sys
+import tempfile
+from collections import abc
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet')
@@ -26,6 +31,9 @@ class MMKDError(Exception):
         ...     print(error)
         HintLoss.norm must be one of 'l2', 'l1', got 'l3'.
     """
+
+    together = False
+    """Whether all processes of a run raise it, and the first one tells it."""
 
 
 class ConfigError(MMKDError, ValueError):
@@ -56,8 +64,22 @@ class PictureError(MMKDError, OSError):
     """A picture cannot be read."""
 
 
-class NonFiniteLossError(MMKDError, RuntimeError):
+class NonFiniteError(MMKDError, RuntimeError):
+    """A loss, a gradient, a weight or a buffer is NaN or infinite."""
+
+    together = True
+
+
+class NonFiniteLossError(NonFiniteError):
     """A distillation loss, or a network's own loss, is NaN or infinite."""
+
+
+class WorkDirError(MMKDError, RuntimeError):
+    """A work dir is in use by another training."""
+
+
+class ExportError(MMKDError, RuntimeError):
+    """A detector cannot be exported, or not as what it is."""
 
 
 class PackageError(MMKDError, ImportError):
@@ -77,3 +99,34 @@ def missing_packages() -> PackageError | None:
         'Install PyTorch first (https://pytorch.org), then '
         '`pip install mmkd[mmdet]`, or run `make install` in a clone of mmkd.'
     )
+
+
+@contextmanager
+def hushed() -> abc.Iterator[None]:
+    """Keep what libraries and their processes print off the terminal.
+
+    The files behind stdout and stderr are exchanged, because loggers hold
+    these streams, and extensions write past them. What was printed is shown
+    on stderr after all if an error leaves that no :class:`MMKDError` explains.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    failed = False
+    with tempfile.TemporaryFile() as sink:
+        try:
+            for number in (1, 2):
+                os.dup2(sink.fileno(), number)
+            yield
+        except Exception as error:
+            failed = not isinstance(error, MMKDError)
+            raise
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            for number, copy in enumerate(kept, 1):
+                os.dup2(copy, number)
+                os.close(copy)
+            if failed:
+                sink.seek(0)
+                sys.stderr.write(sink.read().decode(errors='replace'))

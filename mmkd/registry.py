@@ -91,9 +91,13 @@ def _cfg_path(base: str, filename: str) -> tuple[str, str | None]:
 
     MMEngine only knows a fixed list of packages. The scope is None, because
     mmkd's configs name MMDetection's classes as any user's config does.
+    For one of MMDetection's, MMEngine reads all of its model index first, a
+    second or more each time, and then takes the same file.
     """
     if base.startswith('mmkd::'):
         return config_file(base), None
+    if base.startswith('mmdet::') and osp.isfile(config_file(base)):
+        return config_file(base), 'mmdet'
     return _stock_cfg_path(base, filename)
 
 

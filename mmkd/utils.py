@@ -4,12 +4,16 @@ import argparse
 import difflib
 import inspect
 import random
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
+from mmengine import dist
 from mmengine.config import DictAction
 from mmengine.registry import Registry
 
@@ -18,6 +22,36 @@ from mmkd.errors import ConfigError
 ATTACHED = 'distillation'
 """The name of the module on the student, the prefix of its keys, and the key
 in the checkpoint."""
+
+
+LAST_SEED = 2**32 - 2**16 - 1
+"""NumPy takes no seed of more than 32 bits, and each process and each worker
+of a data loader adds its number to the run's."""
+
+
+@dataclass(frozen=True)
+class Official:
+    """The authors' code for detection, and how a method reproduces it.
+
+    A method has one for each setting whose results are cited. They make the
+    table in ``docs/official_code.md``, and the tests check them: the options
+    are valid, the test exists, and the config has these options.
+    """
+
+    code: str
+    """Address of the repository, or of the file in it."""
+    compared: str
+    """The test that compares with an independent reference of that code, such
+    as ``tests/methods/test_cwd.py::TestOfficialCode``."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The options with which the method does what that code does. Those that
+    are not named are the defaults."""
+    config: str = ''
+    """The config in ``configs/`` that the cited result belongs to."""
+    ap: str = ''
+    """The cited result, such as ``GFL R101→R50, 1x: 40.2→43.7``."""
+    differs: str = ''
+    """What nevertheless differs from that code, in a sentence."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -62,7 +96,7 @@ def check_options(
     for name in given:
         if name not in known:
             raise ConfigError(
-                f'{where} has no option "{name}". {nearest(name, known)}'
+                f'{where} has no option "{name}". {nearest(str(name), known)}'
             )
 
 
@@ -162,6 +196,54 @@ def find_class(
     return found
 
 
+def named_class(registry: Registry, name: Any) -> Any:
+    """Return the class that a config's ``type`` names, for comparisons.
+
+    Configs name one class in many ways: ``'CheckpointHook'``,
+    ``'mmengine.CheckpointHook'``, ``'mmengine.hooks.CheckpointHook'``, or by
+    the class itself.
+
+    Args:
+        registry: MMEngine's registry, whose current scope counts.
+        name: The ``type``; a class is returned as it is.
+
+    Returns:
+        The class; None if there is none.
+    """
+    if not isinstance(name, str):
+        return name
+    with registry.switch_scope_and_registry(None) as scoped:
+        try:
+            return scoped.get(name)
+        except (ImportError, RuntimeError):
+            return None
+
+
+def is_seed(value: object) -> bool:
+    """Whether every generator of random numbers takes a seed."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and 0 <= value <= LAST_SEED  # type: ignore[operator]
+
+
+def check_seed(randomness: object) -> None:
+    """Check the ``randomness`` of a config.
+
+    Raises:
+        ConfigError: If its seed is none; None is one drawn at random.
+    """
+    if not isinstance(randomness, Mapping):
+        raise ConfigError(
+            'randomness must be a dict such as dict(seed=0), got '
+            f'{reprlib.repr(randomness)}.'
+        )
+    seed = randomness.get('seed')
+    if seed is not None and not is_seed(seed):
+        raise ConfigError(
+            f'randomness.seed must be a whole number from 0 to {LAST_SEED}, '
+            f'or None for one that is drawn, got {reprlib.repr(seed)}.'
+        )
+
+
 @contextmanager
 def isolated_random_state(seed: int | None = None) -> Iterator[None]:
     """Leave every global random state as it was, whatever happens within.
@@ -196,6 +278,73 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let a process of distributed training compute as if it trained alone.
+
+    Within the context, what asks whether training is distributed is told that
+    it is not, so that nothing waits for the other processes. Stock code that
+    one process leaves earlier than another would otherwise run into a
+    collective (an average over the processes) that the other never joins.
+    """
+    if not dist.is_distributed():
+        yield
+        return
+    world = torch.distributed.group.WORLD
+    torch.distributed.group.WORLD = None
+    try:
+        yield
+    finally:
+        torch.distributed.group.WORLD = world
+
+
+def process_share(part: torch.Tensor, least: float = 0.0) -> torch.Tensor:
+    """Return the share of each process in a divisor of the whole batch.
+
+    Distributed training averages the gradients of the R processes. If each of
+    them divides its sum by the Rth part of what one process would divide the
+    sum over the whole batch by, the average is the gradient of that process.
+    A lower limit is therefore one of the whole batch as well: a limit of each
+    process would divide by up to R times as much.
+
+    Every process has to call it. It does not wait for the result on a GPU.
+
+    Args:
+        part: This process's part of the divisor, such as its number of
+            positives; several at once for several divisors.
+        least: The least that one process would divide by.
+
+    Returns:
+        The mean over the processes, at least ``least / R``, in float32.
+
+    Example:
+        >>> import torch
+        >>> from mmkd.utils import process_share
+        >>> process_share(torch.tensor(0), least=1.0)  # a single process
+        tensor(1.)
+    """
+    share = part.detach().to(torch.float32, copy=True)
+    dist.all_reduce(share, op='mean')
+    return share.clamp(min=least / dist.get_world_size())
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return the ``type`` of an argument: whole numbers from ``least``."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number < 2**31:
+            raise argparse.ArgumentTypeError(
+                f'takes a whole number from {least}, got {text[:40]!r}'
+            )
+        return number
+
+    return parse
 
 
 class CfgOptions(DictAction):

@@ -28,6 +28,15 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCAL_HOSTS = ('localhost', '::1', '0.0.0.0', '::')
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        '--seed',
+        type=int,
+        default=0,
+        help='of what tests draw at random, such as instants to kill at',
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -6,7 +6,7 @@ from tests.helpers.toy import ROOT
 
 PACKAGE, TESTS = ROOT / 'mmkd', ROOT / 'tests'
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob('*/__init__.py'))
-WITHOUT_A_ROOM = {'docs', 'helpers', 'tools'}
+WITHOUT_A_ROOM = {'docs', 'fuzz', 'helpers', 'tools'}
 """Folders of tests that are not about a room of ``mmkd``."""
 
 

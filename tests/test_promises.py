@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from mmdet.apis import inference_detector, init_detector
 from mmdet.models import ResNet
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner.checkpoint import load_state_dict
 
+from mmkd.cli.main import main
 from mmkd.errors import (
     CheckpointError,
     ConfigError,
@@ -199,6 +203,30 @@ class TestStockCheckpoint:
         shapes = [tuple(t.shape) for t in tensors(checkpoint)]
         assert len(shapes) > 2 * len(student)
         assert not foreign & set(shapes)
+
+    def test_it_exports_to_onnx(self, trained, tmp_path, photos_of_class):
+        """And the graph finds what MMDetection finds with the checkpoint."""
+        pytest.importorskip('onnx')
+        runtime = pytest.importorskip('onnxruntime')
+        cfg = copy.deepcopy(trained[0])
+        cfg.model.test_cfg.rcnn.score_thr = 0.01  # after one epoch
+        config = str(toy.write(cfg, tmp_path / 'config.py'))
+        checkpoint = f'{cfg.work_dir}/epoch_1.pth'
+        out = str(tmp_path / 'student.onnx')
+        words = ['export', config, checkpoint, '--onnx', '--out', out]
+        assert main(words) == 0
+
+        path = next(photos_of_class.glob('coco_tiny/val2017/*.jpg'))
+        photo = cv2.resize(cv2.imread(str(path)), toy.SCALE)
+        model = init_detector(config, checkpoint, device='cpu')
+        ours = inference_detector(model, photo).pred_instances
+        boxes, scores, labels = runtime.InferenceSession(out).run(
+            None, dict(image=photo, size=np.array(photo.shape[:2]))
+        )
+        assert len(boxes) == len(ours) > 5
+        np.testing.assert_allclose(scores, ours.scores, atol=1e-4)
+        np.testing.assert_allclose(boxes, ours.bboxes, atol=0.1)
+        np.testing.assert_array_equal(labels, ours.labels)
 
     def test_its_random_states_are_read_without_running_code(self, trained):
         folder = trained[0].work_dir
@@ -694,10 +722,15 @@ class TestResume:
         cfg = resuming.config(tmp_path, workers=workers, epochs=2, iters=iters)
         resuming.train_and_resume(cfg, tmp_path, 1, name=name)
 
-    def test_a_pipeline_with_a_memory_is_said(self, tmp_path):
-        cfg = resuming.config(tmp_path, epochs=2)
+    @pytest.mark.parametrize('workers', [0, 1])
+    def test_a_pipeline_with_a_memory(self, tmp_path, workers):
+        """It comes back; what a worker keeps to itself is named."""
+        cfg = resuming.config(tmp_path, workers=workers, epochs=2)
         cfg.train_dataloader.dataset.pipeline[2:2] = [
             dict(type='CachedMosaic', img_scale=(96, 96), max_cached_images=4)
         ]
-        said = resuming.what_is_said(cfg, tmp_path, 1)
-        assert 'a transform keeps a cache of images' in said
+        if workers:
+            said = resuming.what_is_said(cfg, tmp_path, 1)
+            assert 'results_cache (in a worker of the data loader)' in said
+        else:
+            resuming.train_and_resume(cfg, tmp_path, 1)

@@ -11,7 +11,7 @@ import mmkd
 from mmkd.core.distiller import build_distiller
 from mmkd.doctor import diagnose
 from mmkd.start.command import main
-from mmkd.start.config_text import config_text, methods, teacher_options
+from mmkd.start.config_text import methods, teacher_options, write_config
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers import toy
 
@@ -116,11 +116,13 @@ def test_mmkd_distill_offers_the_method():
 def test_mmkd_distill_writes_their_config(tmp_path):
     options = teacher_options('mmkd.Oracle', None)
     module = 'tests.test_third_party'
-    text = config_text(
-        f'mmdet::{toy.RETINANET}', options, 'corner', imports=[module]
+    written = write_config(
+        *(f'mmdet::{toy.RETINANET}', options, ['corner']),
+        imports=[module],
+        tried=False,
     )
     path = tmp_path / 'own.py'
-    path.write_text(text)
+    path.write_text(written.text)
     cfg = Config.fromfile(path)
     assert cfg.custom_imports.imports == [module]
     assert cfg.distillation.teacher.to_dict() == dict(type='mmkd.Oracle')
@@ -140,5 +142,5 @@ def test_the_doctor_examines_them(tmp_path):
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     cfg.distillation = ConfigDict(copy.deepcopy(CFG))
     report = diagnose(cfg)
-    assert not report.findings
+    assert not report.stops
     assert 'own.loss_energy' in report.text()

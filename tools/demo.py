@@ -1,15 +1,15 @@
-"""Distil a small detector on real photos, from the beginning to a table.
+"""Distil a small detector on real photos, from the beginning to a verdict.
 
     python tools/demo.py
     python tools/demo.py --work-dir work_dirs/seed1 --seed 1 --jobs 1
 
 The demo trains three networks that find tree crowns in aerial photos: a
-teacher, a student a quarter as wide, and the same student distilled from the
-teacher. All start from scratch, with the same data, schedule and seed. Then
-the demo evaluates the last checkpoint of each and writes table.md,
-table.json, loss.png, ap.png and pictures/ to the work dir. Ctrl-C stops it;
-the same command continues, and repeats what is finished only if a config has
-changed.
+teacher that starts from ImageNet, a small student, and the same student
+distilled from the teacher. They have the same data and the same seed, and the
+two students the same start and schedule. Then the demo evaluates the last
+checkpoint of each and writes before_after.png, table.md, table.json, loss.png,
+ap.png and pictures/ to the work dir. Ctrl-C stops it; the same command
+continues, and repeats what is finished only if a config has changed.
 """
 
 import argparse
@@ -35,10 +35,24 @@ with redirect_stdout(sys.stderr):  # MMDetection prints when it is imported
     from mmkd.utils import add_cfg_options
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / 'data' / 'neon'
+NEEDS = ('neon', 'mobilenet_v2')
+"""What `mmkd prepare` makes below data/, of packages of the index."""
 NETWORKS = {'teacher': {}, 'student': {}, 'distilled': {'teacher': 'teacher'}}
 """The networks, and the one that teaches."""
-RESULTS = ('table.md', 'table.json', 'loss.png', 'ap.png', 'pictures')
+RESULTS = (
+    *('before_after.png', 'table.md', 'table.json', 'loss.png', 'ap.png'),
+    'pictures',
+)
+NEXT = """\
+For a pair of your own, with your photos in PATH:
+
+    source .venv/bin/activate
+    mmkd distill --student STUDENT.py --data PATH --method fgd \\
+        --teacher TEACHER.py --teacher-checkpoint TEACHER.pth
+
+STUDENT.py and TEACHER.py are stock configs (a file, or mmdet::NAME), and
+TEACHER.pth is the teacher, trained on your classes (mmkd train TEACHER.py).
+The configs of this demo are in configs/neon/."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,17 +107,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def prepare_data() -> None:
-    """Prepare the data set if it does not exist.
+    """Prepare the photos and the weights that are not there yet.
 
     Raises:
         MMKDError: If that fails.
     """
-    if DATA.exists():
-        return
-    print('Preparing the data', flush=True)
-    command = [sys.executable, '-m', 'mmkd', 'prepare', 'neon']
-    if subprocess.run(command, check=False).returncode:
-        raise MMKDError('the data could not be prepared (see above).')
+    for name in NEEDS:
+        if (ROOT / 'data' / name).exists():
+            continue
+        print(f'Preparing data/{name}', flush=True)
+        command = [sys.executable, '-m', 'mmkd', 'prepare', name]
+        if subprocess.run(command, check=False).returncode:
+            raise MMKDError(f'data/{name} could not be prepared (see above).')
 
 
 def demo_study(args: argparse.Namespace) -> Study:
@@ -116,7 +131,11 @@ def demo_study(args: argparse.Namespace) -> Study:
         }
         for name, needs in NETWORKS.items()
     }
-    content = {'work_dir': args.work_dir, 'seeds': [args.seed], 'runs': runs}
+    content = {
+        'work_dir': str(args.work_dir),
+        'seeds': [args.seed],
+        'runs': runs,
+    }
     return study_of(content, 'the demo', 'demo')
 
 
@@ -135,10 +154,11 @@ def report(study: Study) -> None:
     """Evaluate, draw and write, or reuse old results; print the table."""
     folder = study.work_dir
     marks = {run.network: run.checkpoint_hash for run in study.runs}
-    old = read_json(folder / 'table.json')
-    complete = all((folder / name).exists() for name in RESULTS)
-    if complete and old.get('checkpoints') == marks:
-        print(f'results: reused, as of {old["evaluated"]}')
+    results = read_json(folder / 'table.json')
+    complete = 'verdict' in results
+    complete &= all((folder / name).exists() for name in RESULTS)
+    if complete and results.get('checkpoints') == marks:
+        print(f'results: reused, as of {results["evaluated"]}')
     else:
         print('results: evaluating and drawing', flush=True)
         log = (folder / 'evaluation.txt').open('w')
@@ -149,16 +169,21 @@ def report(study: Study) -> None:
             folders = {run.network: run.folder for run in study.runs}
             notes = {run.network: run.noted for run in study.runs}
             minutes = {k: n['cpu_seconds'] / 60 for k, n in notes.items()}
-            data = write_results(folders, minutes, folder)
+            results = write_results(folders, minutes, folder)
         for run in study.runs:
             command = ' '.join(['python', *run.training.command])
-            row = data['networks'][run.network]
+            row = results['networks'][run.network]
             row |= {'command': command, **notes[run.network]}
-        data |= dict(evaluated=now(), versions=versions(), checkpoints=marks)
-        write_json(folder / 'table.json', data)
+        results |= dict(
+            evaluated=now(), versions=versions(), checkpoints=marks
+        )
+        write_json(folder / 'table.json', results)
     print(f'\n{(folder / "table.md").read_text()}')
     for name in RESULTS:
         print(os.path.relpath(folder / name))
+    picture = os.path.relpath(folder / RESULTS[0])
+    print(f'\nBefore and after, in one picture: {picture}')
+    print(f'\n{results["verdict"]}\n\n{NEXT}')
 
 
 if __name__ == '__main__':

@@ -4,6 +4,9 @@
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 NNODES=${NNODES:-1}
+# Pass on what ends a training, and leave it time to save a checkpoint.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # Processes that share cores must not spin against each other.

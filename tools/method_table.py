@@ -1,7 +1,7 @@
-"""Write the tables of methods in README.md and docs/methods.md.
+"""Write the tables of methods in README.md and the docs.
 
-Papers are read from "Source:" in the docstrings, needs from the classes; the
-configs are all those below configs/ that name the method.
+Papers are read from "Source:" in the docstrings, needs and official code from
+the classes; the configs are all those below configs/ that name the method.
 
 Examples:
     python tools/method_table.py
@@ -80,7 +80,7 @@ def updated(text: str, content: str) -> str:
     return result
 
 
-# -------------------------------------------------------------- the two tables
+# -------------------------------------------------------------- the tables
 
 
 def short_table() -> str:
@@ -119,9 +119,57 @@ def long_table() -> str:
     return markdown(rows)
 
 
+def official_table() -> str:
+    """For the docs: each method beside its authors' code."""
+    header = 'method, official code, compared by, options of that code, '
+    header += 'defaults that differ, cited AP (config), what still differs'
+    rows: list[Sequence[str]] = [header.split(', ')]
+    for cls in classes():
+        for official in cls.official:  # type: ignore[attr-defined]
+            defaults = defaults_of(cls)
+            other = {
+                key: defaults[key]
+                for key, value in official.options.items()
+                if key in defaults and defaults[key] != value
+            }
+            cited = f'{official.ap} (`{official.config}`)'
+            rows.append(
+                (
+                    f'`{cls.__name__}`',
+                    official.code,
+                    f'`{official.compared.removeprefix("tests/")}`',
+                    shown(official.options) or 'the defaults',
+                    shown(other) or 'none',
+                    cited if official.ap else 'none',
+                    official.differs or 'nothing known',
+                )
+            )
+        if not cls.official:  # type: ignore[attr-defined]
+            rows.append((f'`{cls.__name__}`', 'none for detection', *[''] * 5))
+    return markdown(rows)
+
+
+def shown(options: Mapping[str, Any]) -> str:
+    return ', '.join(f'`{key}={value!r}`' for key, value in options.items())
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """The defaults of all options, those of base classes included."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if '__init__' in vars(base):
+            for name, parameter in inspect.signature(
+                vars(base)['__init__']
+            ).parameters.items():
+                if parameter.default is not parameter.empty:
+                    found[name] = parameter.default
+    return found
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     'README.md': short_table,
     'docs/methods.md': long_table,
+    'docs/official_code.md': official_table,
 }
 
 

@@ -4,11 +4,7 @@ _base_ = ['./paa_small.py']
 distillation = dict(
     peers=dict(big=dict(config='mmkd::bccd/paa_big.py')),
     methods=dict(
-        colad=dict(
-            type='mmkd.CoLAD',
-            box_weighting='none',
-            keep_single=True,
-        )
+        colad=dict(type='mmkd.CoLAD', box_weighting='none'),
     ),
 )
 custom_hooks = []

@@ -1,46 +1,35 @@
-# Faster R-CNN with a ResNet-18 of half width: the demo's teacher.
-_base_ = [
-    'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
-    '../_base_/neon.py',
-]
+# MobileNetV2 from ImageNet (mmkd prepare mobilenet_v2): the demo's teacher.
+_base_ = ['../_base_/neon_gfl.py']
 
-runner_type = 'mmkd.DistillationRunner'
 model = dict(
     backbone=dict(
-        depth=18,
-        base_channels=32,
-        frozen_stages=-1,
-        norm_eval=False,
-        init_cfg=None,  # no download: trained from scratch
+        type='MobileNetV2',
+        out_indices=(2, 4, 6),
+        frozen_stages=2,  # edges and colours are the same from the air
+        init_cfg=dict(
+            type='Pretrained', checkpoint='data/mobilenet_v2/imagenet.pth'
+        ),
     ),
-    # Half of the crowns are smaller than 35 pixels, few are smaller than 17.
-    # Strides from 8 and anchors from 32 pixels suffice, and are faster than
-    # strides from 4.
-    neck=dict(
-        in_channels=[32, 64, 128, 256],
-        out_channels=64,
-        start_level=1,
-        num_outs=3,
-    ),
-    rpn_head=dict(
+    neck=dict(in_channels=[32, 96, 320], out_channels=64),
+    # 8 channels per group, as in the stock heads of 256
+    bbox_head=dict(
         in_channels=64,
         feat_channels=64,
-        anchor_generator=dict(scales=[4], strides=[8, 16, 32]),
+        norm_cfg=dict(type='GN', num_groups=8, requires_grad=True),
     ),
-    roi_head=dict(
-        bbox_roi_extractor=dict(
-            out_channels=64,
-            featmap_strides=[8, 16, 32],
-            roi_layer=dict(sampling_ratio=2),
-        ),
-        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=1),
-    ),
-    # A tile has about 9 trees, so there are fewer proposals and RoIs than on
-    # COCO (RoIAlign is slow on a CPU). Up to half of them, not a quarter, are
-    # trees.
-    train_cfg=dict(
-        rpn_proposal=dict(nms_pre=300, max_per_img=150),
-        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
-    ),
-    test_cfg=dict(rpn=dict(nms_pre=250, max_per_img=100)),
 )
+
+# It starts from weights that know much already: fewer epochs than from
+# scratch, and half of the rate.
+train_cfg = dict(max_epochs=6, val_interval=6)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=56),
+    dict(
+        type='CosineAnnealingLR',
+        T_max=6,
+        eta_min_ratio=0.01,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
+]
+optim_wrapper = dict(optimizer=dict(lr=0.001))

@@ -1,4 +1,4 @@
-"""The photos of the notebook: aerial tiles, or stand-ins that are drawn."""
+"""What the notebook needs: aerial tiles, or drawings, and weights."""
 
 import json
 from pathlib import Path
@@ -22,6 +22,16 @@ def photos(root: Path) -> Path:
         return real
     print('No photos: the notebook goes on with drawings of trees.')
     return drawn(root / 'drawn', train=24, val=4)
+
+
+def imagenet(root: Path) -> Path | None:
+    """ImageNet weights for the teacher; None where they can't be fetched."""
+    path = root / 'mobilenet_v2' / 'imagenet.pth'
+    command = ['prepare', 'mobilenet_v2', '--root', str(root)]
+    if path.exists() or main(command) == 0:
+        return path
+    print('No weights: the teacher starts from scratch, and is a poor one.')
+    return None
 
 
 def drawn(folder: Path, **splits: int) -> Path:

@@ -13,6 +13,7 @@ from mmdet.utils import register_all_modules
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmkd.data.checkpoint_file import load_checkpoint_file
 from mmkd.detectors.assignment import assigned_by, own_costs, positive_samples
 from mmkd.detectors.facts import read_facts
 from mmkd.detectors.source import find_in_model_index, load_config
@@ -102,7 +103,7 @@ def real_costs(checkpoint: Path) -> list[tuple[Tensor, Tensor]]:
     register_all_modules()
     cfg = load_config('mmkd::bccd/paa_big.py')
     model = MODELS.build({'_scope_': 'mmdet', **cfg.model})
-    weights = torch.load(checkpoint, map_location='cpu', weights_only=False)
+    weights = load_checkpoint_file(str(checkpoint))
     model.load_state_dict(weights['state_dict'])
     model.eval()
     loader = Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader))

@@ -3,6 +3,7 @@
 Examples:
     mmkd benchmark step mmkd::faster_rcnn_kd_r50.py --batch 1
     mmkd benchmark methods mmkd::bccd/methods/{kd,cwd}.py
+    mmkd benchmark methods mmkd::cwd_retinanet_r50.py --references
     mmkd benchmark teacher mmkd::pkd_faster_rcnn_r50.py --batch 1
     mmkd benchmark epochs mmkd::pkd_faster_rcnn_r50.py --images 12
     mmkd benchmark assign --costs paa_big/epoch_12.pth
@@ -29,8 +30,9 @@ from typing import Any
 
 import torch
 
+from mmkd.data.checkpoint_loader import safe_checkpoints
 from mmkd.errors import ConfigError
-from mmkd.utils import add_cfg_options
+from mmkd.utils import add_cfg_options, whole_number
 
 from .assign import ASSIGN
 from .epochs import EPOCHS
@@ -44,15 +46,17 @@ BENCHMARKS = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     '--size': dict(
-        type=int,
+        type=whole_number(1),
         nargs=2,
         default=[800, 1333],
         metavar=('H', 'W'),
         help='height and width of the images, in pixels',
     ),
-    '--batch': dict(type=int, default=2, help='images per batch'),
-    '--repeat': dict(type=int, default=7, help='rounds that are counted'),
-    '--threads': dict(type=int, default=1, help='CPU threads'),
+    '--batch': dict(type=whole_number(1), default=2, help='images per batch'),
+    '--repeat': dict(
+        type=whole_number(1), default=7, help='rounds that are counted'
+    ),
+    '--threads': dict(type=whole_number(1), default=1, help='CPU threads'),
     '--device': dict(default='auto', help='cpu, cuda or auto'),
     '--cpu-time': dict(
         action='store_true',
@@ -90,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     if args.device == 'auto':
         args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if args.device not in ('cpu', 'cuda'):
+        raise ConfigError(
+            f'--device takes cpu, cuda or auto, got {args.device!r}.'
+        )
     if args.cpu_time and args.device == 'cuda':
         raise ConfigError(
             '--cpu-time counts what the CPU computes, but the device is '
@@ -97,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     found = environment(args)  # before a benchmark changes it
     benchmark = BENCHMARKS[args.command]
-    result = benchmark.measure(args)
+    with safe_checkpoints():
+        result = benchmark.measure(args)
     print(f'{benchmark.table(result)}\n\n{measured_on(found)}')
     if args.json:
         args.json.write_text(json.dumps({**found, **result}, indent=2))

@@ -33,6 +33,7 @@ from mmkd.peers.peer import with_trained_teacher
 from mmkd.report.tables import table as markdown
 from mmkd.teachers.build import changed
 from mmkd.teachers.view import Teacher
+from mmkd.utils import whole_number
 
 Images = tuple[Tensor, list[DetDataSample]]
 Runs = dict[str, Callable[[], Any]]
@@ -53,7 +54,9 @@ class Benchmark:
 
 CONFIG = {'config': dict(help='a config with `distillation`')}
 OBJECTS: dict[str, dict[str, Any]] = {
-    '--objects': dict(type=int, default=8, help='objects per image')
+    '--objects': dict(
+        type=whole_number(0), default=8, help='objects per image'
+    )
 }
 
 

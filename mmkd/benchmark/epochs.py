@@ -15,9 +15,11 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmkd.data.datasets import wrapped
 from mmkd.engine.data_guard import explain_data_error
 from mmkd.errors import ConfigError
 from mmkd.teachers.build import kind_of
+from mmkd.utils import whole_number
 
 from .common import CONFIG, Benchmark, Times, load_config, untrained
 
@@ -146,12 +148,10 @@ def as_benchmark(cfg: Config, args: argparse.Namespace, folder: str) -> Config:
 def some_images(dataset: Any, args: argparse.Namespace) -> Any:
     """Take the first images of the innermost data set, only resized."""
     steps: list[Any] = []
-    while True:
-        steps += dataset.get('pipeline', [])
-        inner = dataset.get('datasets') or [dataset.get('dataset')]
-        if inner[0] is None:
-            break
+    steps += dataset.get('pipeline', [])
+    while inner := wrapped(dataset):
         dataset = inner[0]
+        steps += dataset.get('pipeline', [])
     height, width = args.size
     load, pack = (
         [step for step in steps if named(step).startswith(name)]
@@ -199,6 +199,6 @@ def second_epoch(cfg: Config, args: argparse.Namespace) -> tuple[float, int]:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **CONFIG,
-    '--images': dict(type=int, default=12, help='per epoch'),
+    '--images': dict(type=whole_number(1), default=12, help='per epoch'),
 }
 EPOCHS = Benchmark('epochs', OPTIONS, measure, epochs_table)

@@ -11,6 +11,7 @@ import torch.distributed as torch_dist
 from mmengine.model import MMDistributedDataParallel
 
 from mmkd.errors import ConfigError
+from mmkd.utils import whole_number
 
 from .common import (
     CONFIG,
@@ -39,7 +40,7 @@ def as_size(text: str) -> tuple[int, int]:
 OPTIONS: dict[str, dict[str, Any]] = {
     **CONFIG,
     '--objects': dict(
-        type=int,
+        type=whole_number(0),
         nargs='+',
         default=[10, 200],
         help='objects per image; with another option only the first number',
@@ -47,9 +48,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     '--sizes': dict(
         type=as_size, nargs='+', metavar='HxW', help='sizes of images, pixels'
     ),
-    '--processes': dict(type=int, nargs='+', help='numbers of processes'),
+    '--processes': dict(
+        type=whole_number(1), nargs='+', help='numbers of processes'
+    ),
     '--networks': dict(
-        type=int,
+        type=whole_number(1),
         nargs='*',
         help="numbers of students; the config's where none is given",
     ),

@@ -1,9 +1,12 @@
 """One training iteration: plain, the teacher's part, distilled."""
 
 import argparse
+import copy
+import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 
 from mmkd.core.distiller import Distiller
 from mmkd.core.method import Method
+from mmkd.data.batch import Batch
 from mmkd.detectors.record import StepRecord
 from mmkd.doctor.conditions import mapped
 from mmkd.errors import ConfigError
@@ -30,6 +34,7 @@ from .common import (
     table,
     teacher_of,
 )
+from .references import REFERENCES
 
 KINDS = {
     'plain': 'plain student iteration',
@@ -92,7 +97,15 @@ def measure_methods(args: argparse.Namespace) -> dict[str, Any]:
     are computed from the recorded outputs of one step, as a share of the
     plain iteration, which runs in turn with them. The plain memory of a
     student that several configs share is measured once.
+
+    With --references they run in turn with plain forms of the same losses
+    (mmkd/benchmark/references.py), on the same feature maps. The last column
+    is how far the losses and all gradients are apart where nothing is padded,
+    because the plain forms count padding as image.
     """
+    if args.references:
+        found = each(args.configs, partial(against_reference, args), plain_row)
+        return {'references': {Path(k).stem: v for k, v in found.items()}}
     peaks: dict[str, float] = {}
 
     def measure(config: str) -> dict[str, Any]:
@@ -115,6 +128,10 @@ def measure_methods(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def methods_table(result: Mapping[str, Any]) -> str:
+    if 'references' in result:
+        header = ['config', 'mmkd s', 'plain form s', 'mmkd / plain form']
+        rows = [plain_row(*found) for found in result['references'].items()]
+        return table([*header, 'losses differ by', 'gradients'], rows)
     header = ['config', 'plain s', 'methods s', 'methods / plain', 'range']
     header += ['plain MiB', 'teacher and adapters MiB', 'more MiB']
     rows = [method_row(*found) for found in result['methods'].items()]
@@ -135,53 +152,130 @@ def method_row(config: str, result: Mapping[str, Any]) -> list[Any]:
     ]
 
 
+def plain_row(config: str, result: Mapping[str, Any]) -> list[Any]:
+    own, plain = result['all_seconds'].values()
+    differs = (f'{value:.0e}' for value in result['differs'].values())
+    return [Path(config).stem, own, plain, result['all_ratios'], *differs]
+
+
 def method_times(args: argparse.Namespace) -> tuple[Times, dict[str, float]]:
     """Time one config's methods; return the sizes of its networks, too."""
     trainer = Trainer.of(args)
-    runs = {'methods': methods_alone(trainer), 'plain': trainer.plain}
+    alone = MethodsAlone(trainer)
+    runs = {'methods': alone.losses, 'plain': trainer.plain}
     return Times.interleaved(runs, args), sizes_of(trainer.distiller)
 
 
-def methods_alone(trainer: Trainer) -> Callable[[], torch.Tensor]:
-    """Prepare a call that repeats a step's losses and their gradients.
+def against_reference(args: argparse.Namespace, config: str) -> dict[str, Any]:
+    """Time one config's methods and their plain forms; compare the results."""
+    alone = MethodsAlone(Trainer.of(altered(args, config=config)))
+    alone.check_references()
+    batch, alone.batch = alone.batch, without_padding(alone.batch)
+    loss, gradients = alone.losses(), alone.gradients()
+    plain_loss, plain_gradients = alone.references(), alone.gradients()
+    alone.batch = batch
+    runs = {'mmkd': alone.losses, 'plain form': alone.references}
+    times = Times.interleaved(runs, args)
+    found = times.ratios('mmkd', 'plain form')
+    return {
+        'all_seconds': times,
+        'ratio': statistics.median(found),
+        'all_ratios': found,
+        'differs': {
+            'loss': relative_distance(loss, plain_loss),
+            'gradients': relative_distance(gradients, plain_gradients),
+        },
+    }
 
-    It returns the sum of the losses.
+
+class MethodsAlone:
+    """Repeats a step's losses and their gradients, from recorded outputs.
 
     Raises:
         ConfigError: If a method computes no loss.
     """
-    distiller, batch = trainer.distiller, trainer.batch
-    assert distiller
-    frozen, active = teacher_of(distiller), distiller.active_methods()
-    for name, (method, _) in active.items():
-        if type(method).forward is Method.forward:
-            raise ConfigError(
-                f'{name} ({type(method).__name__}) computes no loss, it '
-                "steers the student's own. Measure it with `step` or "
-                '`assign`.'
-            )
-    student, teacher = distiller._record(), frozen.view(batch)
-    with student.recording():
-        type(distiller.student).loss(distiller.student, *trainer.images)
-    leaves = cut_off(student)
 
-    def run() -> torch.Tensor:
-        student.cache.clear()
-        for view in (*teacher.each().values(), *teacher.parts()):
+    def __init__(self, trainer: Trainer) -> None:
+        distiller, self.batch = trainer.distiller, trainer.batch
+        assert distiller
+        self.active = distiller.active_methods()
+        for name, (method, _) in self.active.items():
+            if type(method).forward is Method.forward:
+                raise ConfigError(
+                    f'{name} ({type(method).__name__}) computes no loss, it '
+                    "steers the student's own. Measure it with `step` or "
+                    '`assign`.'
+                )
+        self.student = distiller._record()
+        self.teacher = teacher_of(distiller).view(self.batch)
+        with self.student.recording():
+            type(distiller.student).loss(
+                distiller.student, self.batch.inputs, self.batch.copies()
+            )
+        self.leaves = [*cut_off(self.student), *distiller.parameters()]
+
+    def losses(self) -> torch.Tensor:
+        """Return the sum of the methods' losses; compute its gradients."""
+        return self._run(
+            lambda method: method.forward(
+                self.student, self.teacher, self.batch
+            ).values()
+        )
+
+    def references(self) -> torch.Tensor:
+        """Do the same with the methods' plain forms."""
+
+        def plain(method: Any) -> list[torch.Tensor]:
+            pairs = method.pairs(self.student, self.teacher)
+            return [
+                REFERENCES[type(method).__name__](method, pairs, self.batch)
+            ]
+
+        return self._run(plain)
+
+    def check_references(self) -> None:
+        """Raise ``ConfigError`` if a method has no plain form."""
+        for name, (method, _) in self.active.items():
+            if type(method).__name__ not in REFERENCES:
+                raise ConfigError(
+                    f'--references: {name} ({type(method).__name__}) has no '
+                    f'plain form to compare with; {", ".join(REFERENCES)} '
+                    'have one. Leave --references out, or the config.'
+                )
+
+    def gradients(self) -> torch.Tensor:
+        """Return the gradients of the last call, all in one vector."""
+        found = [t.grad.flatten() for t in self.leaves if t.grad is not None]
+        return torch.cat(found)
+
+    def _run(self, compute: Callable[[Any], Iterable[torch.Tensor]]) -> Any:
+        self.student.cache.clear()
+        for view in (*self.teacher.each().values(), *self.teacher.parts()):
             view.cache.clear()
-        vars(student).pop('anchors', None)
+        vars(self.student).pop('anchors', None)
         losses = [
             weight * loss
-            for method, weight in active.values()
-            for loss in method.forward(student, teacher, batch).values()
+            for method, weight in self.active.values()
+            for loss in compute(method)
         ]
-        for tensor in (*leaves, *distiller.parameters()):
+        for tensor in self.leaves:
             tensor.grad = None
         total = torch.stack(losses).sum()
         total.backward()
         return total.detach()
 
-    return run
+
+def without_padding(batch: Batch) -> Batch:
+    """Return a batch whose images reach to its edges."""
+    samples = copy.deepcopy(batch.data_samples)
+    for sample in samples:
+        sample.set_metainfo(dict(img_shape=sample.batch_input_shape))
+    return dataclasses.replace(batch, data_samples=samples)
+
+
+def relative_distance(own: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the distance of two vectors as a share of the second's length."""
+    return float((own - other).norm() / other.norm())
 
 
 def cut_off(student: StepRecord) -> list[torch.Tensor]:
@@ -254,6 +348,10 @@ METHODS = Benchmark(
     'methods',
     {
         'configs': dict(nargs='+', help='configs with `distillation`'),
+        '--references': dict(
+            action='store_true',
+            help='compare with plain forms of the same losses',
+        ),
         **OBJECTS,
     },
     measure_methods,

@@ -6,11 +6,11 @@ import os.path as osp
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
-from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmkd.detectors.source import load_config
-from mmkd.utils import add_cfg_options
+from mmkd.engine.runner import runner_class
+from mmkd.utils import add_cfg_options, check_seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,7 @@ def read_config(args: argparse.Namespace) -> Config:
 
 def build_runner(cfg: Config) -> Runner:
     """Build the runner that the config names, or else MMEngine's."""
+    check_seed(cfg.get('randomness') or {})
     # Compiled parts of MMDetection recompile often; see its tools/train.py.
     setup_cache_size_limit_of_dynamo()
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    return runner_class(cfg).from_cfg(cfg)

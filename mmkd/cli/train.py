@@ -10,7 +10,13 @@ import argparse
 from collections.abc import Sequence
 
 from mmengine.config import Config
+from mmengine.runner import Runner
 
+from mmkd.data.checkpoint_loader import safe_checkpoints, trusts
+from mmkd.engine.checkpoint import checkpoint_folders, latest_checkpoint
+from mmkd.engine.preemption import PreemptionHook
+from mmkd.engine.runner import DistillationRunner, check_runner
+from mmkd.engine.work_dir import check_no_training, one_training
 from mmkd.errors import ConfigError
 
 from .common import add_arguments, build_runner, read_config
@@ -56,13 +62,34 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    if 'distillation' in cfg and 'runner_type' not in cfg:
-        raise ConfigError(
-            f'{args.config} has `distillation`, but not the runner that '
-            "distils: set runner_type='mmkd.DistillationRunner'"
-        )
+    check_runner(cfg, args.config)
     return cfg
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    build_runner(load_config(parse_args(argv))).train()
+    cfg = load_config(parse_args(argv))
+    check_no_training(cfg.work_dir)  # before anything is written there
+    with safe_checkpoints(trusts(cfg)):
+        train(build_runner(cfg))
+
+
+def train(runner: Runner) -> None:
+    if not isinstance(runner, DistillationRunner):
+        if runner._resume and runner._load_from is None:
+            # MMEngine would follow last_checkpoint wherever it leads.
+            folders = checkpoint_folders(runner.hooks)
+            runner._load_from = latest_checkpoint(runner.work_dir, *folders)
+        runner.logger.warning(
+            f'{type(runner).__name__} resumes weights, the optimiser and '
+            'schedules, and nothing else: a run that is resumed draws other '
+            'random numbers, and forgets gradients between two steps and what '
+            'modules, transforms and hooks remember. With '
+            "runner_type='mmkd.DistillationRunner', which trains without "
+            '`distillation` too, a resumed run equals the uninterrupted one.'
+        )
+        preemption = PreemptionHook()
+        runner.register_hook(preemption)
+        with one_training(runner.work_dir), preemption.watching(runner):
+            runner.train()
+    else:
+        runner.train()

@@ -1,14 +1,17 @@
 """Checks of ``distillation`` in a config; all raise `ConfigError`."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mmengine.logging import print_log
 from torch import nn
 
 from mmkd.errors import ConfigError
 from mmkd.registry import METHODS, TEACHERS
+from mmkd.teachers.several import log_name
 from mmkd.teachers.view import Teacher, listed
-from mmkd.utils import check_options
+from mmkd.utils import ATTACHED, check_options
 
 from .method import Method, Need
 
@@ -67,6 +70,8 @@ def check_names(
                 'becomes part of the names of losses and weights. Choose a '
                 'word such as "hint".'
             )
+        if key == 'peers':
+            check_not_summed([f'{name}.acc'])
         if name in (taken or {}):
             raise ConfigError(
                 f'distillation.{key}: "{name}" is also the name of a method. '
@@ -77,11 +82,22 @@ def check_names(
 def check_reserved(peers: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
     """Refuse names with which other losses and metrics begin."""
     frozen = ('teacher',) if cfg.get('teacher') else ()
-    for name in (*frozen, 'ensemble', 'idle'):
+    for name in (*frozen, 'ensemble', 'idle', ATTACHED):
         if name in peers:
             raise ConfigError(
                 f'distillation.peers: "{name}" cannot be a name, because '
                 'other losses or metrics begin with it. Choose another one.'
+            )
+
+
+def check_not_summed(names: Iterable[str]) -> None:
+    """Refuse numbers that MMDetection would add to the loss by their names."""
+    for name in names:
+        if 'loss' in name:
+            raise ConfigError(
+                f'"{name}" is a number to be logged, but every entry with '
+                '"loss" in its name is added to the loss. Choose another name '
+                f'than "{name.partition(".")[0]}" in the config.'
             )
 
 
@@ -112,6 +128,40 @@ def check_gives(name: str, method: Method, teacher: Teacher) -> None:
                 f'{where} needs {_in_words(missing)} from its teacher; '
                 f'{type(each).__name__} gives {listed(each.gives)}. '
                 f'{_remedy(method, missing, each)}'
+            )
+
+
+def say_left_out(teacher: Teacher) -> None:
+    """Name the classes about which a teacher teaches nothing, in the log.
+
+    Those of the student are a warning, because they may only be spelt
+    differently.
+    """
+    for label, each in teacher.each().items():
+        name, classes = log_name(label), each.class_map
+        if classes.renamed:
+            pairs = (f'{a} is its {b}' for a, b in classes.renamed.items())
+            print_log(
+                f'The {name} has other names of these classes: '
+                f'{", ".join(pairs)}',
+                'current',
+            )
+        if classes.unused:
+            print_log(
+                f'These classes of the {name} are not used: '
+                f'{", ".join(classes.unused)}',
+                'current',
+            )
+        if classes.unmatched:
+            print_log(
+                f'The {name} teaches nothing about {len(classes.unmatched)} '
+                f'of {len(classes.student)} classes, because it has none of '
+                f'the name: {", ".join(classes.unmatched)}. If it calls one '
+                'otherwise, set class_map={"one of these": "its name"} in '
+                'distillation.teacher; None leaves a class out without this '
+                'warning.',
+                'current',
+                logging.WARNING,
             )
 
 

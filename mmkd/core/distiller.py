@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from mmkd.data.batch import Batch
 from mmkd.detectors.blank import blank_pass
+from mmkd.detectors.facts import box_class_names, numbered_classes
 from mmkd.detectors.record import StepRecord
+from mmkd.detectors.source import check_class_count
+from mmkd.detectors.wrappers import check_is_detector
 from mmkd.peers.peer import Peer, build_peer, with_trained_teacher
 from mmkd.registry import METHODS
 from mmkd.teachers.build import build_teacher
@@ -30,9 +33,11 @@ from .checks import (
     check_gives,
     check_keys,
     check_names,
+    check_not_summed,
     check_one_steers,
     check_reserved,
     check_sources,
+    say_left_out,
 )
 from .each_teacher import FromEach
 from .method import Method
@@ -75,6 +80,8 @@ class Distiller(nn.Module):
         self.peers: Any = nn.ModuleDict(peers or {})
         self.scales = dict.fromkeys(methods, 1.0)
         """Factors of the methods' weights, set by schedules."""
+        self.balances = dict.fromkeys(methods, 1.0)
+        """Further factors, which hold the methods' shares of the gradient."""
         self.steps = 0
         """The number of steps taken; a resumed run continues it."""
         self.epoch_length: int | None = None
@@ -102,7 +109,7 @@ class Distiller(nn.Module):
         distilled: dict[str, dict[str, Tensor]] = {}
         for name, (method, weight) in active.items():
             losses = scaled(losses, method.task_factors(), weight)
-            found = method(student, teacher, batch, self.scales[name])
+            found = method(student, teacher, batch, self.factor(name))
             distilled[name] = {f'{name}.loss_{k}': v for k, v in found.items()}
         for observe in self.observers:
             observe(losses, distilled)
@@ -116,10 +123,14 @@ class Distiller(nn.Module):
         active = {}
         for name, module in self.methods.items():
             method = cast(Method, module)
-            weight = method.loss_weight * self.scales[name]
+            weight = method.loss_weight * self.factor(name)
             if weight:
                 active[name] = (method, weight)
         return active
+
+    def factor(self, name: str) -> float:
+        """Return what a method's ``loss_weight`` is multiplied by now."""
+        return self.scales[name] * self.balances[name]
 
     @property
     def networks(self) -> Mapping[str, Any]:
@@ -201,7 +212,7 @@ class Distiller(nn.Module):
     def _stock_losses(self, batch: Batch) -> Losses:
         """Return the stock losses; those of peers are ``<peer>.<name>``."""
         losses: Losses = type(self.student).loss(
-            self.student, batch.inputs, batch.data_samples
+            self.student, batch.inputs, batch.copies()
         )
         others = {n: peer.loss(batch) for n, peer in self.peers.items()}
         for peer, each in others.items():
@@ -224,23 +235,33 @@ class Distiller(nn.Module):
         for name, (method, _) in active.items():
             for key, value in method.statistics.items():
                 found[f'{name}.{key}'] = value
+        check_not_summed(found)
         return found
 
     def _paths(self, side: str) -> list[str]:
         return [p for m in self.methods.values() for p in getattr(m, side)]
 
     def _with_idle_parameters(self, losses: Losses, active: Active) -> Losses:
-        """Keep adapters of idle methods in the graph of distributed steps.
+        """Keep all trained parameters in the graph of distributed steps.
 
-        Distributed training waits for the gradient of every parameter.
+        Distributed training waits for the gradient of every parameter. The
+        adapters of idle methods have none, and a part of the student may have
+        none where a factor of 0 takes its loss away.
         """
+        if not is_distributed():
+            return losses
         idle = [
             parameter.sum()
             for name, method in self.methods.items()
             if name not in active
             for parameter in method.parameters()
         ]
-        if idle and is_distributed():
+        if any(
+            weight >= 1 and 0 in method.task_factors().values()
+            for method, weight in active.values()
+        ):
+            idle += [p.sum() for p in self.student.parameters()]
+        if idle:
             losses = {**losses, 'idle.loss': 0.0 * torch.stack(idle).sum()}
         return losses
 
@@ -255,6 +276,8 @@ def scaled(
     """Scale the student's own losses by a method's factors.
 
     The factor moves from 1 at weight 0 to its value at weight 1 and beyond.
+    Where it is 0, the loss is 0 and has no gradient, even if it was not
+    finite.
     """
     if not factors:
         return losses
@@ -265,18 +288,22 @@ def scaled(
             if re.fullmatch(pattern, name):
                 scale = 1 + share * (factor - 1)
                 loss = (
-                    [part * scale for part in loss]
+                    [_times(part, scale) for part in loss]
                     if isinstance(loss, list)
-                    else loss * scale
+                    else _times(loss, scale)
                 )
         result[name] = loss
     return result
 
 
+def _times(loss: Tensor, scale: float) -> Tensor:
+    return loss * scale if scale else torch.zeros_like(loss)
+
+
 def build_distiller(
     cfg: Mapping[str, Any],
     student: nn.Module,
-    classes: Sequence[str],
+    classes: Sequence[str] | None,
     seed: int = 0,
 ) -> Distiller:
     """Build teacher, methods and adapters for a student.
@@ -286,7 +313,8 @@ def build_distiller(
             ``methods``. A teacher with ``trainable=True`` is the peer
             ``teacher``.
         student: The stock detector on its device.
-        classes: The student's class names.
+        classes: The student's class names. None if the data have none: a
+            teacher of as many classes is then taken to know the same.
         seed: Seeds the adapters' weights. The global random state is left as
             it is.
 
@@ -301,10 +329,22 @@ def build_distiller(
     check_names('methods', method_cfgs)
     check_names('peers', peer_cfgs, taken=method_cfgs)
     check_reserved(peer_cfgs, cfg)
+    check_is_detector(student, 'student')
     device = next(student.parameters()).device
+    named = bool(classes)
+    if classes:
+        check_class_count(student, classes)
+        names = box_class_names(student, classes)
+    else:
+        names = numbered_classes(student)
     peers = {
         name: build_peer(
-            name, c, student=student, classes=classes, seed=seed + number
+            name,
+            c,
+            student=student,
+            classes=names,
+            named=named,
+            seed=(seed + number) % 2**32,
         ).to(device)
         for number, (name, c) in enumerate(peer_cfgs.items(), 1)
     }
@@ -316,8 +356,9 @@ def build_distiller(
         check_sources(methods, cfg)
         check_one_steers(methods)
         paths = [p for m in methods.values() for p in m.teacher_paths]
-        context = TeacherContext(student, classes, paths)
+        context = TeacherContext(student, names, paths, named)
         teacher = build_teacher(cfg.get('teacher'), context).to(device)
+        say_left_out(teacher)
         for name, method in methods.items():
             methods[name] = _taught(name, method, teacher)
         distiller = Distiller(student, teacher, methods, peers)

@@ -12,6 +12,7 @@ from mmkd.data.batch import Batch
 from mmkd.detectors.record import StepRecord
 from mmkd.errors import ConfigError
 from mmkd.teachers.view import TeacherView
+from mmkd.utils import Official
 
 Need = str | tuple[str, ...]
 """A name of what teachers give, or a tuple of which one is enough."""
@@ -45,8 +46,10 @@ class Method(nn.Module):
     """The option, in words, with which the method does without a need."""
     needs_labels: ClassVar[bool] = True
     """Whether it reads the ground truth of images."""
-    steers: ClassVar[bool] = False
+    steers: bool = False
     """Whether it steers the networks' own losses by :meth:`steer`."""
+    official: ClassVar[Sequence[Official]] = ()
+    """The authors' code; empty if there is none for detection."""
 
     def __init__(self, *, loss_weight: float = 1.0) -> None:
         super().__init__()

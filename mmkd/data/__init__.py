@@ -7,10 +7,21 @@ module per layout (``voc``). The room needs neither torch nor mmdet, except in
 what was found, and the remedy.
 """
 
-from .coco import Box, CocoAnnotations, check_coco_annotations
+from .coco import (
+    Box,
+    CocoAnnotations,
+    check_coco_annotations,
+    object_classes,
+)
 from .errors import data_error
 from .files import read_json, replacing, write_json
-from .voc import VocImage, read_voc_xml, voc_check, voc_to_coco
+from .voc import (
+    VocImage,
+    read_voc_file,
+    read_voc_xml,
+    voc_check,
+    voc_to_coco,
+)
 
 __all__ = [
     'Box',
@@ -18,7 +29,9 @@ __all__ = [
     'VocImage',
     'check_coco_annotations',
     'data_error',
+    'object_classes',
     'read_json',
+    'read_voc_file',
     'read_voc_xml',
     'replacing',
     'voc_check',

@@ -1,38 +1,65 @@
 """Annotations in COCO's format: check them, and write them."""
 
-import math
+import json
+import mmap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .errors import COCO_REMEDY, data_error, some
-from .files import StrPath, check_files, read_json
+from .files import StrPath, check_files, is_number, read_json, shown
 
 Box = tuple[float, float, float, float]
 """``(x0, y0, x1, y1)`` in pixels; ``x1`` and ``y1`` lie just outside."""
-Types = dict[str, tuple[type, ...]]
+Types = dict[str, Callable[[Any], bool]]
 
-_ID = (int, str)
-_NUMBER = (int, float)
+
+def is_id(value: object) -> bool:
+    """Whether a value can tell images, objects or classes apart.
+
+    COCO's evaluation keeps ids as floating-point numbers, which are exact up
+    to 2⁵³.
+    """
+    if type(value) is int:
+        return -(2**53) <= value <= 2**53
+    return isinstance(value, str)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def _is_side(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
+def _is_area(value: Any) -> bool:
+    return is_number(value) and value >= 0
+
+
 _TABLES: dict[str, Types] = {
     'images': {
-        'id': _ID,
-        'file_name': (str,),
-        'width': _NUMBER,
-        'height': _NUMBER,
+        'id': is_id,
+        'file_name': _is_text,
+        'width': _is_side,
+        'height': _is_side,
     },
     'annotations': {
-        'id': _ID,
-        'image_id': _ID,
-        'category_id': _ID,
-        'bbox': (list,),
-        'area': _NUMBER,
+        'id': is_id,
+        'image_id': is_id,
+        'category_id': is_id,
+        'bbox': _is_list,
+        'area': _is_area,
     },
-    'categories': {'id': _ID, 'name': (str,)},
+    'categories': {'id': is_id, 'name': _is_text},
 }
-"""What pycocotools and mmdet read of each entry, and of which type."""
+"""What pycocotools and mmdet read of each entry, and what it has to be."""
 
 
 def check_coco_annotations(
@@ -60,10 +87,24 @@ def check_coco_annotations(
         DataError: The file is missing, empty, malformed or cut off; a key is
             missing; an id is used twice; an annotation names an image or a
             category that the file lacks, or its box is not four finite
-            numbers; or an image does not exist.
+            numbers, the last two from 0; or an image does not exist.
     """
-    path = Path(path)
     data = read_json(path, remedy=remedy)
+    return check_coco_content(
+        path, data, image_root, annotated=annotated, remedy=remedy
+    )
+
+
+def check_coco_content(
+    path: StrPath,
+    data: Any,
+    image_root: StrPath | None = None,
+    *,
+    annotated: bool = True,
+    remedy: str = COCO_REMEDY,
+) -> dict[str, int]:
+    """Check what was read of a file; see :func:`check_coco_annotations`."""
+    path = Path(path)
     if not isinstance(data, dict):
         got = f'a {type(data).__name__}'
         if isinstance(data, list):
@@ -84,12 +125,119 @@ def check_coco_annotations(
     return {key: len(data[key]) for key in _TABLES}
 
 
+def read_categories(path: StrPath) -> list[dict[str, Any]] | None:
+    """Return only the categories of a COCO annotation file, quickly.
+
+    The images and annotations, which are nearly all of a large file, are not
+    parsed.
+
+    Returns:
+        The ids and names in the file's order; None if the file has no such
+        list, or cannot be read.
+    """
+    try:
+        with (
+            open(path, 'rb') as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            start = content.rfind(b'"categories"')
+            if start < 0:
+                return None
+            rows = _list_after(content, start + len(b'"categories"'))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if isinstance(rows, list) and not any(
+        _problem(row, _TABLES['categories']) for row in rows
+    ):
+        return rows
+    return None
+
+
+def _list_after(content: mmap.mmap, start: int) -> object:
+    """Parse the value after a key, reading no more than it takes."""
+    size = 2**16
+    while True:
+        part = content[start : start + size]
+        text = part.decode(errors='replace').lstrip(': \t\r\n')
+        try:
+            return json.JSONDecoder().raw_decode(text)[0]
+        except ValueError:
+            if start + size >= len(content):
+                raise
+            size *= 4
+
+
+def object_classes(
+    path: StrPath,
+    data: dict[str, Any],
+    *others: dict[str, Any],
+    remedy: str = COCO_REMEDY,
+) -> tuple[list[str], list[str]]:
+    """Return the names of the classes in a COCO annotation file.
+
+    Some tools (Roboflow) write a category that only groups the others: no
+    object has it, and it is their ``supercategory``, or has the id 0 and the
+    ``supercategory`` "none", unlike others. It is no class.
+
+    Args:
+        path: The file, for messages.
+        data: The content of the file.
+        others: The contents of further files of the same classes, which may
+            have objects that ``data`` lacks.
+        remedy: The last sentence of every error.
+
+    Returns:
+        The names of the classes in the file's order, which is that of
+        MMDetection's labels, and the names of the groups.
+
+    Raises:
+        DataError: Two classes have one name, so that MMDetection would give
+            their objects two labels for one class.
+    """
+    rows = data['categories']
+    used = {
+        row['category_id']
+        for each in (data, *others)
+        for row in each.get('annotations', ())
+        if isinstance(row, dict) and is_id(row.get('category_id'))
+    }
+    parents = {
+        row.get('supercategory') for row in rows if not _is_own_parent(row)
+    }
+    groups = [
+        row
+        for row in rows
+        if row['id'] not in used
+        and (row['name'] in parents or _is_first_of_none(row, parents))
+    ]
+    names = [row['name'] for row in rows if row not in groups]
+    every = Counter(row['name'] for row in rows)
+    twice = [name for name in dict.fromkeys(names) if every[name] > 1]
+    if twice:
+        raise data_error(
+            f'{path}: categories',
+            'each name once',
+            f'more than one category of {some(twice)}',
+            remedy,
+        )
+    return names, [row['name'] for row in groups]
+
+
+def _is_own_parent(row: dict[str, Any]) -> bool:
+    return row.get('supercategory') == row['name']
+
+
+def _is_first_of_none(row: dict[str, Any], parents: set[Any]) -> bool:
+    none = row.get('supercategory') == 'none'
+    return none and row['id'] == 0 and bool(parents - {'none'})
+
+
 def _check_table(
     path: Path, data: dict[str, Any], key: str, may_be_empty: bool, remedy: str
 ) -> None:
     fail = partial(data_error, remedy=remedy)
     if key not in data:
-        found = f'only {some(map(repr, data), 6)}' if data else 'no key'
+        found = f'only {some(map(shown, data), 6)}' if data else 'no key'
         raise fail(path, f'the key {key!r}', found)
     rows = data[key]
     if not isinstance(rows, list) or not (rows or may_be_empty):
@@ -112,9 +260,9 @@ def _problem(row: object, types: Types) -> str:
     if not isinstance(row, dict):
         return f'a {type(row).__name__}'
     return ', '.join(
-        f'{name}={row[name]!r}' if name in row else f'no {name}'
-        for name, allowed in types.items()
-        if not isinstance(row.get(name), allowed)
+        f'{name}={shown(row[name])}' if name in row else f'no {name}'
+        for name, is_right in types.items()
+        if not (name in row and is_right(row[name]))
     )
 
 
@@ -129,14 +277,15 @@ def _check_references(path: Path, data: dict[str, Any], remedy: str) -> None:
             raise data_error(path, expected, got, remedy)
     for row in data['annotations']:
         box = row['bbox']
-        if not (
-            len(box) == 4
-            and all(isinstance(value, _NUMBER) for value in box)
-            and math.isfinite(sum(box))
-        ):
+        if not is_box(box):
             where = f'{path}: annotation {row["id"]}'
             expected = 'bbox as 4 numbers (x, y, width, height)'
-            raise data_error(where, expected, f'{box!r}', remedy)
+            raise data_error(where, expected, shown(box), remedy)
+
+
+def is_box(box: list[Any]) -> bool:
+    """Whether a list is x, y, width and height, the latter not below 0."""
+    return len(box) == 4 and all(map(is_number, box)) and min(box[2:]) >= 0
 
 
 class CocoAnnotations:
@@ -174,6 +323,37 @@ class CocoAnnotations:
             }
         )
 
+    def add_object(
+        self,
+        name: str,
+        bbox: Sequence[float],
+        *,
+        area: float | None = None,
+        crowd: bool = False,
+        outline: Any = None,
+    ) -> None:
+        """Add an object to the latest image as it stands.
+
+        Args:
+            name: One of the classes.
+            bbox: ``(x, y, width, height)`` in pixels, whatever they are.
+            area: In pixels; by default that of the box.
+            crowd: Whether the object is neither learnt nor counted.
+            outline: Its ``segmentation`` in COCO's form.
+        """
+        annotations = self.content['annotations']
+        row: dict[str, Any] = {
+            'id': len(annotations) + 1,
+            'image_id': self.content['images'][-1]['id'],
+            'category_id': self.ids[name],
+            'bbox': list(bbox),
+            'area': bbox[2] * bbox[3] if area is None else area,
+            'iscrowd': int(crowd),
+        }
+        if outline:
+            row['segmentation'] = outline
+        annotations.append(row)
+
     def add_box(
         self, name: str, box: Box, *, crowd: bool = False, note: str = ''
     ) -> None:
@@ -197,14 +377,5 @@ class CocoAnnotations:
         x0, y0, x1, y1 = (
             int(v) if v == int(v) else v for v in (x0, y0, x1, y1)
         )
-        annotations = self.content['annotations']
-        annotations.append(
-            {
-                'id': len(annotations) + 1,
-                'image_id': image['id'],
-                'category_id': self.ids[name],
-                'bbox': [x0, y0, x1 - x0, y1 - y0],
-                'area': (x1 - x0) * (y1 - y0),
-                'iscrowd': int(crowd),
-            }
-        )
+        bbox = (x0, y0, x1 - x0, y1 - y0)
+        self.add_object(name, bbox, crowd=crowd)

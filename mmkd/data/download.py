@@ -5,19 +5,25 @@ photos are 19 GB), replaces a file whose checksum differs, and takes a folder
 for unpacked as soon as every name is there.
 """
 
+import bz2
+import errno
+import gzip
 import hashlib
 import lzma
 import os
 import shutil
+import stat
+import struct
 import sys
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import IO
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO, Any, cast
 
 import requests
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -42,7 +48,20 @@ DAMAGED = (
     lzma.LZMAError,
     EOFError,
     RuntimeError,  # encrypted, or packed by a method that zipfile lacks
+    ValueError,  # a header with numbers that cannot be
+    OverflowError,
+    struct.error,
 )
+FREE_BYTES = 64 << 20
+"""So many bytes an archive may always unpack to."""
+RATIO = 50
+"""An archive may unpack to so many times its size. Photos gain nothing from
+compression, and annotations become 5 to 25 times as small."""
+MOST_MEMBERS = 2**21
+"""ImageNet, the largest set that is commonly packed in one file, has 1.4
+million images."""
+DEEPEST = 32
+"""So many folders may lie in one another in an archive."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +257,7 @@ def extract(
     target: StrPath,
     *,
     select: Callable[[str], str | None] = str,
+    limit: int | None = None,
 ) -> int:
     """Unpack the regular files of a zip or (compressed) tar archive.
 
@@ -250,13 +270,18 @@ def extract(
         target: The folder to unpack into.
         select: Maps the name of a file in the archive to its path in
             ``target``, or to ``None`` to leave it out.
+        limit: The most bytes that the archive may hold, unpacked, whether
+            they are selected or not; by default 64 MiB or 50 times the
+            archive's size, whichever is more.
 
     Returns:
         How many files were written.
 
     Raises:
-        DataError: The file is no archive, damaged or cut off, or names a
-            path outside of ``target``.
+        DataError: The file is no archive, damaged or cut off; it names a
+            path outside of ``target``, or one path twice (in other letters
+            as well); or it unpacks to more than ``limit``, than fits on the
+            disk, or to more than two million files.
     """
     archive, target = Path(archive), Path(target)
     written = 0
@@ -266,42 +291,140 @@ def extract(
             progress() as bar,
             bar.open(archive, 'rb', description=what) as file,
         ):
-            for name, size, content in _members(file):
+            most = limit or max(FREE_BYTES, RATIO * archive.stat().st_size)
+            places = _Places(archive, target)
+            for name, size, content in _members(archive, file, most):
                 place = select(name)
                 if place is None:
                     continue
-                path = _inside(archive, target, place)
+                path = places.take(place)
                 if not path.is_file() or path.stat().st_size != size:
+                    places.check_room(size)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with content() as source, replacing(path) as new:
                         shutil.copyfileobj(source, new, 1 << 20)
                     written += 1
+    except (NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        got = f'a file where a folder belongs, or the reverse: {error}'
+        raise refused(archive, 'files and folders', got) from None
+    except DataError:
+        raise
     except (*DAMAGED, OSError) as error:
-        # a damaged gzip is told by an OSError without a number
-        if isinstance(error, OSError) and error.errno is not None:
+        # A damaged gzip is told by an OSError without a number, and a place
+        # before the beginning of a zip is an invalid argument.
+        number = getattr(error, 'errno', None)
+        if number not in (None, errno.EINVAL):
             raise
-        got = f'"{str(error).partition(chr(10))[0]}"'
-        remedy = 'If it was downloaded, remove it and run again; else replace'
-        raise data_error(archive, 'an archive', got, f'{remedy} it.') from None
+        raise _damaged(archive, str(error).partition('\n')[0]) from None
     return written
 
 
+def _damaged(archive: Path, what: str) -> DataError:
+    remedy = 'If it was downloaded, remove it and run again; else replace it.'
+    return data_error(archive, 'an archive', f'"{what}"', remedy)
+
+
+def refused(archive: Path, expected: str, got: str) -> DataError:
+    """Word the error for an archive that nobody has packed in good faith."""
+    return data_error(archive, expected, got, 'Do not use this archive.')
+
+
 def _members(
-    file: IO[bytes],
+    archive: Path, file: IO[bytes], most: int
 ) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]]:
     """Yield the name, the size and a reader of each regular file."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as packed:
-            for info in packed.infolist():
-                if not info.is_dir():
+            infos = packed.infolist()
+            if len(infos) > MOST_MEMBERS:
+                raise _too_many(archive)
+            total = sum(info.file_size for info in infos)
+            if total > most:
+                raise _too_large(archive, f'{total:,} bytes', most)
+            for info in infos:
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                if not info.is_dir() and kind in (0, stat.S_IFREG):
                     reader = partial(packed.open, info)
                     yield info.filename, info.file_size, reader
         return
-    file.seek(0)
-    with tarfile.open(fileobj=file) as tar:
-        for member in tar:
+    # tarfile would read what is compressed without an end
+    stream = cast(IO[bytes], _Bounded(archive, _decompressed(file), most))
+    total = 0
+    with tarfile.open(fileobj=stream, mode='r:') as tar:
+        for number, member in enumerate(tar):
+            tar.members = []  # type: ignore[attr-defined]  # it keeps each
+            if number == MOST_MEMBERS:
+                raise _too_many(archive)
+            if member.size < 0:
+                raise _damaged(archive, f'{member.name!r} of a size below 0')
+            total += member.size  # a sparse one holds more than its bytes
+            if total > most:
+                raise _too_large(archive, f'{total:,} bytes or more', most)
             if member.isfile():
                 yield member.name, member.size, partial(_open, tar, member)
+        # tarfile takes a damaged header for the end
+        stream.seek(tar.offset)
+        if stream.read(tarfile.BLOCKSIZE).strip(b'\0'):
+            raise _damaged(archive, 'bad header')
+
+
+def _too_large(archive: Path, got: str, most: int) -> DataError:
+    return refused(archive, f'an archive of at most {most:,} bytes', got)
+
+
+def _too_many(archive: Path) -> DataError:
+    expected = f'an archive of at most {MOST_MEMBERS:,} files'
+    return refused(archive, expected, 'more')
+
+
+def _decompressed(file: IO[bytes]) -> Any:
+    """Open what may be compressed; a tar has none of these beginnings."""
+    file.seek(0)
+    start = file.read(6)
+    file.seek(0)
+    if start.startswith(b'\x1f\x8b'):
+        return gzip.GzipFile(fileobj=file)
+    if start.startswith(b'BZh'):
+        return bz2.BZ2File(file)
+    if start == b'\xfd7zXZ\0':
+        return lzma.LZMAFile(file)
+    return file
+
+
+class _Bounded:
+    """Read a tar, but no further than its files can reach.
+
+    ``tarfile`` trusts the sizes in headers: it reads a long name into memory,
+    decompresses whatever it skips, and goes round in a circle where a size is
+    negative.
+    """
+
+    HEADER = 1 << 20
+    """The most that is read at once: ``extract`` copies such pieces."""
+
+    def __init__(self, archive: Path, file: Any, most: int) -> None:
+        self.archive, self.file, self.most = archive, file, most
+        # each file has a header, and a tar ends in up to 10 KiB of zeros
+        self.end = 2 * most + (1 << 20)
+        self.done = 0
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self.HEADER:
+            got = f'a header that asks for {size:,} bytes'
+            raise refused(self.archive, 'names of files', got)
+        found = self.file.read(size)
+        self.done += len(found) or size
+        if self.done > self.end:
+            raise _too_large(self.archive, 'more', self.most)
+        return found
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        if position > self.end:
+            raise _too_large(self.archive, 'more', self.most)
+        return self.file.seek(position, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
 
 
 def _open(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
@@ -310,12 +433,45 @@ def _open(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     return file
 
 
-def _inside(archive: Path, target: Path, name: str) -> Path:
-    # Nothing but the bytes of regular files is ever written, below this
-    # path, so tarfile's filters are not needed.
-    path = PurePosixPath(name)
-    if path.is_absolute() or '..' in path.parts or '\\' in name:
-        expected = f'paths inside of {target}'
-        remedy = 'Do not use this archive.'
-        raise data_error(archive, expected, repr(name), remedy)
-    return target / path
+class _Places:
+    """Where the files of an archive go: inside of a folder, each once."""
+
+    def __init__(self, archive: Path, target: Path) -> None:
+        self.archive, self.target = archive, target
+        self.taken: set[str] = set()
+
+    def take(self, name: str) -> Path:
+        # Nothing but the bytes of regular files is ever written, below this
+        # path, so tarfile's filters are not needed.
+        path, windows = PurePosixPath(name), PureWindowsPath(name)
+        odd = any(ord(character) < 32 for character in name)
+        if (
+            path.is_absolute()
+            or windows.drive
+            or not path.parts
+            or '..' in path.parts
+            or '\\' in name
+            or odd
+        ):
+            expected = f'paths inside of {self.target}'
+            raise refused(self.archive, expected, repr(name))
+        if len(path.parts) > DEEPEST or len(os.fsencode(path.name)) > 200:
+            expected = f'at most {DEEPEST} folders and names of 200 bytes'
+            got = f'{name[:60]!r}… ({len(name):,} letters)'
+            raise refused(self.archive, expected, got)
+        # as a file system compares that does not tell A from a
+        key = unicodedata.normalize('NFC', str(path)).casefold()
+        if key in self.taken:
+            raise refused(self.archive, 'each path once', f'{name!r} twice')
+        self.taken.add(key)
+        return self.target / path
+
+    def check_room(self, size: int) -> None:
+        there = self.target
+        while not there.exists():
+            there = there.parent
+        free = shutil.disk_usage(there).free
+        if size > free:
+            expected = f'{size:,} free bytes to unpack {self.archive.name}'
+            remedy = f'Free some space. {AGAIN}'
+            raise data_error(self.target, expected, f'{free:,}', remedy)

@@ -5,16 +5,18 @@ lists of splits, takes an image without a file for one without objects, always
 counts pixels from 1, and opens every image.
 """
 
-import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from .coco import Box, CocoAnnotations
 from .errors import VOC_REMEDY, data_error, some
-from .files import StrPath, check_files
+from .files import StrPath, check_files, is_number, read_bytes, shown
+
+LARGEST = 1 << 24
+"""Bytes of an annotation; VOC's own have less than 10,000."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def read_voc_xml(
     """
     try:
         root = ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        # the latter two for an encoding that Python or expat does not know
         got = f'malformed XML ({error})' if text.strip() else 'an empty file'
         raise data_error(where, 'a VOC annotation', got, remedy) from None
     width, height = (
@@ -76,6 +79,12 @@ def read_voc_xml(
     return VocImage(int(width), int(height), tuple(objects))
 
 
+def read_voc_file(path: Path, *, remedy: str = VOC_REMEDY) -> VocImage:
+    """Read an annotation file; see :func:`read_voc_xml`."""
+    text = read_bytes(path, LARGEST, 'a VOC annotation', remedy)
+    return read_voc_xml(text, path, remedy=remedy)
+
+
 def _number(
     node: ElementTree.Element, path: str, where: object, remedy: str
 ) -> float:
@@ -83,26 +92,29 @@ def _number(
     try:
         value = float(text or '')
     except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        got = 'none' if text is None else repr(text)
+        value = float('nan')
+    if not is_number(value):
+        got = 'none' if text is None else shown(text)
         raise data_error(where, f'a number in <{path}>', got, remedy)
     return value
 
 
-def _read_split(
+def read_voc_split(
     root: Path, split: str, classes: Sequence[str] | None, remedy: str
 ) -> Iterator[tuple[str, VocImage]]:
     """Yield the name and the annotation of each image of a split."""
     path = root / 'ImageSets' / 'Main' / f'{split}.txt'
     if not path.is_file():
         raise data_error(path, 'the list of a split', 'nothing', remedy)
-    lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-    names = [line.strip() for line in lines if line.strip()]
+    text = path.read_text(encoding='utf-8', errors='replace')
+    names = [line.strip() for line in text.split('\n') if line.strip()]
     odd = [name for name in names if len(name.split()) > 1]
     twice = [name for name, count in Counter(names).items() if count > 1]
+    out = [n for n in names if PurePath(n).is_absolute() or '..' in n]
     for wrong, got in (
         (not names, 'an empty file'),
+        (text.startswith('\ufeff'), 'a byte order mark before them'),
+        (out, f'{len(out)} that lead out of the folder: {some(out)}'),
         (odd, f'{len(odd)} other lines: {some(map(repr, odd))}'),
         (twice, f'{len(twice)} more than once: {some(twice)}'),
     ):
@@ -113,7 +125,7 @@ def _read_split(
         check_files(root / folder, files, path, remedy)
     for name in names:
         file = root / 'Annotations' / f'{name}.xml'
-        image = read_voc_xml(file.read_bytes(), file, remedy=remedy)
+        image = read_voc_file(file, remedy=remedy)
         unknown = {item.name for item in image.objects} - set(classes or ())
         if classes is not None and unknown:
             expected = f'objects of the classes {", ".join(classes)}'
@@ -145,7 +157,7 @@ def voc_check(
             that it names does not exist, an annotation is malformed, or its
             class is unknown.
     """
-    images = list(_read_split(Path(root), split, classes, remedy))
+    images = list(read_voc_split(Path(root), split, classes, remedy))
     objects = sum(len(image.objects) for _, image in images)
     return {'images': len(images), 'objects': objects}
 
@@ -181,7 +193,7 @@ def voc_to_coco(
     """
     done = CocoAnnotations(classes)
     for root, split in sources:
-        for name, image in _read_split(Path(root), split, classes, remedy):
+        for name, image in read_voc_split(Path(root), split, classes, remedy):
             file = Path(root) / 'JPEGImages' / f'{name}.jpg'
             base = file.parent if relative_to is None else relative_to
             file_name = file.relative_to(base).as_posix()

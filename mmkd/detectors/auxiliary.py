@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from torch import Size, Tensor, nn
 
+from mmkd.data.batch import copied
+
 from .adapters import resize_to
 from .facts import DenseFacts
 from .record import StepRecord
@@ -95,7 +97,8 @@ def head_loss(
     """Return the stock loss of ``owner.bbox_head`` on maps, and outputs."""
     outputs = StepRecord(owner)
     with outputs.recording():
-        losses = outputs.model.bbox_head.loss(maps, list(data_samples))
+        own = [copied(sample) for sample in data_samples]
+        losses = outputs.model.bbox_head.loss(maps, own)
     parts = [
         part.mean()
         for name, loss in losses.items()
@@ -107,14 +110,14 @@ def head_loss(
 
 def fresh_copy(facts: DenseFacts) -> Any:
     """Return a copy of a head, initialised anew as in its config."""
-    copied = copy.deepcopy(facts.head)
-    for module in copied.modules():
+    head = copy.deepcopy(facts.head)
+    for module in head.modules():
         if hasattr(module, 'reset_parameters'):
             module.reset_parameters()
         if hasattr(module, '_is_init'):
             module._is_init = False
-    copied.init_weights()
-    return copied
+    head.init_weights()
+    return head
 
 
 def _halvings(stage: Tensor, level: Tensor) -> int:

@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from mmdet.models.dense_heads import FCOSHead
 from mmdet.structures import DetDataSample
-from mmdet.utils import reduce_mean
 from torch import Tensor
 
 from mmkd.errors import ConfigError
+from mmkd.utils import process_share
 
 from .facts import DenseFacts, priors_of
+from .logit import logit
 from .record import StepRecord, flatten_levels
-
-PROBABILITY_FLOOR = 1e-6
-"""Where the logits of heads that return probabilities are cut off."""
 
 
 @dataclass
@@ -42,6 +40,29 @@ class DenseOutputs:
     raw: Any = None
     """What a head of MMDetection returned. Other predictions have none, and
     whoever makes them sets ``regression`` and ``quality``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and N."""
+        return self.logits.shape[0], self.logits.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the predictions are."""
+        return self.logits.device
+
+    @property
+    def columns(self) -> int:
+        """The number of logits of each prior, K or K + 1."""
+        return self.logits.shape[2]
+
+    @property
+    def class_maps(self) -> Sequence[Tensor] | None:
+        """The logits of each level as a head returns them, (B, A * K, H, W).
+
+        None where it does not return logits, or not these alone.
+        """
+        return None
 
     @property
     def sigmoid(self) -> bool:
@@ -89,7 +110,7 @@ class DenseOutputs:
     def priors(self) -> Tensor:
         """(N, 4) anchors as xyxy, or (N, 2) points as xy, in pixels."""
         levels = self.facts.generator.grid_priors(
-            self.sizes, device=self.logits.device
+            self.sizes, device=self.device
         )
         return torch.cat(list(levels))
 
@@ -99,6 +120,25 @@ class DenseOutputs:
         if self.facts.has_anchors:
             return (self.priors[:, :2] + self.priors[:, 2:]) / 2
         return self.priors[:, :2]
+
+    def largest(self, classes: Tensor | None = None) -> Tensor:
+        """Return (B, N), the largest logit of each prior.
+
+        Args:
+            classes: The columns that count; all by default.
+        """
+        if self.class_maps is None:
+            logits = self.logits
+            return (logits if classes is None else logits[..., classes]).amax(
+                -1
+            )
+        best = []
+        for level in self.class_maps:
+            columns = level.unflatten(1, (-1, self.columns))
+            if classes is not None:
+                columns = columns[:, :, classes]
+            best.append(columns.amax(2))
+        return flatten_levels(best, 1)[..., 0]
 
     def inside(self, data_samples: Sequence[DetDataSample]) -> Tensor:
         """Return (B, N), which priors have their centre within the image."""
@@ -139,6 +179,42 @@ class DenseOutputs:
         return torch.cat([-distances[:, :2], distances[:, 2:]], dim=1)
 
 
+class HeadOutputs(DenseOutputs):
+    """What a head of MMDetection predicts, with logits joined when read.
+
+    With many classes they are larger than all else that a step keeps.
+    """
+
+    def __init__(
+        self, facts: DenseFacts, sizes: list[tuple[int, int]], raw: Any
+    ) -> None:
+        self.facts, self.sizes, self.raw = facts, sizes, raw
+
+    @functools.cached_property
+    def logits(self) -> Tensor:  # type: ignore[override]
+        with torch.enable_grad():  # wherever they are first read
+            logits = flatten_levels(self.raw[0], self.columns)
+            return logit(logits) if self.facts.probabilities else logits
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        counts = self.facts.priors_per_point
+        numbers = zip(self.sizes, counts, strict=True)
+        return len(self.raw[0][0]), sum(h * w * n for (h, w), n in numbers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.raw[0][0].device
+
+    @property
+    def columns(self) -> int:
+        return self.facts.head.cls_out_channels
+
+    @property
+    def class_maps(self) -> Sequence[Tensor] | None:
+        return None if self.facts.probabilities else self.raw[0]
+
+
 @dataclass
 class DenseTargets:
     """The student's own assignment of its priors."""
@@ -149,6 +225,8 @@ class DenseTargets:
     """(B, N) weights of the class loss. They are 0 for padding and for what
     the loss leaves out: ignored priors, or in YOLOv3 and YOLOX all but the
     positives."""
+    stock_weights: Tensor
+    """(B, N) the same weights as the loss has them, in the padding as well."""
     classes: int
 
     @functools.cached_property
@@ -164,9 +242,11 @@ class DenseTargets:
 
     @functools.cached_property
     def number(self) -> Tensor:
-        """The number of positives, averaged over processes, at least 1."""
-        count = self.positive.sum().to(torch.float32)
-        return reduce_mean(count).clamp(min=1)
+        """The number of positives, averaged over the processes.
+
+        In all of them together it is at least 1.
+        """
+        return process_share(self.positive.sum(), least=1)
 
 
 def student_dense(student: StepRecord) -> DenseOutputs:
@@ -191,9 +271,10 @@ def student_targets(
     """
     if 'targets' not in student.cache:
         dense = student_dense(student)
-        labels, weights = assigned(dense, student.dense_targets)
-        weights = weights.float() * dense.inside(data_samples)
-        targets = DenseTargets(labels, weights, dense.facts.classes)
+        labels, stock = assigned(dense, student.dense_targets)
+        stock = stock.float()
+        weights = stock * dense.inside(data_samples)
+        targets = DenseTargets(labels, weights, stock, dense.facts.classes)
         student.cache['targets'] = targets
     return student.cache['targets']
 
@@ -205,7 +286,7 @@ def anchors_on_images(
     anchors, flags = dense.facts.head.get_anchors(
         dense.sizes,
         [sample.metainfo for sample in data_samples],
-        device=dense.logits.device,
+        device=dense.device,
     )
     return (
         torch.cat(anchors[0]).expand(len(anchors), -1, -1),
@@ -232,10 +313,7 @@ def read_dense(facts: DenseFacts, raw: Any) -> DenseOutputs:
     if _is_yolo(head):
         logits = _yolo_parts(head, raw)[..., 5:]
         return DenseOutputs(facts, logits, sizes, raw)
-    logits = flatten_levels(raw[0], head.cls_out_channels)
-    if facts.probabilities:
-        logits = torch.logit(logits.float(), eps=PROBABILITY_FLOOR)
-    return DenseOutputs(facts, logits, sizes, raw)
+    return HeadOutputs(facts, sizes, raw)
 
 
 def _is_yolo(head: Any) -> bool:
@@ -297,7 +375,7 @@ def _check_structure(head: Any, raw: Any) -> None:
 
 def assigned(dense: DenseOutputs, calls: list[Any]) -> tuple[Tensor, Tensor]:
     """Return labels and weights, (B, N) each, of an assignment's results."""
-    shape, classes = dense.logits.shape[:2], dense.facts.classes
+    shape, classes = dense.shape, dense.facts.classes
     first = calls[0]
     if _is_yolo(dense.facts.head):  # box, object, classes
         targets = torch.cat(first[0], dim=1)
@@ -336,7 +414,7 @@ def _first_integers(
             assert weights is not None
             return joined, weights
         return joined, torch.ones_like(joined)
-    images, priors = dense.logits.shape[:2]
+    images, priors = dense.shape
     raise ConfigError(
         f'the assignment of the {dense.facts.kind} cannot be read: '
         f'none of the {len(parts)} parts that it returned holds an integer '
@@ -358,7 +436,7 @@ def _are_integers(parts: Any) -> bool:
 
 def _joined(parts: Any, dense: DenseOutputs) -> Tensor | None:
     """Join levels (B, n) or (B * n,), or images (N,), to (B, N)."""
-    images, priors = dense.logits.shape[:2]
+    images, priors = dense.shape
     if sum(part.numel() for part in parts) != images * priors:
         return None
     if len(parts) == images and all(p.numel() == priors for p in parts):

@@ -8,6 +8,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mmkd.errors import ConfigError, TapError
+from mmkd.utils import alone
 
 from .dense import DenseOutputs, assigned, student_dense
 from .facts import DenseFacts, DetectorFacts, is_class_agnostic, priors_of
@@ -78,7 +79,7 @@ def _check_assignment(dense: DenseOutputs, role: str, method: str) -> None:
     recorder = StepRecord(stand_in)
     try:
         stand_in.bbox_head = copy.deepcopy(dense.facts.head)
-        with torch.no_grad(), recorder.recording():
+        with alone(), torch.no_grad(), recorder.recording():
             _blank_loss(stand_in.bbox_head, dense.raw)
     except Exception:  # any head, any reason: see docstring
         return

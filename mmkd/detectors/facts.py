@@ -5,6 +5,7 @@ and pass them to functions of this room. Only this room looks into the head
 itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,22 @@ from mmdet.models.dense_heads import (
     RetinaHead,
 )
 from mmdet.models.detectors import RPN
+from mmdet.models.roi_heads.mask_heads import FusedSemanticHead
+from mmdet.models.seg_heads.base_semantic_head import BaseSemanticHead
 from torch import nn
 
 WITH_BOXES = (ATSSHead, FCOSHead, GFLHead, PAAHead, RetinaHead)
 """Heads whose boxes can be read from their own output. Subclasses are left
 out, because they refine boxes in ways of their own."""
+HEADS = (
+    'bbox_head',
+    'mask_head',
+    'panoptic_head',
+    'query_head',
+    'roi_head',
+    'segm_head',
+)
+"""The parts of a detector that classify objects of the data set's classes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,6 +220,53 @@ def class_count(model: Any) -> int | None:
     """Return the number of classes of the first box head, if any."""
     heads = box_heads(model) or [getattr(model, 'bbox_head', None)]
     return getattr(heads[0], 'num_classes', None)
+
+
+def class_counts(model: Any) -> dict[str, int]:
+    """Return the number of classes of every part of a detector that has one.
+
+    Left out are what tells objects from background only (RPNs), what
+    segments by classes of its own (semantic heads), and what takes the number
+    from a head.
+
+    Returns:
+        The numbers by the option that sets each, heads before what is in
+        them, such as ``roi_head.bbox_head.0.num_classes``.
+    """
+    return {
+        f'{path}.{_class_option(module)}': module.num_classes
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, 'num_classes', None), int)
+        and module.num_classes > 0
+        and path.partition('.')[0] in HEADS
+        and 'rpn_head' not in path.split('.')
+        and not isinstance(module, BaseSemanticHead | FusedSemanticHead)
+        and not getattr(module, 'class_agnostic', False)
+    }
+
+
+def numbered_classes(model: Any) -> tuple[str, ...]:
+    """Return names for the classes of a detector whose data have none."""
+    return tuple(f'class {i}' for i in range(class_count(model) or 1))
+
+
+def _class_option(module: Any) -> str:
+    if hasattr(module, 'num_things_classes'):
+        return 'num_things_classes + num_stuff_classes'
+    return 'num_classes'
+
+
+def box_class_names(model: Any, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the classes that have boxes.
+
+    They are the first ones of a panoptic data set, whose last ones (stuff)
+    only a semantic head knows.
+    """
+    fusion = getattr(model, 'panoptic_fusion_head', None)
+    heads = box_heads(model)
+    if fusion is None or not heads or len(names) != fusion.num_classes:
+        return tuple(names)
+    return tuple(names)[: fusion.num_things_classes]
 
 
 def stage_of(model: Any, path: str) -> int | None:

@@ -18,6 +18,7 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 from mmkd.errors import TapError
+from mmkd.utils import process_share
 
 from .facts import DetectorFacts, RoIFacts, RPNFacts, box_heads, read_facts
 
@@ -62,9 +63,19 @@ class RoIOutputs:
     target_weights: Tensor
     """(N, 4); 0 for background."""
     avg_factor: float | Tensor
-    """What the head divides its own sums by."""
+    """What the head divides its own sums by: the number of boxes, but for
+    the RPN's images without a positive anchor, which count one more."""
     index: tuple[Tensor, Tensor] | None = None
     """For the RPN, the image and flat index of each sampled anchor."""
+
+    @functools.cached_property
+    def number(self) -> Tensor:
+        """``avg_factor``, averaged over the processes.
+
+        In all of them together it is at least 1.
+        """
+        part = self.label_weights.new_ones(()) * self.avg_factor
+        return process_share(part, least=1)
 
 
 @contextmanager
@@ -128,6 +139,28 @@ def tensors_in(output: Any) -> tuple[Tensor, ...]:
     return tuple(tensor for item in output for tensor in tensors_in(item))
 
 
+def tap(model: nn.Module, path: str) -> tuple[Any, str] | None:
+    """Return what :func:`intercepted` takes for the module at a path.
+
+    Args:
+        model: The detector.
+        path: A module such as ``'backbone.layer3'``, or a method such as
+            ``'pre_decoder'``.
+
+    Returns:
+        The owner and the name; None if there is no such path.
+    """
+    parent, _, name = path.rpartition('.')
+    try:
+        owner = model.get_submodule(parent)
+    except AttributeError:
+        return None
+    part = getattr(owner, name, None)
+    if isinstance(part, nn.Module):
+        return part, 'forward'
+    return (owner, name) if callable(part) else None
+
+
 class StepRecord:
     """The tensors that a detector's own forward or loss has produced.
 
@@ -146,6 +179,8 @@ class StepRecord:
         """The records of the networks that train beside this one, by name."""
         self.cache: dict[str, Any] = {}
         """What methods have derived in this step, to share it."""
+        self.without_gradients: set[str] = set()
+        """The taps that fired where gradients were switched off."""
         self._fired: dict[str, list[Any]] = {}
         self._anchor_targets: tuple[Any, tuple] | None = None
         self._roi_calls: dict[int, tuple[dict, dict]] = {}
@@ -195,7 +230,7 @@ class StepRecord:
         Raises:
             TapError: If the module did not run in this step.
         """
-        path = self._resolved(path)
+        path = self.resolved(path)
         if path not in self._fired:
             raise TapError(
                 f'the tap "{path}" of {type(self.model).__name__} never '
@@ -207,7 +242,7 @@ class StepRecord:
     def raw(self, path: str) -> Any:
         """Return the output of the module's last call as it is."""
         self.features(path)
-        return self._fired[self._resolved(path)][-1]
+        return self._fired[self.resolved(path)][-1]
 
     @functools.cached_property
     def anchors(self) -> RoIOutputs:
@@ -267,7 +302,7 @@ class StepRecord:
                     label_weights=weights,
                     targets=targets,
                     target_weights=target_weights,
-                    avg_factor=max(len(labels), 1),
+                    avg_factor=len(labels),
                 )
             )
         return samples
@@ -284,11 +319,17 @@ class StepRecord:
             raise TapError(
                 f'the {type(head).__name__} of {type(self.model).__name__} '
                 'has not trained on an assignment that could be read in this '
-                f'step: none of {", ".join(ASSIGNING)} was called.'
+                f'step: none of {", ".join(ASSIGNING)} was called.{self.note}'
             )
         return self._dense_targets
 
-    def _resolved(self, path: str) -> str:
+    @property
+    def fired(self) -> list[str]:
+        """The taps that fired, in the order in which they were done."""
+        return list(self._fired)
+
+    def resolved(self, path: str) -> str:
+        """Return the path that is tapped; see :meth:`features`."""
         alone = path == 'neck' and getattr(self.model, 'neck', None) is None
         return 'backbone' if alone else path
 
@@ -310,19 +351,12 @@ class StepRecord:
 
     def _tapped(self) -> Iterator[tuple[str, Any, str]]:
         """Yield each path with the owner and the name of what is tapped."""
-        asked = map(self._resolved, self.paths)
+        asked = map(self.resolved, self.paths)
         for path in dict.fromkeys((*STANDARD_TAPS, *asked)):
-            parent, _, name = path.rpartition('.')
-            try:
-                owner = self.model.get_submodule(parent)
-            except AttributeError:
-                # A missing path is reported where a method reads it.
-                continue
-            part = getattr(owner, name, None)
-            if isinstance(part, nn.Module):
-                yield path, part, 'forward'
-            elif callable(part):
-                yield path, owner, name
+            found = tap(self.model, path)
+            if found is not None:
+                yield path, *found
+            # A missing path is reported where a method reads it.
 
     def _record_output(
         self, path: str, output: Any, *_: Any, **__: Any
@@ -330,6 +364,8 @@ class StepRecord:
         parent = self.model.get_submodule(path.rpartition('.')[0])
         if isinstance(parent, ConvModule):
             output = output.clone()  # before the activation works in place
+        if not torch.is_grad_enabled():
+            self.without_gradients.add(path)
         self._fired.setdefault(path, []).append(output)
 
     def _record_targets(self, result: Any, *_: Any, **__: Any) -> None:

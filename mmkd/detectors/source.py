@@ -7,8 +7,9 @@ import glob
 import logging
 import os
 import os.path as osp
+import reprlib
+import traceback
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,11 +23,15 @@ from mmengine.utils import get_installed_path
 from torch import Tensor, nn
 
 from mmkd.data.checkpoint_file import load_checkpoint_file
+from mmkd.data.datasets import wrapped
 from mmkd.data.errors import some
+from mmkd.data.files import path_hint, wrong_path
+from mmkd.data.foreign_weights import origin
 from mmkd.errors import CheckpointError, ConfigError
 from mmkd.registry import config_file
 
-from .facts import is_class_agnostic
+from .facts import box_class_names, class_counts, is_class_agnostic
+from .state_keys import hint, stock_state
 
 
 def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
@@ -36,21 +41,7 @@ def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
         ConfigError: If the file or one of its bases does not exist or is not
             Python, or if there is no model.
     """
-    if isinstance(source, str | os.PathLike):
-        path = config_file(str(source))
-        if not osp.isfile(path):
-            raise ConfigError(
-                f'the config {str(source)!r} does not exist: {path} is not a '
-                f'file. {_remedy(str(source))}'
-            )
-        try:
-            config = Config.fromfile(path)
-        except (FileNotFoundError, SyntaxError) as error:
-            raise ConfigError(
-                f'the config {str(source)!r} cannot be read: {error}'
-            ) from error
-    else:
-        config = Config(copy.deepcopy(dict(source)))
+    config = read_config(source)
     if 'model' not in config:
         given = (
             f'the config {str(source)!r}'
@@ -62,22 +53,67 @@ def load_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
             f'its data sets), got {sorted(config)}. A bare model dict goes '
             'into dict(model=...).'
         )
+    if not isinstance(config.model, dict):
+        raise ConfigError(
+            f'the key "model" of {source!r} must be a dict such as '
+            f'dict(type=...), got {reprlib.repr(config.model)}.'
+        )
+    if config.get('data_preprocessor'):
+        # As MMEngine's runner does.
+        config.model.setdefault('data_preprocessor', config.data_preprocessor)
     return config
 
 
-def _remedy(source: str) -> str:
-    """What to give in place of a config that does not exist."""
+def read_config(source: str | os.PathLike | Mapping[str, Any]) -> Config:
+    """Load a config of anything: it may have data and no model.
+
+    Raises:
+        ConfigError: If the file or one of its bases does not exist or is not
+            Python.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return Config(copy.deepcopy(dict(source)))
+    path = config_file(str(source))
+    if not osp.isfile(path):
+        raise ConfigError(
+            f'the config {str(source)!r} {_problem(str(source), path)}'
+        )
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # a config is code
+        raise ConfigError(
+            f'the config {str(source)!r} cannot be read: '
+            f'{_what_and_where(error)}'
+        ) from error
+
+
+def _what_and_where(error: Exception) -> str:
+    """Say what went wrong in a config, and in which line of which file."""
+    if isinstance(error, FileNotFoundError | SyntaxError | ConfigError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    # lines of a config's own; what it calls comes after
+    own = [
+        f for f in frames if f.name == '<module>' and f.filename[-1:] != '>'
+    ]
+    where = f' ({own[-1].filename}, line {own[-1].lineno})' if own else ''
+    return f'{type(error).__name__}: {error}{where}'
+
+
+def _problem(source: str, path: str) -> str:
+    """What is wrong with the path of a config, and what to give instead."""
     package, separator, name = source.rpartition('::')
-    if separator:
-        root = config_file(f'{package}::')
-        names = glob.glob('**/*.py', root_dir=root, recursive=True)
-        close = difflib.get_close_matches(name, names, n=1)
-        if close:
-            return f'Did you mean "{package}::{close[0]}"?'
-    return (
-        f'Give a path from {osp.abspath(".")}, "mmkd::file.py" or '
-        '"mmdet::folder/file.py".'
-    )
+    if not separator:
+        return (
+            f'{wrong_path(path)}: {path} is not a file. {path_hint(path)}'
+            f'Give a path from {osp.abspath(".")}, "mmkd::file.py" or '
+            '"mmdet::folder/file.py".'
+        )
+    root = config_file(f'{package}::')
+    names = glob.glob('**/*.py', root_dir=root, recursive=True)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f' Did you mean "{package}::{close[0]}"?' if close else ''
+    return f'does not exist: {path} is not a file.{hint}'
 
 
 @functools.lru_cache(maxsize=1)
@@ -119,7 +155,12 @@ def find_in_model_index(name: str) -> dict[str, Any]:
 
 
 def build_trained(
-    cfg: Mapping[str, Any], checkpoint: str | None, *, trust: bool
+    cfg: Mapping[str, Any],
+    checkpoint: str | None,
+    *,
+    trust: bool,
+    prefix: str | None = None,
+    who: str = 'teacher',
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Build a detector and load its weights.
 
@@ -127,6 +168,9 @@ def build_trained(
         cfg: Config of the model.
         checkpoint: Path or URL; None leaves it untrained, with a warning.
         trust: Unpickle whatever the checkpoint holds.
+        prefix: What comes before the detector's names in the checkpoint, such
+            as ``'student'``; other keys are left out.
+        who: What the detector is, for the message.
 
     Returns:
         The detector and the checkpoint's meta data.
@@ -146,7 +190,7 @@ def build_trained(
         print_log(message, 'current', logging.WARNING)
         return model, {}
     content = load_checkpoint_file(checkpoint, trust=trust)
-    load_strictly(model, content['state_dict'], checkpoint)
+    load_strictly(model, content['state_dict'], checkpoint, prefix, who)
     meta = content.get('meta')
     return model, meta if isinstance(meta, dict) else {}
 
@@ -179,7 +223,11 @@ def _without_pretrained(cfg: Any) -> Any:
 
 
 def load_strictly(
-    model: nn.Module, state: Mapping[str, Tensor], source: str
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    prefix: str | None = None,
+    who: str = 'teacher',
 ) -> None:
     """Load a stock state dict exactly.
 
@@ -188,19 +236,13 @@ def load_strictly(
         state: Its weights; the model may have been wrapped for distributed
             training.
         source: Where the weights come from, for the message.
+        prefix: What comes before the names of the network in ``state``.
+        who: What the network is, for the message.
 
     Raises:
         CheckpointError: If a key is missing or unexpected, or a shape differs.
     """
-    # Wrapped for distributed training, a model's keys begin with "module.".
-    renamed = OrderedDict(
-        (key.removeprefix('module.'), value) for key, value in state.items()
-    )
-    # The modules' versions, by which they rename keys of older versions.
-    renamed._metadata = {  # type: ignore[attr-defined]
-        key.removeprefix('module').removeprefix('.'): value
-        for key, value in getattr(state, '_metadata', {}).items()
-    }
+    renamed = stock_state(state, model.state_dict(), source, prefix)
     try:
         missing, unexpected = model.load_state_dict(renamed, strict=False)
     except RuntimeError:
@@ -224,11 +266,21 @@ def load_strictly(
         if keys
     ]
     if problems:
+        remedy = '' if prefix else hint(renamed, model.state_dict())
+        whose = origin(renamed)
+        if not remedy and whose and 'MMDetection detector' not in whose:
+            remedy = (
+                f'It holds the weights of {whose}, which are not those of '
+                "this detector. Give a checkpoint of MMDetection's."
+            )
         raise CheckpointError(
-            f'the checkpoint {source} does not fit the teacher '
+            f'the checkpoint {source} does not fit the {who} '
             f'{type(model).__name__} of its config: {", ".join(problems)}. '
-            'Give the checkpoint that was trained with this config, or the '
-            'config of this checkpoint.'
+            + (
+                remedy
+                or 'Give the checkpoint that was trained with this config, or '
+                'the config of this checkpoint.'
+            )
         )
 
 
@@ -252,39 +304,60 @@ def class_names(
     return None
 
 
-def check_class_count(model: Any, names: Sequence[str], where: str) -> None:
+def check_class_count(
+    model: Any,
+    names: Sequence[str],
+    where: str = '',
+    data: str = 'the training data',
+) -> None:
     """Check that a detector classifies into as many classes as are named.
 
-    A detector without classes (RPN), or one that classifies into words, may
-    name any.
+    Every head is looked at: dense heads, all stages of a RoI head, mask heads
+    and heads of queries, and losses that count classes. A detector without
+    classes (RPN), or one that classifies into words, may name any.
+
+    Args:
+        model: The detector.
+        names: The class names.
+        where: The place of its description in the config; empty for the
+            student.
+        data: What names the classes.
 
     Raises:
-        ConfigError: If its box head has another number of classes.
+        ConfigError: If a head has another number of classes; the message has
+            the keys of all such heads.
     """
     if hasattr(model, 'language_model') or is_class_agnostic(model):
         return
-    head = getattr(model, 'bbox_head', None)
-    if head is None:
-        head = getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
-    if isinstance(head, nn.ModuleList):
-        head = head[0]
-    count = getattr(head, 'num_classes', None)
-    if count is not None and count != len(names):
-        raise ConfigError(
-            f'{where}: the box head has num_classes={count}, but there are '
-            f'{len(names)} class names ({some(names)}). Name its own '
-            'classes through test_dataloader.dataset.metainfo=dict(classes='
-            '...) in its config, or set num_classes.'
-        )
+    names = box_class_names(model, names)
+    wrong = {
+        f'model.{option}': count
+        for option, count in class_counts(model).items()
+        if count != len(names)
+    }
+    if not wrong:
+        return
+    counts = ', '.join(str(n) for n in dict.fromkeys(wrong.values()))
+    remedy = (
+        f'Set {"it" if len(wrong) == 1 else "each"} to {len(names)}, or '
+        'name the classes through metainfo=dict(classes=...) of the data set.'
+        if not where
+        else 'Name its own classes through test_dataloader.dataset.metainfo='
+        'dict(classes=...) in its config, or set num_classes there.'
+    )
+    raise ConfigError(
+        f'{where}{": " if where else ""}{some(wrong)}: expected '
+        f'{len(names)}, because {data} names as many classes ({some(names)})'
+        f', got {counts}. {remedy}'
+    )
 
 
 def _dataset_classes(dataset: Mapping[str, Any]) -> tuple[str, ...] | None:
     metainfo = dataset.get('metainfo') or {}
     if metainfo.get('classes'):
         return _as_names(metainfo['classes'])
-    nested = dataset.get('dataset') or (dataset.get('datasets') or [None])[0]
-    if nested is not None:
-        return _dataset_classes(nested)
+    if inner := wrapped(dataset):
+        return _dataset_classes(inner[0])
     cls = dataset.get('type')
     if isinstance(cls, str):
         cls = DATASETS.get(cls)

@@ -17,19 +17,38 @@ TOWERS = ('cls_convs', 'reg_convs')
 """The tower of the classes and the tower of the boxes."""
 
 
-def tower_path(facts: DenseFacts, tower: str, layer: int) -> str:
-    """Return where the feature of a layer is tapped: after its norm, if any.
+def tower_path(
+    facts: DenseFacts, tower: str, layer: int, *, activated: bool
+) -> str:
+    """Return where the feature of a layer is tapped.
 
     Args:
         facts: The facts of the head.
         tower: One of :data:`TOWERS`.
         layer: The number of layers before it; 0 for the neck's maps.
+        activated: Whether after the layer's activation, or else before it:
+            after its norm, if it has one.
     """
     if layer == 0:
         return 'neck'
+    path = f'bbox_head.{tower}.{layer - 1}'
+    if activated:
+        return path
     module = getattr(facts.head, tower)[layer - 1]
-    part = 'norm' if module.with_norm else 'conv'
-    return f'bbox_head.{tower}.{layer - 1}.{part}'
+    return f'{path}.norm' if module.with_norm else f'{path}.conv'
+
+
+def tower_depth(model: Any) -> int:
+    """Return the number of layers in the shorter tower of a dense head.
+
+    Args:
+        model: A detector; 0 if its head has no such towers.
+    """
+    head = getattr(model, 'bbox_head', None)
+    towers = [getattr(head, tower, None) for tower in TOWERS]
+    if any(not isinstance(layers, nn.ModuleList) for layers in towers):
+        return 0
+    return min(len(layers) for layers in towers if layers is not None)
 
 
 def quality_tower(facts: DenseFacts) -> str:

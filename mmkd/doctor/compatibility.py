@@ -17,17 +17,14 @@ all that is kept.
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import re
 import resource
 import signal
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +35,11 @@ import torch._dynamo  # optimizers import it, in every process again
 from mmdet.utils import register_all_modules
 
 import mmkd
+from mmkd.data.files import write_text
 
 from .compatibility_page import page
 from .families import PAIRS, Pair, families
+from .jobs import Job, Send, in_processes
 from .trial import FAILS, METHODS, examine
 
 STEPS = ('plain', *METHODS)
@@ -146,77 +145,35 @@ def all_pairs(only: str) -> list[Pair]:
     return [pair for pair in (*PAIRS, *same) if re.search(only, pair.name)]
 
 
-@dataclass
-class Job:
-    """A process that examines a pair."""
-
-    pair: Pair
-    process: Any
-    receiver: Connection
-    start: float = field(default_factory=time.monotonic)
-
-
 def trials(
     pairs: list[Pair], kept: dict[str, Any], args: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The name and the verdicts of each pair, as they end."""
     waiting = [pair for pair in pairs if pair.name not in kept]
-    running: list[Job] = []
-    while waiting or running:
-        while waiting and len(running) < args.jobs:
-            running.append(start(waiting.pop(0), args))
-        wait([job.process.sentinel for job in running], timeout=1)
-        for job in list(running):
-            if time.monotonic() - job.start > PATIENCE:
-                job.process.kill()
-            elif job.process.is_alive():
-                continue
-            job.process.join()
-            running.remove(job)
-            yield job.pair.name, verdicts(job)
+    attempt = partial(work, args=args)
+    for job in in_processes(
+        waiting, attempt, jobs=args.jobs, patience=PATIENCE
+    ):
+        yield job.task.name, verdicts(job)
 
 
-def start(pair: Pair, args: argparse.Namespace) -> Job:
-    # Forked: importing all again would take longer than most trials.
-    context = multiprocessing.get_context('fork')
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=work, args=(pair, sender, args), daemon=True
-    )
-    process.start()
-    sender.close()
-    return Job(pair, process, receiver)
-
-
-def work(pair: Pair, sender: Connection, args: argparse.Namespace) -> None:
+def work(pair: Pair, send: Send, args: argparse.Namespace) -> None:
     memory = int(args.memory * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (args.limit, args.limit + 10))
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
     examine(
         pair.student,
         pair.teacher,
         pair.features,
         args.data.resolve(),
-        lambda step, verdict: sender.send((step, verdict)),
+        lambda step, verdict: send((step, verdict)),
     )
 
 
 def verdicts(job: Job) -> dict[str, Any]:
     """What a process that has ended said, and how it ended otherwise."""
-    steps: dict[str, Any] = {}
-    try:
-        while job.receiver.poll():
-            step, verdict = job.receiver.recv()
-            steps[step] = verdict
-    except EOFError:
-        pass
-    code = job.process.exitcode
-    if code:
-        how = f'status {code}' if code > 0 else signal.Signals(-code).name
+    steps: dict[str, Any] = dict(job.messages)
+    if how := job.ended_by:
         how = ENDS.get(how, f'its process ended with {how}')
         missing = next((s for s in STEPS if s not in steps), 'plain')
         steps[missing] = dict(status=FAILS, reason=how)
@@ -231,6 +188,4 @@ def line(name: str, steps: dict[str, Any]) -> str:
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(path.suffix + '.part')
-    part.write_text(text)
-    part.replace(path)
+    write_text(path, text)

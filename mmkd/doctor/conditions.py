@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkd.core.gradients import gradient, student_parameters
+from mmkd.core.reach import wrappers_of
 from mmkd.data.batch import Batch
 from mmkd.detectors.facts import class_layers
 from mmkd.detectors.record import StepRecord, intercepted, replaced
-from mmkd.engine.hooks.telemetry import gradient, norm, student_parameters
+from mmkd.engine.hooks.telemetry import norm
 from mmkd.teachers.class_map import ClassMap
 from mmkd.teachers.frozen import FrozenDetector
 from mmkd.utils import isolated_random_state
@@ -59,9 +61,11 @@ class Recording:
 
     def gradients(self) -> dict[str, list[Tensor | None]]:
         """Return the gradients of the losses in the student."""
-        parameters = student_parameters(self.student.model)
-        losses = self._losses()
-        return {k: gradient([v], parameters) for k, v in losses.items()}
+        student, losses = self.student.model, self._losses()
+        parameters = student_parameters(student)
+        return {
+            k: gradient([v], parameters, student) for k, v in losses.items()
+        }
 
     def _losses(self, only: str | None = None) -> dict[str, Tensor]:
         self.student.cache.clear()
@@ -184,7 +188,8 @@ def check_padding(patient: Patient) -> None:
             patient.report.find(
                 f'{some(changed)}: what lies on the padding changes the '
                 'loss, so it depends on which images share a batch. Leave '
-                'positions on padding out of sums, means and softmax.'
+                'positions on padding out of sums, means and softmax.',
+                'warns',
             )
     if judged and not depends:
         patient.report.say(SECTION, 'padding changes no loss')
@@ -255,7 +260,9 @@ def _check_class_order(
     if not layers:
         return
     classes = ClassMap(
-        teacher.class_map.student, [teacher.classes[i] for i in order]
+        teacher.class_map.student,
+        [teacher.classes[i] for i in order],
+        teacher.class_map.by_hand,
     ).to(patient.device)
     with ExitStack() as stack:
         for layer in layers:
@@ -321,12 +328,20 @@ def check_half_precision(patient: Patient) -> None:
             patient.report.find(
                 f'{some(broken)}: NaN or infinite in {name}. Compute sums, '
                 'squares, exponentials and divisions of the method in '
-                'float32 (.float()).'
+                'float32 (.float()).',
+                'stops' if _trains_in_half(patient) else 'warns',
             )
         else:
             how = 'all losses are finite, no gradient is NaN'
             how += f' (of halved outputs; {where})' if where else ''
             patient.report.say(SECTION, f'{name}: {how}')
+
+
+def _trains_in_half(patient: Patient) -> bool:
+    return any(
+        'Amp' in type(wrapper).__name__
+        for wrapper in wrappers_of(patient.runner.optim_wrapper)
+    )
 
 
 def _plain_runs(patient: Patient, dtype: torch.dtype) -> bool:
@@ -367,7 +382,7 @@ def _broken(patient: Patient, losses: Mapping[str, Tensor]) -> list[str]:
     trained = [p for part in trained_parts(patient).values() for p in part]
     broken = []
     for name, loss in losses.items():
-        gradients = gradient([loss], trained)
+        gradients = gradient([loss], trained, patient.student)
         if not loss.isfinite():
             broken.append(name)
         elif any(g is not None and g.isnan().any() for g in gradients):

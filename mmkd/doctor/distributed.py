@@ -24,7 +24,8 @@ def check_distributed(patient: Patient) -> None:
     if changed:
         patient.report.find(
             f'{some(changed)}: the value in one process is not that of the '
-            'model wrapped for distributed training.'
+            'model wrapped for distributed training.',
+            'warns',
         )
     else:
         patient.report.say(

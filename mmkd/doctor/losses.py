@@ -5,18 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmkd.engine.hooks.telemetry import (
-    cosine,
-    gradient,
-    norm,
-    student_parameters,
-)
+from mmkd.core.gradients import gradient
+from mmkd.core.reach import cause, moved_parameters, optimizers_of
+from mmkd.engine.hooks.telemetry import cosine, norm
 
 from .patient import Patient, Step
 from .report import some, table
 
-EXPLODED = 1000.0
-"""A larger ratio of a method's gradient to the task's is a finding."""
 MORE_BATCHES = 3
 """How many more batches are tried for a loss that is 0 on the first."""
 
@@ -26,7 +21,7 @@ def check_losses(patient: Patient) -> None:
     step = patient.distilled_step()
     report = patient.report
     parts = trained_parts(patient)
-    of_task = _gradients(step.task.values(), parts)
+    of_task = _gradients(step.task.values(), parts, patient.student)
     task = of_task['student']
     scale = float(norm(task))
     shown: dict[str, dict[str, float]] = {
@@ -39,7 +34,7 @@ def check_losses(patient: Patient) -> None:
     reached = {'task': _reached(of_task)}
     for losses in step.distilled.values():
         for name, loss in losses.items():
-            gradients = _gradients([loss], parts)
+            gradients = _gradients([loss], parts, patient.student)
             own = gradients['student']
             shown[name] = {
                 'value': float(loss.detach()),
@@ -63,9 +58,13 @@ def check_losses(patient: Patient) -> None:
 
 
 def trained_parts(patient: Patient) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of each trained part, the student first."""
+    """Return the parameters of each trained part, the student first.
+
+    Those of the student are the ones that the optimiser changes.
+    """
     distiller = patient.distiller
-    parts = {'student': student_parameters(patient.student)}
+    optimizers = optimizers_of(patient.runner.optim_wrapper)
+    parts = {'student': moved_parameters(patient.student, optimizers)}
     modules: dict[str, nn.Module] = {
         name: peer.model for name, peer in distiller.peers.items()
     }
@@ -75,11 +74,13 @@ def trained_parts(patient: Patient) -> dict[str, list[nn.Parameter]]:
 
 
 def _gradients(
-    losses: Iterable[Tensor], parts: Mapping[str, Sequence[nn.Parameter]]
+    losses: Iterable[Tensor],
+    parts: Mapping[str, Sequence[nn.Parameter]],
+    student: nn.Module,
 ) -> dict[str, list[Tensor | None]]:
     """Compute the gradient of a sum of losses in each part, in one pass."""
     every = [p for part in parts.values() for p in part]
-    found = iter(gradient(losses, every))
+    found = iter(gradient(losses, every, student))
     return {name: [next(found) for _ in part] for name, part in parts.items()}
 
 
@@ -94,25 +95,26 @@ def _judge(
     reached: Mapping[str, Sequence[str]],
 ) -> None:
     find = patient.report.find
-    scale = shown['task']['gradient']
+    dead: dict[str, str] = {}
     for name, row in shown.items():
         if not all(map(_finite, (row['value'], row['gradient']))):
             find(f'{name}: its value or gradient is NaN or infinite.')
-        elif name == 'task':
-            continue
-        elif row['value'] == 0 or not _teaches(patient, name, reached[name]):
-            if _stays_zero(patient, name):
-                what = 'value' if row['value'] == 0 else 'gradient'
-                find(
-                    f'{name} teaches nothing: its {what} is exactly 0 on '
-                    f'{1 + MORE_BATCHES} batches.{_doubt(patient, what)}'
-                )
-        elif scale and row['gradient'] > EXPLODED * scale:
-            find(
-                f'{name} explodes: its gradient is {row["gradient"]:.3g}, '
-                f"the task's {scale:.3g}. Lower its loss_weight or warm it "
-                'up (mmkd.WeightScheduleHook).'
+        elif (
+            name != 'task'
+            and (
+                row['value'] == 0 or not _teaches(patient, name, reached[name])
             )
+            and _stays_zero(patient, name)
+        ):
+            dead[name] = 'value' if row['value'] == 0 else 'gradient'
+    for name, what in dead.items():
+        method = name.partition('.')[0]
+        others = {n for n in shown if n.partition('.')[0] == method} - {*dead}
+        find(
+            f'{name} teaches nothing: its {what} is exactly 0 on '
+            f'{1 + MORE_BATCHES} batches.{_doubt(patient, name, what)}',
+            'warns' if others else 'stops',
+        )
 
 
 def _teaches(patient: Patient, name: str, reached: Sequence[str]) -> bool:
@@ -129,8 +131,10 @@ def _teaches(patient: Patient, name: str, reached: Sequence[str]) -> bool:
     )
 
 
-def _doubt(patient: Patient, what: str) -> str:
-    if what != 'value' or not patient.distiller.teacher.each():
+def _doubt(patient: Patient, name: str, what: str) -> str:
+    if what == 'gradient':
+        return f' {_cause(patient, name.partition(".")[0])}'
+    if not patient.distiller.teacher.each():
         return ''
     return (
         ' If the teacher is trained (--eval 100 shows its metrics), none of '
@@ -145,10 +149,20 @@ def _check_student_learns(
     for method, losses in step.distilled.items():
         anything = any(reached[name] for name in losses)
         if anything and not any('student' in reached[x] for x in losses):
+            why = ''
+            if patient.distiller.methods[method].learns_from == 'peers':
+                why = f' {_cause(patient, method)}'
             patient.report.find(
                 f'{method} teaches others, but not the student: none of its '
-                f'{len(losses)} losses has a gradient there.'
+                f'{len(losses)} losses has a gradient there.{why}'
             )
+
+
+def _cause(patient: Patient, method: str) -> str:
+    """Return why a method's losses do not reach the student."""
+    methods: Any = patient.distiller.methods
+    parameters = trained_parts(patient)['student']
+    return cause(methods[method], patient.student, parameters)
 
 
 def _finite(value: float) -> bool:
@@ -166,7 +180,9 @@ def _stays_zero(patient: Patient, name: str) -> bool:
         step = patient.on(raw).distilled_step()
         loss = {k: v for d in step.distilled.values() for k, v in d.items()}
         if name in loss and _teaches(
-            patient, name, _reached(_gradients([loss[name]], parts))
+            patient,
+            name,
+            _reached(_gradients([loss[name]], parts, patient.student)),
         ):
             return False
     return True
@@ -179,7 +195,8 @@ def _check_reached(patient: Patient, step: Step) -> None:
         for name, p in patient.student.named_parameters()
         if p.requires_grad
     }
-    gradients = gradient([step.total], list(named.values()))
+    every = list(named.values())
+    gradients = gradient([step.total], every, patient.student)
     without = [
         name
         for name, each in zip(named, gradients, strict=True)
@@ -195,7 +212,8 @@ def _check_reached(patient: Patient, step: Step) -> None:
     if plain is not None:
         stock = dict(patient.stock.named_parameters())
         trained = {k: p for k, p in stock.items() if p.requires_grad}
-        got = gradient([plain.total], list(trained.values()))
+        every = list(trained.values())
+        got = gradient([plain.total], every, patient.stock)
         idle = {
             k for k, each in zip(trained, got, strict=True) if each is None
         }
@@ -203,5 +221,6 @@ def _check_reached(patient: Patient, step: Step) -> None:
     if new:
         patient.report.find(
             f'{len(new)} trainable parameters get no gradient ({some(new)}): '
-            'distributed training would wait for them forever.'
+            'distributed training would wait for them forever.',
+            'warns',
         )

@@ -4,19 +4,25 @@ import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
+from mmkd.data.checkpoint_file import load_checkpoint_file
+from mmkd.data.class_names import spelling
+from mmkd.detectors.blank import image_channels
+from mmkd.detectors.facts import box_class_names
+from mmkd.detectors.pixels import flips, mean_std, pad_value
 from mmkd.detectors.record import intercepted
 from mmkd.detectors.source import check_class_count, class_names, load_config
+from mmkd.engine.classes import training_classes
 from mmkd.engine.hooks.teacher_check import evaluate_teacher
 from mmkd.errors import ConfigError
 from mmkd.teachers.build import descriptions
+from mmkd.teachers.class_map import ClassMap
 from mmkd.teachers.frozen import FrozenDetector
-from mmkd.teachers.renormalize import flips, mean_std, pad_value
 from mmkd.utils import isolated_random_state
 
 from .patient import Patient
@@ -29,27 +35,59 @@ DIVISOR = 'pad divisor'
 
 
 def check_precision(runner: Any, images: int, report: Report) -> None:
-    """Report each teacher's metrics on the first validation images."""
+    """Report metrics on the first validation images.
+
+    They are those of each teacher, and of the student where it starts from a
+    detector.
+    """
     networks = runner.distiller.networks
     if not networks:
         return
     if runner.cfg.get('val_dataloader') is None:
         raise ConfigError('--eval needs a val_dataloader and val_evaluator.')
     images = min(images, len(runner.val_dataloader.dataset))
-    for name, teacher in networks.items():
+    detectors: dict[str, Any] = dict(networks)
+    if runner._load_from is not None:
+        names = next(iter(networks.values())).class_map.student
+        detectors['student'] = SimpleNamespace(
+            model=runner.distiller.student, class_map=ClassMap(names, names)
+        )
+    for name, each in detectors.items():
+        mode = each.model.training
+        each.model.eval()
         with isolated_random_state():
-            metrics = evaluate_teacher(runner, teacher, images)
+            metrics = evaluate_teacher(runner, each, images)
+        each.model.train(mode)
         shown = '  '.join(f'{k}: {v:.4g}' for k, v in metrics.items())
         report.say(
             name.capitalize(),
             f'on {images} validation images: {shown or "none"}',
         )
         report.values[name] = {k: float(v) for k, v in metrics.items()}
-        if not any(value > 0 for value in metrics.values()):
+        if name != 'student' and not any(
+            value > 0 for value in metrics.values()
+        ):
             report.find(
                 f'the {name} detects nothing on {images} validation images: '
                 'its checkpoint, classes, channel order or mean and std are '
                 'wrong, or it is untrained.'
+            )
+    _check_lead(report, list(networks))
+
+
+def _check_lead(report: Report, teachers: Sequence[str]) -> None:
+    """Check that teachers are better than what the student starts from."""
+    start = report.values.get('student', {})
+    for name in teachers:
+        theirs = report.values[name]
+        metric = next((k for k in start if k in theirs), None)
+        if metric is not None and theirs[metric] < start[metric]:
+            report.find(
+                f'the {name} is worse than what the student starts from '
+                f'(load_from): {metric} is {theirs[metric]:.3g}, that of the '
+                f'student {start[metric]:.3g}. Give a better teacher, or '
+                'swap the two.',
+                'warns',
             )
 
 
@@ -60,18 +98,47 @@ def check_classes(runner: Any, report: Report) -> None:
     """Report how classes are matched, and whether that is assumed."""
     distiller = runner.distiller
     dataset = runner.train_loop.dataloader.dataset
-    names = tuple(dataset.metainfo['classes'])
-    _note(report, check_class_count, distiller.student, names, 'the student')
+    names = training_classes(dataset)
+    if names is not None:
+        _note(report, check_class_count, distiller.student, names)
+        names = box_class_names(distiller.student, names)
     described = descriptions(runner.cfg.distillation.get('teacher'))
     for name, teacher in distiller.networks.items():
         of_one = f'{name}: ' if len(distiller.networks) > 1 else ''
         report.say('Classes', f'{of_one}{teacher.class_map}')
+        _check_left_out(name, teacher.class_map, report)
         _check_teacher_classes(name, teacher, names, report)
         _check_sources(name, described[name], teacher, report)
 
 
+NAMED = 20
+"""As many classes that are left out are named in a finding."""
+
+
+def _check_left_out(name: str, classes: ClassMap, report: Report) -> None:
+    """Name the classes that only one of the two networks has."""
+    if left_out := classes.unmatched:
+        report.find(
+            f'the {name} teaches nothing about {len(left_out)} of the '
+            f"student's {len(classes.student)} classes: "
+            f'{some(left_out, NAMED)}. Of its own, the student has not: '
+            f'{some(classes.unused, NAMED) or "none"}. Name pairs that mean '
+            'the same in its class_map.',
+            'warns',
+        )
+    elif unused := classes.unused:
+        report.find(
+            f"{len(unused)} of the {name}'s {len(classes.teacher)} classes "
+            f'are none of the student: {some(unused, NAMED)}.',
+            'notes',
+        )
+
+
 def _check_teacher_classes(
-    name: str, teacher: FrozenDetector, names: tuple[str, ...], report: Report
+    name: str,
+    teacher: FrozenDetector,
+    names: tuple[str, ...] | None,
+    report: Report,
 ) -> None:
     classes = teacher.class_map
     _note(
@@ -81,22 +148,25 @@ def _check_teacher_classes(
         classes.teacher,
         f'the {name}',
     )
-    if tuple(classes.student) != names:
+    if names is not None and tuple(classes.student) != names:
         report.find(
             'the classes of the class map are not those of the training '
             f'data: {names} in the data, {tuple(classes.student)} in the map.'
         )
-    pairs = zip(
-        classes.student_index.tolist(),
-        classes.teacher_index.tolist(),
-        strict=True,
-    )
-    wrong = [
-        f'{classes.student[s]} to {teacher.classes[t]}'
-        for s, t in pairs
-        if classes.student[s] != teacher.classes[t]
+    indices = classes.student_index.tolist(), classes.teacher_index.tolist()
+    pairs = [
+        (classes.student[s], teacher.classes[t])
+        for s, t in zip(*indices, strict=True)
     ]
-    if wrong or classes.identical != (classes.student == teacher.classes):
+    wrong = [
+        f'{ours} to {theirs}'
+        for ours, theirs in pairs
+        if spelling(ours) != spelling(theirs)
+        and classes.by_hand.get(ours) != theirs
+    ]
+    aligned = tuple(zip(classes.student, teacher.classes, strict=False))
+    same = len(classes.student) == len(teacher.classes)
+    if wrong or classes.identical != (same and tuple(pairs) == aligned):
         report.find(
             'the class map does not join equal names: '
             f'{some(wrong) or "it takes different lists for identical"}.'
@@ -120,8 +190,9 @@ def _check_sources(
     described = class_names({}, config)
     meta: dict[str, Any] = {}
     if options.get('checkpoint'):
-        content = CheckpointLoader.load_checkpoint(
-            options['checkpoint'], map_location='cpu'
+        trust = bool(options.get('trust_checkpoint'))
+        content = load_checkpoint_file(
+            options['checkpoint'], trust=trust, lazily=True
         )
         meta = content.get('meta') or {}
     recorded = class_names(meta, type(config)(dict(model={})))
@@ -130,7 +201,8 @@ def _check_sources(
             f"neither the {name}'s checkpoint nor its config names its "
             "classes; the student's are assumed. Name them through "
             'test_dataloader.dataset.metainfo=dict(classes=...) in its '
-            'config.'
+            'config.',
+            'warns',
         )
     elif described and recorded and described != recorded:
         differ = [
@@ -142,7 +214,8 @@ def _check_sources(
             f"the {name}'s checkpoint was trained on {len(recorded)} "
             f'classes, its config has {len(described)} or another order '
             f'(checkpoint / config: {some(differ)}). The names in the '
-            'checkpoint are used; give the config it was trained with.'
+            'checkpoint are used; give the config it was trained with.',
+            'warns',
         )
 
 
@@ -163,7 +236,8 @@ def watched(patient: Patient) -> Iterator[None]:
     for name, model in patient.networks.items():
         if not seen[name]:
             patient.report.find(
-                f'the {name} never ran: no method reads it in a step.'
+                f'the {name} never ran: no method reads it in a step.',
+                'warns',
             )
         _check_pixels(patient, name, model, [x for x, _ in seen[name]])
         active = [mode for _, modes in seen[name] for mode in modes]
@@ -172,7 +246,8 @@ def watched(patient: Patient) -> Iterator[None]:
                 f'the {name} ran with {len(set(active))} modules in '
                 f'training mode ({some(list(dict.fromkeys(active)))}): '
                 'dropout, DropPath or batch statistics are active. Put the '
-                'whole network in eval mode.'
+                'whole network in eval mode.',
+                'warns',
             )
 
 
@@ -207,11 +282,16 @@ def _describe_pixels(
             given += f', padded to multiples of {ours[DIVISOR]}'
         rows.append([name, *theirs.values(), given])
     patient.report.say('Pixels', *table(rows))
+    # Upright, networks side by side fit a terminal.
+    upright = list(zip(*rows, strict=True))
+    patient.report.fold('Pixels', *table(upright))
 
 
 def preprocessing(model: Any) -> dict[str, str]:
     """Return what a data preprocessor does with images, in words."""
     preprocessor = model.data_preprocessor
+    channels = image_channels(model)
+    order = 'RGB' if flips(preprocessor) else 'BGR'
     mean, std = (
         ' '.join(f'{v:.6g}' for v in values.tolist())
         for values in mean_std(preprocessor)
@@ -219,7 +299,7 @@ def preprocessing(model: Any) -> dict[str, str]:
     return {
         'mean': mean,
         'std': std,
-        'channels': 'RGB' if flips(preprocessor) else 'BGR',
+        'channels': order if channels == 3 else str(channels),
         'pad value': f'{pad_value(preprocessor):g}',
         DIVISOR: str(getattr(preprocessor, 'pad_size_divisor', 1)),
     }
@@ -293,7 +373,7 @@ def check_modes(patient: Patient) -> None:
             ('is in the optimiser', [n for n, p in named if id(p) in trained]),
         ):
             if names:
-                report.find(f'the {name} {what}: {some(names)}.')
+                report.find(f'the {name} {what}: {some(names)}.', 'warns')
         view = []
         for seed in range(2):
             with isolated_random_state(seed):
@@ -301,12 +381,14 @@ def check_modes(patient: Patient) -> None:
         if any(not torch.equal(a, b) for a, b in zip(*view, strict=True)):
             report.find(
                 f'the {name} answers differently to the same batch: '
-                'something random is active in it.'
+                'something random is active in it.',
+                'warns',
             )
     own = distiller.named_parameters() if distiller.networks else ()
     lost = [n for n, p in own if p.requires_grad and id(p) not in trained]
     if lost:
         report.find(
             f'the optimiser does not train {len(lost)} parameters of the '
-            f'methods ({some(lost)}).'
+            f'methods ({some(lost)}).',
+            'warns',
         )

@@ -118,6 +118,10 @@ class Patient:
         with replaced(distiller, 'scales', scales):
             return self._step(self.student)
 
+    def next_step(self) -> Step:
+        """Take the distilled step from where the student stands."""
+        return self._step(self.student)
+
     def distributed_step(self, wrapper: nn.Module) -> Step:
         """Take the distilled step through a wrapper of the student."""
         self.restore(self.student)

@@ -1,8 +1,13 @@
 """The report of an examination: sections, findings, figures for JSON."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Severity = Literal['stops', 'warns', 'notes']
+"""Of a finding: training would fail or teach nothing, it would work worse
+than it could, or it is good to know."""
 
 
 @dataclass
@@ -11,8 +16,14 @@ class Report:
 
     sections: dict[str, list[str]] = field(default_factory=dict)
     """The lines of each section, by its title."""
-    findings: list[str] = field(default_factory=list)
-    """What is wrong; empty for a healthy config."""
+    stops: list[str] = field(default_factory=list)
+    """Findings with which training would fail or teach nothing."""
+    warns: list[str] = field(default_factory=list)
+    """Findings with which training works worse than it could."""
+    notes: list[str] = field(default_factory=list)
+    """What is good to know, and nothing wrong."""
+    folded: dict[str, list[str]] = field(default_factory=dict)
+    """What is shown of a section in short."""
     values: dict[str, Any] = field(default_factory=dict)
     """Figures by name, for JSON."""
 
@@ -20,21 +31,74 @@ class Report:
         """Add lines to a section."""
         self.sections.setdefault(section, []).extend(lines)
 
-    def find(self, finding: str) -> None:
-        """Add a finding, once."""
-        if finding not in self.findings:
-            self.findings.append(finding)
+    def fold(self, section: str, *lines: str) -> None:
+        """Add lines that stand for a section unless all of it is asked for."""
+        self.folded.setdefault(section, []).extend(lines)
 
-    def text(self) -> str:
-        """Return all of it as text for a terminal."""
-        parts = []
+    @property
+    def findings(self) -> list[str]:
+        """What is wrong, the worst first; empty for a healthy config."""
+        return self.stops + self.warns
+
+    def find(self, finding: str, severity: Severity = 'stops') -> None:
+        """Add a finding, once."""
+        found: list[str] = getattr(self, severity)
+        if finding not in found:
+            found.append(finding)
+
+    def text(self, *, verbose: bool = False, width: int = 0) -> str:
+        """Return it as text for a terminal, what was found first.
+
+        Args:
+            verbose: Whether to show every section whole.
+            width: After how many columns lines end; 0: where they end.
+        """
+        parts = [self.verdict()]
+        for title, found in (
+            ('Findings', self.stops),
+            ('Warnings', self.warns),
+            ('Notes', self.notes),
+        ):
+            lines = [
+                wrapped(f'{i:>3}. {each}', width, 5)
+                for i, each in enumerate(found, 1)
+            ]
+            if lines:
+                parts.append('\n'.join([title, *lines]))
         for title, lines in self.sections.items():
-            parts.append('\n'.join([title, *(f'  {line}' for line in lines)]))
-        numbered = [f'  {i}. {f}' for i, f in enumerate(self.findings, 1)]
-        parts.append('\n'.join(['Findings', *numbered]))
-        if not self.findings:
-            parts[-1] = 'nothing found'
+            if not verbose:
+                lines = self.folded.get(title, lines)
+            lines = [wrapped(f'  {line}', width, 4) for line in lines]
+            parts.append('\n'.join([title, *lines]))
         return '\n\n'.join(parts)
+
+    def verdict(self) -> str:
+        """Return in a line how much was found."""
+        counts = (
+            (len(self.stops), 'finding that stops', 'findings that stop'),
+            (len(self.warns), 'warning', 'warnings'),
+            (len(self.notes), 'note', 'notes'),
+        )
+        said = [
+            f'{n} {one if n == 1 else more}' for n, one, more in counts if n
+        ]
+        if not self.findings:
+            said.insert(0, 'nothing found')
+        return ', '.join(said)
+
+
+def wrapped(line: str, width: int, indent: int) -> str:
+    """Break a line at spaces, and indent what follows."""
+    if not width or len(line) <= width:
+        return line
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=' ' * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.core.each_teacher import FromEach
+from mmkd.core.gradients import gradient
 from mmkd.detectors.record import StepRecord, intercepted
-from mmkd.engine.hooks.telemetry import gradient
 from mmkd.errors import TapError
 from mmkd.methods import CrossKD
 from mmkd.methods.feature_base import FeatureMethod
@@ -51,6 +51,7 @@ def describe_taps(patient: Patient) -> None:
     ]
     if rows:
         patient.report.say('Taps', *table([COLUMNS, *rows]))
+        patient.report.fold('Taps', *table(_folded(rows)))
     for name, method in patient.distiller.methods.items():
         layers = [m for m in method.modules() if own_parameters(m)]
         if layers:
@@ -59,6 +60,29 @@ def describe_taps(patient: Patient) -> None:
             count = sum(p.numel() for p in method.parameters())
             text = f'{name} trains {", ".join(parts)}: {count} parameters'
             patient.report.say('Taps', text)
+            patient.report.fold('Taps', text)
+
+
+def _folded(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return a row for each tap, of all its levels."""
+    taps: dict[tuple[str, ...], list[Sequence[str]]] = {}
+    for row in rows:
+        taps.setdefault(tuple(row[:3]), []).append(row[3:])
+    head = ['method', 'network', 'tap', 'levels', 'channels', 'strides']
+    return [
+        [*head, 'adapter'],
+        *(
+            [
+                *(*tap, str(len(levels)), _unique(levels, 1)),
+                *(_unique(levels, 3), _unique(levels, 4)),
+            ]
+            for tap, levels in taps.items()
+        ),
+    ]
+
+
+def _unique(levels: Sequence[Sequence[str]], column: int) -> str:
+    return ' '.join(dict.fromkeys(level[column] for level in levels))
 
 
 def _single_methods(patient: Patient) -> dict[str, Any]:
@@ -96,7 +120,7 @@ def _rows(
     width = patient.inputs.shape[-1]
     paths = [*dict.fromkeys(method.student_paths)]
     if not paths:
-        for path in student._fired:
+        for path in student.fired:
             shape = _shape(student.features(path), width)
             yield ['student', path, 'all', *shape, '-']
     between = adapters(method, student, teacher) if teacher.each() else {}
@@ -233,7 +257,8 @@ def check_zero_weight(patient: Patient) -> None:
         patient.report.find(
             'with every method at weight 0 the step is not the plain one: '
             f'{name} differs by {worst:.2g} (relative). A method or the '
-            'runner changes the student.'
+            'runner changes the student.',
+            'warns',
         )
     else:
         patient.report.say(section, f'the plain step, {shown}')
@@ -241,13 +266,15 @@ def check_zero_weight(patient: Patient) -> None:
     if changed and noise == 0:
         patient.report.find(
             'after a step at weight 0 these buffers differ from those of the '
-            f'plain step: {some(changed)}.'
+            f'plain step: {some(changed)}.',
+            'warns',
         )
     if not torch.equal(plain.random_state, zero.random_state):
         patient.report.find(
             'distillation draws from the global random numbers even at '
             "weight 0, so the student's samplers and dropout draw other "
-            'numbers than in the plain run.'
+            'numbers than in the plain run.',
+            'warns',
         )
     if not patient.steers:
         _check_own_losses(patient, plain, 10 * noise)
@@ -262,7 +289,8 @@ def _check_own_losses(patient: Patient, plain: Step, allowed: float) -> None:
             f"the student's own {name} changes by {worst:.2g} (relative) "
             'when methods are active, though none of them steers it: '
             'something draws random numbers before it or changes the '
-            'student.'
+            'student.',
+            'warns',
         )
 
 
@@ -273,7 +301,7 @@ def _signature(step: Step, model: nn.Module) -> dict[str, Tensor]:
         for k, p in model.named_parameters()
         if p.requires_grad and not k.startswith(f'{ATTACHED}.')
     }
-    gradients = gradient([step.total], list(named.values()))
+    gradients = gradient([step.total], list(named.values()), model)
     return {
         **{k: v.detach() for k, v in step.task.items()},
         **{

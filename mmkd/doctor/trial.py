@@ -20,6 +20,7 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from mmkd.core.distiller import build_distiller
+from mmkd.core.gradients import gradient, student_parameters
 from mmkd.detectors.shrink import (
     SCALE,
     noise_batch,
@@ -206,17 +207,7 @@ def _check(student: nn.Module, losses: Mapping[str, Tensor]) -> None:
     ours = [v for k, v in losses.items() if k.startswith('trial.loss')]
     if not ours:
         return
-    stock = [
-        parameter
-        for name, parameter in student.named_parameters()
-        if parameter.requires_grad and not name.startswith('distillation.')
-    ]
-    gradients = torch.autograd.grad(
-        torch.stack(list(ours)).sum(),
-        stock,
-        retain_graph=True,
-        allow_unused=True,
-    )
+    gradients = gradient(ours, student_parameters(student), student)
     if not any(g is not None and g.any() for g in gradients):
         raise TrialError('the loss gives the student no gradient')
 

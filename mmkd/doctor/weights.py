@@ -2,22 +2,35 @@
 
 import copy
 import os.path as osp
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mmdet.models.backbones import SwinTransformer
+from mmengine.model import BaseModule
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from mmkd.data.checkpoint_file import load_checkpoint_file
+from mmkd.data.checkpoint_loader import OPT_IN, trusts
+from mmkd.data.checkpoint_reader import read_checkpoint
+from mmkd.data.foreign_weights import (
+    COMPUTED,
+    convert_state_dict,
+    origin,
+    weights_in,
+)
 from mmkd.detectors.source import find_in_model_index
+from mmkd.detectors.state_keys import hint, stock_state
+from mmkd.errors import CheckpointError
 from mmkd.teachers.build import descriptions
 from mmkd.utils import ATTACHED
 
 from .patient import own_state
-from .report import Report, some
+from .report import Report, Severity, some
 
 SECTION = 'Weights'
 COUNTER = 'num_batches_tracked'
@@ -31,19 +44,35 @@ class Loaded:
     total: int
     equal: list[str]
     missing: list[str]
-    """In the network, but not in the file, or of another shape there."""
+    """In the network alone."""
     unexpected: list[str]
-    """In the file, but not in the network, or of another shape there."""
+    """In the file alone."""
+    shapes: list[str]
+    """In both, of another shape: each with both shapes."""
     different: list[str]
     """In both, with other values: initialised after loading."""
+
+    @property
+    def taken(self) -> int:
+        """How many tensors of the file the network has taken."""
+        return len(self.equal) + len(self.different)
 
     def __str__(self) -> str:
         text = f'{self.source}: {len(self.equal)} of {self.total} tensors'
         if self.missing:
             text += f'; not in the file: {some(self.missing)}'
+        if self.shapes:
+            text += f'; {self.of_another_shape()}'
         if self.unexpected:
             text += f'; not used of it: {some(self.unexpected)}'
         return text
+
+    def of_another_shape(self) -> str:
+        more = len(self.shapes) > 1
+        return (
+            f'{len(self.shapes)} of another shape: {self.shapes[0]}'
+            + ', for one' * more
+        )
 
 
 def compare(
@@ -67,15 +96,19 @@ def compare(
         (key.removeprefix('module.'), value)
         for key, value in file.items()
         if (name := key.removeprefix('module.')) not in own
-        or own[name].shape == value.shape
+        or own[name].shape == getattr(value, 'shape', None)
     )
     if hasattr(file, '_metadata'):
         given._metadata = file._metadata  # type: ignore[attr-defined]
     absent, unexpected = scratch.load_state_dict(given, strict=False)
-    other = [k.removeprefix('module.') for k in file]
-    unexpected += [k for k in other if k in own and k not in given]
-    missing = [key for key in absent if key in own]
-    loaded = [key for key in own if key not in missing]
+    other = {k.removeprefix('module.'): v for k, v in file.items()}
+    shapes = [
+        f'{k} is {_shape(v)} in the file and {_shape(own[k])} here'
+        for k, v in other.items()
+        if k in own and k not in given
+    ]
+    loaded = [key for key in own if key not in absent]
+    missing = [key for key in own if key in absent and key not in other]
     reference = scratch.state_dict()
     equal = [k for k in loaded if _same(state.get(k), reference[k])]
     return Loaded(
@@ -84,8 +117,14 @@ def compare(
         equal,
         missing,
         list(unexpected),
+        shapes,
         [key for key in loaded if key not in equal],
     )
+
+
+def _shape(value: Any) -> str:
+    shape = getattr(value, 'shape', None)
+    return type(value).__name__ if shape is None else str(tuple(shape))
 
 
 def _same(a: Tensor | None, b: Tensor) -> bool:
@@ -137,10 +176,88 @@ def _describe(
     file = content.get('state_dict', content)
     loaded = compare(state, scratch, file, f'load_from={source}')
     _tell(role, model, loaded, report)
-    if not loaded.equal and not loaded.different:
-        report.find(
-            f'the {role} has taken nothing from load_from={source}: no name '
-            'and shape in it fits.'
+    if few := _too_few(role, loaded, content, scratch):
+        report.find(*few)
+
+
+@dataclass
+class Start:
+    """A file that a part of a network starts from, by its ``init_cfg``."""
+
+    path: str
+    """Of the part; empty for the whole network."""
+    source: str
+    content: Mapping[str, Any]
+    prefix: str | None
+
+    @property
+    def name(self) -> str:
+        return f'{self.path or "all"} from {self.source}'
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return the weights as MMEngine's initialiser takes them."""
+        file = self.content.get('state_dict', self.content)
+        if not self.prefix:
+            return file
+        start = self.prefix.rstrip('.') + '.'
+        return {
+            k.removeprefix(start): v
+            for k, v in file.items()
+            if k.startswith(start)
+        }
+
+
+def starts(model: nn.Module) -> list[Start]:
+    """Return the files that parts of a network start from."""
+    found = []
+    for path, module in model.named_modules():
+        if path.partition('.')[0] == ATTACHED:
+            continue
+        init = getattr(module, 'init_cfg', None)
+        for each in init if isinstance(init, list) else [init]:
+            if not each or 'checkpoint' not in each:  # PVT gives no type
+                continue
+            source = each['checkpoint']
+            content = CheckpointLoader.load_checkpoint(
+                source, map_location='cpu'
+            )
+            found.append(Start(path, source, content, each.get('prefix')))
+    return found
+
+
+def check_starts(stock: nn.Module) -> None:
+    """Refuse an ``init_cfg`` from which MMEngine would fail to initialise.
+
+    Raises:
+        CheckpointError: If no weight in a file begins with its prefix.
+    """
+    for start in starts(stock):
+        module = stock.get_submodule(start.path)
+        _check_swin(module, start)
+        if start.prefix and not start.state():
+            keys = start.content.get('state_dict', start.content)
+            fits = hint(keys, module.state_dict())
+            first = Counter(key.partition('.')[0] for key in keys)
+            listed = ', '.join(f'{k} ({n})' for k, n in first.most_common(6))
+            raise CheckpointError(
+                f'{start.source} has no key that begins with prefix='
+                f'{start.prefix!r} of the init_cfg of {start.path or "model"}'
+                f'. {fits or f"Its keys begin with {listed}."}'
+            )
+
+
+def _check_swin(module: Any, start: Start) -> None:
+    """Refuse what MMDetection's Swin fails on."""
+    if getattr(module, 'convert_weights', True) or not isinstance(
+        module, SwinTransformer
+    ):
+        return
+    keys = start.content.get('state_dict', start.content)
+    if not any(key.startswith('backbone.') for key in keys):
+        raise CheckpointError(
+            f'{start.source}: the SwinTransformer of {start.path} takes '
+            'nothing but keys that begin with "backbone.", and there is none. '
+            f'{remedy_for(start.content, module)}'
         )
 
 
@@ -150,31 +267,20 @@ def _check_pretrained(
     """Report parts that start from a file (``init_cfg``), or random."""
     scratch = copy.deepcopy(scratch)
     found: dict[str, Loaded] = {}
-    for path, module in model.named_modules():
-        if path.partition('.')[0] == ATTACHED:
-            continue
-        init = getattr(module, 'init_cfg', None)
-        for each in init if isinstance(init, list) else [init]:
-            if not each or 'checkpoint' not in each:  # PVT gives no type
-                continue
-            content = CheckpointLoader.load_checkpoint(
-                each['checkpoint'], map_location='cpu'
-            )
-            file = content.get('state_dict', content)
-            prefix = each.get('prefix')
-            if prefix:
-                start = prefix.rstrip('.') + '.'
-                file = {
-                    k.removeprefix(start): v
-                    for k, v in file.items()
-                    if k.startswith(start)
-                }
-            found[path] = compare(
-                module.state_dict(),
-                scratch.get_submodule(path),
-                file,
-                f'{path or "all"} from {each["checkpoint"]}',
-            )
+    for start in starts(model):
+        module = model.get_submodule(start.path)
+        initial = scratch.get_submodule(start.path)
+        own = module.state_dict()
+        file = start.state()
+        loaded = compare(own, initial, file, start.name)
+        if not loaded.taken and _loads_itself(module):
+            loaded = by_value(own, weights_in(start.content)[1], start.name)
+        found[start.path] = loaded
+        name = f'{role}' + f"'s {start.path}" * bool(start.path)
+        if few := _too_few(name, loaded, start.content, initial):
+            report.find(*few)
+        if style := _other_style(module, start):
+            report.find(f'the {name}: {style}', 'warns')
     for loaded in found.values():
         _tell(role, model, loaded, report)
     covered = {path.partition('.')[0] for path in found}
@@ -186,6 +292,132 @@ def _check_pretrained(
     random = [] if '' in covered else [p for p in parts if p not in covered]
     if random:
         report.say(SECTION, f'{role:<9} random: {", ".join(random)}')
+
+
+def _loads_itself(module: nn.Module) -> bool:
+    """Return whether a module renames weights in ways of its own."""
+    own = getattr(type(module), 'init_weights', None)
+    return own is not BaseModule.init_weights
+
+
+def by_value(
+    state: Mapping[str, Tensor], file: Mapping[str, Tensor], source: str
+) -> Loaded:
+    """Compare weights with those of a file, whatever they are called."""
+    known: dict[tuple, list[Tensor]] = {}
+    for value in file.values():
+        known.setdefault(tuple(value.shape), []).append(value)
+    own = {k: v for k, v in state.items() if not COMPUTED.search(k)}
+    equal = [
+        key
+        for key, value in own.items()
+        if any(_same(value, v) for v in known.get(tuple(value.shape), ()))
+    ]
+    missing = [key for key in own if key not in equal]
+    return Loaded(source, len(own), equal, missing, [], [], [])
+
+
+FEW = 0.5
+"""A smaller share of a network's tensors, taken from a file, is a warning."""
+
+
+def _too_few(
+    name: str, loaded: Loaded, content: Any, module: nn.Module
+) -> tuple[str, Severity] | None:
+    """Return a finding if a network has not taken all that it has to take."""
+    if loaded.taken == loaded.total:
+        return None
+    count = f'{loaded.taken} of {loaded.total} tensors'
+    missing = []
+    if loaded.missing:
+        missing.append(
+            f'{len(loaded.missing)} are not in it ({some(loaded.missing)})'
+        )
+    if loaded.shapes:
+        missing.append(loaded.of_another_shape())
+    why = ', '.join(missing)
+    if loaded.taken > FEW * loaded.total:
+        return (
+            f'the {name} has taken {count} from {loaded.source}: {why}. These '
+            'start random.'
+        ), 'notes'
+    remedy = remedy_for(content, module)
+    if not loaded.taken:
+        return (
+            f'the {name} has taken nothing from {loaded.source}: {count}; '
+            f'{why}. {remedy}'
+        ), 'stops'
+    return (
+        f'the {name} has taken only {count} from {loaded.source}: {why}. '
+        f'{remedy}'
+    ), 'warns'
+
+
+def remedy_for(content: Any, module: nn.Module) -> str:
+    """Say what would let a module take the weights of a file."""
+    try:
+        place, state = weights_in(content)
+    except CheckpointError as error:
+        return f'In it {error}'
+    under = f'They lie under "{place}" in it. ' if place not in LOOKED else ''
+    whose = origin(state)
+    theirs = f'It holds the weights of {whose}. ' if whose else ''
+    own = module.state_dict()
+    if not under and (fits := hint(state, own)):
+        return theirs + fits
+    parts = {'': module, **dict(module.named_children())}
+    for name, part in parts.items():
+        if not any(True for _ in part.parameters()):
+            continue
+        with suppress(CheckpointError):
+            convert_state_dict(state, part)
+            where = f'{name} of this network' if name else 'this module'
+            how = (
+                f'{under}{theirs}They fit {where}: `mmkd convert FILE OUT '
+                '--to CONFIG` writes a file with the right names'
+            )
+            return how + (
+                f", for init_cfg=dict(type='Pretrained', checkpoint=OUT) in "
+                f'model.{name}.'
+                if name
+                else '.'
+            )
+    if whose:
+        return (
+            f'{under}{theirs}mmkd cannot map them to this '
+            f'{type(module).__name__}: give weights of this very kind, depth '
+            'and width, or start without.'
+        )
+    return (
+        f'{under}Its names are such as {some(list(state))}, those of the '
+        f'{type(module).__name__} such as {some(list(own))}. Give the file '
+        'of this very network.'
+    )
+
+
+LOOKED = ('', 'state_dict')
+"""Where MMEngine looks for weights in a file."""
+
+
+def _other_style(module: Any, start: Start) -> str:
+    """Return what is wrong where a ResNet strides in another layer."""
+    style, depth = getattr(module, 'style', None), getattr(module, 'depth', 0)
+    if style not in ('caffe', 'pytorch') or depth in (18, 34):
+        return ''
+    name = start.source.lower()
+    caffe = 'caffe' in name
+    pytorch = 'torchvision' in name or (
+        not start.prefix and (origin(start.state()).startswith('torchvision'))
+    )
+    theirs = 'caffe' if caffe else 'pytorch' if pytorch else style
+    if theirs == style:
+        return ''
+    return (
+        f'style={style!r}, but the weights of {start.source} are of '
+        f'style={theirs!r}, which halves the resolution in another layer of '
+        'a block: names and shapes fit, and yet it computes something else. '
+        f'Set style={theirs!r}.'
+    )
 
 
 def _check_file(
@@ -206,14 +438,17 @@ def _check_file(
         return
     trust = bool(options.get('trust_checkpoint'))
     file = load_checkpoint_file(source, trust=trust)['state_dict']
-    loaded = compare(model.state_dict(), copy.deepcopy(model), file, source)
+    own = model.state_dict()
+    file = stock_state(file, own, source, options.get('prefix'))
+    loaded = compare(own, copy.deepcopy(model), file, source)
     _tell(role, model, loaded, report)
-    if loaded.missing or loaded.unexpected:
+    if loaded.missing or loaded.shapes or loaded.unexpected:
         report.find(
             f'the {role} and its checkpoint {source} do not fit exactly: '
             f'{len(loaded.missing)} tensors are missing '
             f'({some(loaded.missing)}), {len(loaded.unexpected)} are not '
-            f'used ({some(loaded.unexpected)}).'
+            f'used ({some(loaded.unexpected)})'
+            + (f', {loaded.of_another_shape()}.' if loaded.shapes else '.')
         )
 
 
@@ -237,7 +472,12 @@ def check_checkpoint_file(
     path = osp.join(folder, 'doctor.pth')
     size = osp.getsize(path) / 2**20
     report.say('Checkpoint', f'{size:.1f} MiB with the optimiser')
-    checkpoint = torch.load(path, map_location='cpu', weights_only=False)
+    try:
+        trust = trusts(runner.cfg)
+        checkpoint = read_checkpoint(path, trust=trust, opt_in=OPT_IN)
+    except CheckpointError as error:
+        report.find(f'the run could not resume what it saves: {error}')
+        return
     state = checkpoint['state_dict']
     own = stock.state_dict()
     wrong = [
@@ -261,7 +501,8 @@ def check_checkpoint_file(
             report.find(
                 f'every checkpoint holds weights of the {name}: {len(held)} '
                 f'tensors ({some(held)}). Keep the teacher out of modules '
-                'and buffers of methods.'
+                'and buffers of methods.',
+                'warns',
             )
 
 

@@ -6,27 +6,34 @@ What belongs to the distillation is under the separate key ``distillation``.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 
 from mmkd.data.checkpoint_file import damage
 from mmkd.errors import CheckpointError
 from mmkd.utils import ATTACHED
 
+LONGEST = 4096
+"""The bytes of a path."""
 
-def latest_checkpoint(folder: str) -> str | None:
+
+def latest_checkpoint(folder: str, *others: str) -> str | None:
     """Find the checkpoint from which a training run resumes.
 
     It is the one that the file ``last_checkpoint`` names. If this file is
-    missing or empty, or its checkpoint is damaged, it is the newest complete
-    checkpoint in the folder, and a warning says so.
+    missing or empty, names something outside of the run's folders, or its
+    checkpoint is damaged, it is the newest complete checkpoint in the folder,
+    and a warning says so.
 
     Args:
         folder: The folder of the run.
+        others: Other folders that the run may save its checkpoints to, or
+            addresses of them.
 
     Returns:
         The path of the checkpoint; None if the folder has none.
@@ -35,20 +42,26 @@ def latest_checkpoint(folder: str) -> str | None:
         CheckpointError: If there are checkpoints, but none is complete.
     """
     pointer = Path(folder, 'last_checkpoint')
-    named = pointer.read_text().strip() if pointer.is_file() else ''
+    damages: list[str] = []
+    try:
+        named = pointed_by(folder)
+        if named:
+            _check_inside(named, (folder, *others))
+    except CheckpointError as error:
+        named = ''
+        damages.append(str(error))
     found = sorted(
         (p for p in Path(folder).glob('*.pth') if p.name[:5] != 'best_'),
         key=lambda p: p.stat().st_mtime_ns,
         reverse=True,
     )
     paths = [named] * bool(named) + [str(path) for path in found]
-    damages: list[str] = []
     for path in paths:
         problem = None if '://' in path else damage(path)
         if problem is None:
             if path != named:
                 print_log(
-                    f'{pointer} {"is wrong" if named else "is missing"}'
+                    f'{pointer} {"is wrong" if damages else "is missing"}'
                     f'{"".join(f"; {d}" for d in damages)}. The run resumes '
                     f'from the newest complete checkpoint instead, {path}.',
                     'current',
@@ -59,10 +72,75 @@ def latest_checkpoint(folder: str) -> str | None:
     if damages:
         raise CheckpointError(
             f'no checkpoint in {folder} can be resumed: '
-            f'{"; ".join(damages)}. Restore a complete checkpoint, or empty '
-            'the folder to start from the beginning.'
+            f'{"; ".join(damages)}. Restore a complete checkpoint, name one '
+            '(--resume CHECKPOINT), or empty the folder to start from the '
+            'beginning.'
         )
     return None
+
+
+def pointed_by(folder: str | Path) -> str:
+    """Return what ``last_checkpoint`` in a folder names; empty for nothing.
+
+    Raises:
+        CheckpointError: If it is not one line of text.
+    """
+    pointer = Path(folder, 'last_checkpoint')
+    if not pointer.is_file():
+        return ''
+    with pointer.open('rb') as file:
+        content = file.read(LONGEST + 1)
+    named = content.decode(errors='replace').strip()
+    if len(content) > LONGEST or not named.isprintable() or '\ufffd' in named:
+        raise CheckpointError(
+            f'{pointer} does not hold the path of a checkpoint'
+        )
+    return named
+
+
+def _check_inside(named: str, folders: Iterable[str]) -> None:
+    """Refuse the path of a checkpoint that the run has not saved."""
+
+    def place(path: str) -> Path:
+        return Path(path) if '://' in path else Path(path).resolve()
+
+    parent = place(str(Path(named).parent) if '://' not in named else named)
+    if not any(parent.is_relative_to(place(str(f))) for f in folders):
+        raise CheckpointError(
+            f'it names {named}, where this run saves no checkpoints'
+        )
+
+
+def checkpoint_folders(hooks: Iterable[Hook]) -> list[str]:
+    """Return where checkpoint hooks save, if not to the work dir."""
+    return [
+        str(hook.out_dir)
+        for hook in hooks
+        if isinstance(hook, CheckpointHook) and hook.out_dir
+    ]
+
+
+def check_resumable(content: Any, source: str) -> None:
+    """Refuse a checkpoint without the state of a training.
+
+    Raises:
+        CheckpointError: If it holds only weights.
+    """
+    parts = content if isinstance(content, dict) else {}
+    meta, hub = parts.get('meta'), parts.get('message_hub')
+    if (
+        not isinstance(meta, dict)
+        or not all(type(meta.get(key)) is int for key in ('epoch', 'iter'))
+        or not isinstance(hub, dict)
+        or not all(
+            isinstance(hub.get(key), dict)
+            for key in ('log_scalars', 'runtime_info', 'resumed_keys')
+        )
+    ):
+        raise CheckpointError(
+            f'{source} holds only weights, and no state of a training to '
+            'resume. Start from them with load_from and without resume.'
+        )
 
 
 def split_checkpoint(checkpoint: dict[str, Any]) -> None:

@@ -14,8 +14,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from .python_state import PythonState
+
 ROW_BYTES = 16384
 """Enough for the pickled states of one worker (about 10,700 bytes)."""
+NOTE_BYTES = 1024
+"""For the names of what a worker remembers."""
 
 
 def capture() -> dict[str, Any]:
@@ -77,7 +81,8 @@ class WorkerStates:
     Attributes:
         initial: States to start the workers from, as :meth:`read` returns
             them.
-        taken: The number of batches that the training has taken.
+        taken: The number of batches that the training has taken; of those of
+            the epoch, where :meth:`begin` was called.
     """
 
     def __init__(self, loader: DataLoader, *, endless: bool) -> None:
@@ -86,20 +91,43 @@ class WorkerStates:
             workers, ahead + 2, ROW_BYTES, dtype=torch.uint8
         ).share_memory_()
         self.done = torch.full((workers,), -1).share_memory_()
+        self.notes = torch.zeros(NOTE_BYTES, dtype=torch.uint8)
+        self.notes.share_memory_()
         self.endless = endless
         self.initial: list[dict[str, Any]] | None = None
         self.taken = 0
+        self._first = 0
+        self._before: list[int] | None = None
         self._collate = loader.collate_fn
         self._init = loader.worker_init_fn
+        self._memory: PythonState | None = None
         loader.collate_fn = self.collate
         loader.worker_init_fn = self.init_worker
 
+    def begin(self, loader: DataLoader, first: int) -> None:
+        """Begin an epoch, whose first batches may have been trained on.
+
+        Args:
+            loader: The loader, before its pass over the data.
+            first: The number of those batches.
+        """
+        running = loader.persistent_workers and loader._iterator is not None
+        if not running:
+            self.done.fill_(-1)
+        self._before = self.done.clamp(min=0).tolist()
+        self._first = self.taken = first
+
     def collate(self, batch: list[Any]) -> Any:
         """Collate a batch in the worker, then record the worker's states."""
+        if not batch:
+            return None  # it only passes a worker's turn
         result = self._collate(batch)
         info = get_worker_info()
         assert info is not None  # loaders without workers are not watched
-        self._record(info.id, int(self.done[info.id]) + 1)
+        batches = int(self.done[info.id]) + 1
+        self._record(info.id, batches)
+        if self._memory is not None and not batches & (batches - 1):
+            self._note(self._memory)
         return result
 
     def init_worker(self, worker_id: int) -> None:
@@ -109,6 +137,9 @@ class WorkerStates:
         if self.initial:
             restore(self.initial[worker_id])
         self._record(worker_id, 0)
+        info = get_worker_info()
+        if info is not None and worker_id == 0:
+            self._memory = PythonState({}, {'data': info.dataset})
 
     def read(self) -> list[dict[str, Any]] | None:
         """Return the workers' states after the last batch that was taken.
@@ -120,11 +151,22 @@ class WorkerStates:
             The states of each worker; before the first batch
             :attr:`initial`.
         """
-        if not self.taken:
+        if not self.taken and self._before is None:
             return self.initial
         while (self.done < 0).any():
             time.sleep(0.01)  # a worker is still starting
         workers = range(len(self.rows))
+        if self._before is not None:
+            count = len(workers)
+            return [
+                self._states(
+                    i,
+                    self._before[i]
+                    + len(range(i, self.taken, count))
+                    - len(range(i, self._first, count)),
+                )
+                for i in workers
+            ]
         if not self.endless:  # the epoch is over and the workers are idle
             return [self._states(i, int(self.done[i])) for i in workers]
         turn = self.taken % len(workers)
@@ -132,6 +174,22 @@ class WorkerStates:
             self._states(i, len(range(i, self.taken, len(workers))))
             for i in (*workers[turn:], *workers[:turn])
         ]
+
+    def memories(self) -> list[str]:
+        """Return the names of what the data pipeline of a worker remembers.
+
+        The first worker looks after 1, 2, 4, 8, … batches. What it finds is
+        in the memory of its process, and cannot be saved.
+        """
+        names = self.notes.numpy().tobytes().rstrip(b'\0').decode()
+        return names.splitlines()
+
+    def _note(self, memory: PythonState) -> None:
+        changes = memory.changes()
+        names = [f'{each[0]}.{each[2]}' for each in changes.saved]
+        text = '\n'.join(names + changes.lost).encode('ascii', 'replace')
+        text = text[:NOTE_BYTES]
+        self.notes.numpy()[: len(text)] = np.frombuffer(text, np.uint8)
 
     def _record(self, worker: int, batches: int) -> None:
         states = pickle.dumps(capture())

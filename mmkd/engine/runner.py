@@ -1,43 +1,88 @@
 """The runner that distils: MMEngine's, with a Distiller while it trains."""
 
 import copy
-import difflib
 import os
 import os.path as osp
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-from mmengine.dist import all_gather_object, is_main_process
-from mmengine.hooks import Hook
+from mmengine.config import Config
+from mmengine.dist import (
+    all_gather_object,
+    gather_object,
+    get_world_size,
+    is_main_process,
+)
+from mmengine.fileio import dump
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapper
-from mmengine.runner import BaseLoop, Runner
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOG_PROCESSORS
+from mmengine.runner import BaseLoop, LogProcessor, Runner
 from torch import nn
 
 from mmkd.core.distiller import Distiller, build_distiller
-from mmkd.data.checkpoint_file import (
-    check_checkpoint,
-    load_checkpoint_file,
-    write_atomically,
+from mmkd.data.checkpoint_file import check_checkpoint, write_atomically
+from mmkd.data.checkpoint_loader import OPT_IN, safe_checkpoints, trusts
+from mmkd.data.checkpoint_reader import read_checkpoint
+from mmkd.data.files import real_path, write_text
+from mmkd.detectors.wrappers import check_is_detector
+from mmkd.errors import (
+    CheckpointError,
+    ConfigError,
+    MMKDError,
+    NonFiniteError,
 )
-from mmkd.errors import CheckpointError, ConfigError
-from mmkd.peers.peer import (
-    Peer,
-    add_to_optimizer,
-    check_trained,
-    save_peers,
-    with_trained_teacher,
-)
+from mmkd.peers.peer import Peer, save_peers, with_trained_teacher
 from mmkd.registry import HOOKS, RUNNERS
 from mmkd.teachers.several import log_name
-from mmkd.utils import ATTACHED, build_checked
+from mmkd.utils import (
+    ATTACHED,
+    build_checked,
+    check_seed,
+    find_class,
+    named_class,
+)
 
-from .checkpoint import join_checkpoint, latest_checkpoint, split_checkpoint
-from .data_guard import check_images, explain_data_error
-from .hooks import LossCheckHook, PeerValidationHook, ProgressHook
+from .checkpoint import (
+    check_resumable,
+    checkpoint_folders,
+    join_checkpoint,
+    latest_checkpoint,
+    split_checkpoint,
+)
+from .classes import check_validation, training_classes
+from .config_checks import check_keys, check_mixed_precision, remarks
+from .data_guard import (
+    check_images,
+    explain_data_error,
+    name_unreadable_images,
+    told_in_a_line,
+)
+from .finite import FiniteState, how_to_go_on, in_words
+from .hooks import (
+    GradientBalanceHook,
+    LossCheckHook,
+    PeerValidationHook,
+    ProgressHook,
+    ReachCheckHook,
+    SafeCheckpointHook,
+)
+from .log_processor import TrainingLog
+from .logs import tell_once_if_full
+from .optimizer import build_for
+from .preemption import PreemptionHook
+from .processes import raise_together
+from .provenance import Provenance, described, differences
 from .resume import ExactResumeHook
+from .work_dir import one_training, training_in
+
+WITH_TRACES = ProgressHook | LossCheckHook | GradientBalanceHook
+"""Hooks that leave something as it was when the training ends or breaks."""
 
 
 @RUNNERS.register_module()
@@ -53,11 +98,13 @@ class DistillationRunner(Runner):
       them atomically and removes an old one only after the new one is
       complete;
     * shows its progress in a terminal, and a summary at the end;
+    * ends on a signal (SIGTERM, SIGINT, SIGUSR1, …) after the iteration, with
+      a checkpoint;
     * resumes exactly: it restores all random states, those of the loader's
       workers too, and repeats the validation that follows a checkpoint;
     * starts distributed training on machines without a GPU as well (gloo).
 
-    Without ``distillation`` it is MMEngine's runner with these four additions.
+    Without ``distillation`` it is MMEngine's runner with these five additions.
 
     Example:
         >>> from mmengine.config import Config
@@ -71,41 +118,77 @@ class DistillationRunner(Runner):
     model: Any
     _load_from: str | None
     distiller: Distiller | None = None
+    _classes: tuple[str, ...] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._exact = ExactResumeHook()
+        self._preemption = PreemptionHook(self._exact.forget_validation)
         self._random_states: list[dict[str, Any]] = []
+        self._memories: list[dict[str, Any]] = []
         self._steps: int | None = None
         self._saved: dict[str, Any] = {}
-        super().__init__(*args, **kwargs)
+        self._on_hosts: Any = None
+        self._provenance: Provenance | None = None
+        self._made_with: dict[str, Any] = {}
+        self.finite = FiniteState({}, {})
+        self.finite_checkpoint: str | None = None
+        with safe_checkpoints(trusts(kwargs.get('cfg') or {})):
+            super().__init__(*args, **kwargs)
         self.register_hook(self._exact)
-        self._check_distillation_key()
+        check_keys(self.cfg)
         if self.cfg.get('distillation'):
             self.cfg.distillation = with_trained_teacher(self.cfg.distillation)
 
     def train(self) -> nn.Module:
-        """Attach the distiller, train, and leave the stock student."""
+        """Attach the distiller, train, and leave the stock student.
+
+        Raises:
+            Preempted: If a signal has ended the training;
+                KeyboardInterrupt, if it was SIGINT.
+            WorkDirError: If another training is at work in the work dir.
+        """
+        with (
+            safe_checkpoints(trusts(self.cfg)),
+            one_training(self.work_dir),
+            self._preemption.watching(self),
+        ):
+            return self._train()
+
+    def _train(self) -> nn.Module:
         try:
+            for remark in remarks(self.cfg, self.hooks, self.log_processor):
+                self.logger.warning(remark)
             self._find_resumed()
             self._attach()
             self._wrap()
             self._register_once(ProgressHook)
-            return super().train()
+            self._register_once(LossCheckHook)
+            self._provenance = Provenance(
+                self.cfg, self.distiller, (self._student(), *self.hooks)
+            )
+            # What it restores is what the others have left.
+            last = [self._preemption, self._exact]
+            others = [hook for hook in self.hooks if hook not in last]
+            self._hooks = [*others, *last]
+            with told_in_a_line():
+                return super().train()
         finally:
             self._detach()
             for hook in self.hooks:
-                if isinstance(hook, ProgressHook):
+                if isinstance(hook, WITH_TRACES):
                     hook.close()
 
     def val(self) -> dict:
         """Validate the stock student."""
         self._wrap()
-        return super().val()
+        with told_in_a_line():
+            return super().val()
 
     def test(self) -> dict:
         """Test the stock student."""
         self._wrap()
-        return super().test()
+        with told_in_a_line():
+            return super().test()
 
     # -- attaching ---------------------------------------------------------
 
@@ -116,20 +199,16 @@ class DistillationRunner(Runner):
                 'The config has no `distillation`: this is plain training'
             )
             return
-        classes = self.train_loop.dataloader.dataset.metainfo.get('classes')
-        if not classes:
-            raise ConfigError(
-                'the training data set names no classes; set '
-                'metainfo=dict(classes=(...)) on it.'
-            )
+        check_is_detector(self._student(), 'student')
+        self._classes = training_classes(self.train_loop.dataloader.dataset)
         self.model = self._student()
         self.distiller = build_distiller(
-            cfg, self.model, classes, self.seed or 0
+            cfg, self.model, self._classes, self.seed or 0
         )
         self.logger.info(_described(self.distiller))
         self.distiller.epoch_length = len(self.train_loop.dataloader)
         self.distiller.attach()
-        self._register_once(LossCheckHook)
+        self._register_once(ReachCheckHook)
         if self._peers:
             self._register_once(PeerValidationHook)
 
@@ -148,13 +227,26 @@ class DistillationRunner(Runner):
     def _attached(self) -> nn.Module | None:
         return getattr(self._student(), ATTACHED, None)
 
+    def set_randomness(self, seed: Any, *args: Any, **kwargs: Any) -> None:
+        """Seed all generators; see :meth:`Runner.set_randomness`."""
+        check_seed({'seed': seed})
+        super().set_randomness(seed, *args, **kwargs)
+
     def register_hook(self, hook: Hook | dict, priority: Any = None) -> None:
-        """Register a hook; check the options of mmkd's own hooks."""
-        name = str(hook.get('type')) if isinstance(hook, dict) else ''
-        if name.startswith('mmkd.'):
-            options = dict(hook)
-            own = options.pop('priority', None)
-            priority = own if priority is None else priority
+        """Register a hook; check the options of mmkd's own hooks.
+
+        :class:`~mmkd.engine.hooks.SafeCheckpointHook` takes the place of
+        MMEngine's checkpoint hook, however the config names it.
+        """
+        kind = hook.get('type') if isinstance(hook, dict) else None
+        if not str(kind).startswith('mmkd.'):
+            kind = named_class(MMENGINE_HOOKS, kind)
+        if kind is CheckpointHook:
+            kind = SafeCheckpointHook
+        if isinstance(kind, str) or kind in HOOKS.module_dict.values():
+            options = {**hook, 'type': kind}
+            set_there = options.pop('priority', None)
+            priority = set_there if priority is None else priority
             hook = build_checked(HOOKS, options, 'custom_hooks')
         super().register_hook(hook, priority)
 
@@ -162,18 +254,22 @@ class DistillationRunner(Runner):
         if not any(isinstance(each, hook) for each in self.hooks):
             self.register_hook(hook())
 
-    def _check_distillation_key(self) -> None:
-        if 'distillation' in self.cfg:
+    def dump_config(self) -> None:
+        """Write the config as a whole, where no other training is at work.
+
+        A config that lies in the work dir stays as its author wrote it; the
+        folder of the logs holds it as a whole.
+        """
+        if training_in(self.work_dir) or not is_main_process():
             return
-        names = {str(name).lower(): name for name in self.cfg}
-        close = difflib.get_close_matches(
-            'distillation', names, n=1, cutoff=0.65
-        )
-        if close:
-            raise ConfigError(
-                f'the config has "{names[close[0]]}" where "distillation" is '
-                'expected; rename it.'
-            )
+        name = self.cfg.filename or f'{self.timestamp}.py'
+        folder = real_path(self.work_dir)
+        if self.cfg.filename and real_path(name).parent == folder:
+            return
+        text = self.cfg.pretty_text
+        if not name.endswith('.py'):
+            text = dump(self.cfg.to_dict(), file_format=name.split('.')[-1])
+        write_text(Path(self.work_dir, osp.basename(name)), text)
 
     def _init_model_weights(self) -> None:
         """Initialise only the student: the adapters already have weights."""
@@ -184,6 +280,22 @@ class DistillationRunner(Runner):
         finally:
             if attached is not None:
                 student._modules[ATTACHED] = attached
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Build the logger; see :meth:`Runner.build_logger`."""
+        logger = super().build_logger(*args, **kwargs)
+        tell_once_if_full(logger)
+        return logger
+
+    def build_log_processor(
+        self, log_processor: LogProcessor | dict
+    ) -> LogProcessor:
+        """Build what writes the log: :class:`TrainingLog` for MMEngine's."""
+        if isinstance(log_processor, dict):
+            kind = log_processor.get('type', LogProcessor)
+            if named_class(LOG_PROCESSORS, kind) is LogProcessor:
+                log_processor = {**log_processor, 'type': TrainingLog}
+        return super().build_log_processor(log_processor)
 
     # -- distributed start -------------------------------------------------
 
@@ -239,25 +351,11 @@ class DistillationRunner(Runner):
     # -- peers -------------------------------------------------------------
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """Build the optimiser, with the peers' parameters and settings."""
-        if self.distiller is None or not self._peers:
-            return super().build_optim_wrapper(optim_wrapper)
-        if isinstance(optim_wrapper, OptimWrapper):
-            check_trained(optim_wrapper, self._peers)
-            return optim_wrapper
-        modules = self.distiller._modules
-        peers = modules.pop('peers')
-        try:
-            wrapper = super().build_optim_wrapper(optim_wrapper)
-        finally:
-            modules['peers'] = peers
-        add_to_optimizer(
-            wrapper,
-            self._peers,
-            self.cfg.optim_wrapper,
-            adapters=self.distiller.methods.parameters(),
-        )
-        return wrapper
+        """Build the optimiser; its settings by name are the student's."""
+        build = super().build_optim_wrapper
+        if self.distiller is None:
+            return build(optim_wrapper)
+        return build_for(self.distiller, optim_wrapper, build)
 
     @property
     def _peers(self) -> dict[str, Peer]:
@@ -268,16 +366,11 @@ class DistillationRunner(Runner):
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Register MMEngine's default hooks, with a safer checkpoint hook."""
         hooks = dict(hooks or {})
-        checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook'))
-        if isinstance(checkpoint, dict) and checkpoint['type'] in (
-            'CheckpointHook',
-            'mmengine.CheckpointHook',
-        ):
-            hooks['checkpoint'] = {
-                'interval': 1,
-                **checkpoint,
-                'type': 'mmkd.SafeCheckpointHook',
-            }
+        checkpoint = hooks.get('checkpoint')
+        if isinstance(checkpoint, dict):
+            kind = named_class(MMENGINE_HOOKS, checkpoint.get('type'))
+            if kind is CheckpointHook:
+                hooks['checkpoint'] = {'interval': 1, **checkpoint}
         super().register_default_hooks(hooks)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
@@ -289,14 +382,44 @@ class DistillationRunner(Runner):
         if fn_name == 'after_load_checkpoint' and self._attached is not None:
             own = self._attached.state_dict(prefix=f'{ATTACHED}.')
             join_checkpoint(kwargs['checkpoint'], own, resume=self._resume)
+        if fn_name == 'before_train':
+            self._note_finite()
         super().call_hook(fn_name, **kwargs)
         if fn_name == 'before_save_checkpoint':
             checkpoint = kwargs['checkpoint']
             split_checkpoint(checkpoint)
+            self._check_finite(checkpoint)
             checkpoint[ATTACHED]['random_states'] = self._random_states
+            checkpoint[ATTACHED]['memories'] = self._memories
+            if self._provenance is not None:
+                checkpoint[ATTACHED]['made_with'] = self._provenance.facts()
             if self.distiller is not None:
                 checkpoint[ATTACHED]['steps'] = self.distiller.steps
             self._saved = checkpoint
+
+    def _note_finite(self) -> None:
+        """Note what is not finite when the training begins."""
+        self.finite = FiniteState(
+            self._student().state_dict(), self.optim_wrapper.state_dict()
+        )
+        if found := self.finite.at_the_beginning:
+            self.logger.warning(
+                f'Not finite from the beginning is {in_words(found)}. That is '
+                'right for a mask, say; weights may come from a run that had '
+                'diverged.'
+            )
+        elif self._resume:
+            self.finite_checkpoint = self._load_from
+
+    def _check_finite(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save what has become NaN or infinite."""
+        if found := self.finite.problems_of(checkpoint):
+            raise NonFiniteError(
+                f'the checkpoint of iteration {checkpoint["meta"]["iter"]} is '
+                f'not saved, because {in_words(found)} holds NaN or infinite '
+                'numbers, and did not when the training began. '
+                f'{how_to_go_on(self.finite_checkpoint)}'
+            )
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
         """Load weights; see :meth:`Runner.load_checkpoint`.
@@ -305,9 +428,14 @@ class DistillationRunner(Runner):
             CheckpointError: If the file is missing or truncated.
         """
         check_checkpoint(filename)
-        checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        with safe_checkpoints(trusts(self.cfg)):
+            checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        if self._resume and filename == self._load_from:
+            check_resumable(checkpoint, filename)
         attached = checkpoint.get(ATTACHED, {})
         self._random_states = attached.get('random_states', [])
+        self._memories = attached.get('memories', [])
+        self._made_with = attached.get('made_with', {})
         self._steps = attached.get('steps')
         return checkpoint
 
@@ -322,28 +450,54 @@ class DistillationRunner(Runner):
         """
         # Every process takes part in this, and only the first in MMEngine's.
         self._random_states = all_gather_object(self._exact.capture(self))
+        whole = kwargs.get('save_optimizer', True)  # it can be resumed from
+        memory = self._exact.remember(self) if whole else {}
+        self._memories = self._gather(memory)
         save = super().save_checkpoint
-        if '://' in out_dir or not is_main_process():
-            save(out_dir, filename, *args, **kwargs)
-            return
         path = osp.join(out_dir, filename)
-        try:
-            os.makedirs(out_dir, exist_ok=True)
-            write_atomically(
-                path,
-                lambda path: save(
-                    out_dir, osp.basename(path), *args, **kwargs
-                ),
-            )
+        error: MMKDError | None = None
+
+        def write(path: str) -> None:
+            # The student's comes last: it is the one that is resumed, and a
+            # run that has nothing left to train would not write the others.
+            save(out_dir, osp.basename(path), *args, **kwargs)
             save_peers(out_dir, filename, self._peers, self._saved)
-        except OSError as error:
-            raise CheckpointError(
-                f'{path} could not be written: {error}. The earlier '
-                'checkpoints are intact: make room on the disk, or give the '
-                'folder the rights to write, and continue with --resume.'
-            ) from error
+
+        try:
+            if '://' in out_dir or not is_main_process():
+                save(out_dir, filename, *args, **kwargs)
+            else:
+                os.makedirs(out_dir, exist_ok=True)
+                write_atomically(path, write)
+        except NonFiniteError as found:
+            error = found
+        except OSError as found:
+            error = CheckpointError(
+                f'{path} could not be written: {found}. The earlier '
+                'checkpoints were not touched: make room on the disk, or give '
+                'the folder the rights to write, and continue with --resume.'
+            )
+            error.__cause__ = found
         finally:
             self._saved = {}
+            self._memories = []
+        raise_together(error)
+        meta = kwargs.get('meta') or {}
+        if whole and {'epoch', 'iter'} <= meta.keys():
+            self._preemption.complete = meta['epoch'], meta['iter'], path
+        if whole and not filename.startswith('best_'):
+            self.finite_checkpoint = path
+
+    def _gather(self, memory: dict[str, Any]) -> list[dict[str, Any]]:
+        """Give what each process remembers to the first one.
+
+        It may be large (images, gradients), and stays in the host's memory.
+        """
+        if get_world_size() == 1:
+            return [memory]
+        if self._on_hosts is None:
+            self._on_hosts = torch_dist.new_group(backend='gloo')
+        return gather_object(memory, 0, self._on_hosts) or []
 
     # -- exact resuming ----------------------------------------------------
 
@@ -354,21 +508,35 @@ class DistillationRunner(Runner):
         with explain_data_error(self.cfg, 'train'):
             built = super().build_train_loop(loop)
             check_images(built.dataloader.dataset)
+        name_unreadable_images(built.dataloader.dataset)
         self._exact.watch(built)
         return built
 
     def build_val_loop(self, loop: dict | BaseLoop) -> BaseLoop:
         """Build the validation loop, with errors that name the data."""
+        if isinstance(loop, BaseLoop):
+            return loop
         with explain_data_error(self.cfg, 'val'):
             built = super().build_val_loop(loop)
             check_images(built.dataloader.dataset)
+        name_unreadable_images(built.dataloader.dataset)
+        if self.distiller is not None:
+            check_validation(
+                self.distiller.student,
+                built.dataloader.dataset,
+                self._classes,
+                'val',
+            )
         return built
 
     def build_test_loop(self, loop: dict | BaseLoop) -> BaseLoop:
         """Build the test loop, with errors that name the data."""
+        if isinstance(loop, BaseLoop):
+            return loop
         with explain_data_error(self.cfg, 'test'):
             built = super().build_test_loop(loop)
             check_images(built.dataloader.dataset)
+        name_unreadable_images(built.dataloader.dataset)
         return built
 
     def _find_resumed(self) -> None:
@@ -376,23 +544,23 @@ class DistillationRunner(Runner):
         if not self._resume:
             return
         if self._load_from is None:
-            self._load_from = latest_checkpoint(self.work_dir)
+            self._load_from = latest_checkpoint(
+                self.work_dir, *checkpoint_folders(self.hooks)
+            )
         if self._load_from is None:
             self.logger.warning(
                 f'{self.work_dir} has no checkpoint to resume: the training '
                 'starts from scratch'
             )
         elif '://' not in self._load_from:
-            meta = load_checkpoint_file(self._load_from, trust=True).get(
-                'meta'
+            content = read_checkpoint(
+                self._load_from,
+                trust=trusts(self.cfg),
+                opt_in=OPT_IN,
+                lazily=True,
             )
-            if not meta:
-                raise CheckpointError(
-                    f'{self._load_from} holds only weights, and no state of a '
-                    'training to resume. Start from them with load_from and '
-                    'without resume.'
-                )
-            seed = meta.get('seed')
+            check_resumable(content, self._load_from)
+            seed = content['meta'].get('seed')
             if seed is not None and self._randomness_cfg.get('seed') is None:
                 # MMEngine would set it after the samplers have another one.
                 self._randomness_cfg.update(seed=seed)
@@ -416,10 +584,60 @@ class DistillationRunner(Runner):
                 'config it was saved with, or start from its weights with '
                 'load_from and without resume.'
             ) from error
-        self._exact.resume(self, self._random_states)
+        self._exact.resume(self, self._random_states, self._memories)
+        self._memories = []
+        if isinstance(self.log_processor, TrainingLog):
+            self.log_processor.start(self)
+        self._say_what_differs(filename)
         if self.distiller is not None:
             steps = self.iter if self._steps is None else self._steps
             self.distiller.steps = steps
+
+    def _say_what_differs(self, filename: str) -> None:
+        """Warn if the run goes on with another teacher, option or code."""
+        saved, self._made_with = self._made_with, {}
+        if saved and self._provenance is not None:
+            found = differences(saved, self._provenance.facts())
+            if found:
+                self.logger.warning(
+                    f'{filename} was saved by a run that was made with '
+                    'something else, and what follows is made with what this '
+                    f'run has (old → new): {described(found)}.'
+                )
+
+
+def runner_class(cfg: Config) -> Any:
+    """Return the runner that a config names, or else MMEngine's.
+
+    Raises:
+        ConfigError: If there is no such runner.
+    """
+    kind = cfg.get('runner_type') or Runner
+    return find_class(RUNNERS, kind, 'runner_type')
+
+
+def check_runner(cfg: Config, source: str) -> None:
+    """Refuse a runner that would train without the distillation.
+
+    Args:
+        cfg: The config.
+        source: What it is called in the message.
+
+    Raises:
+        ConfigError: If the config has ``distillation``, and its runner is
+            not derived from :class:`DistillationRunner`, or if it asks for
+            mixed precision without a GPU.
+    """
+    check_mixed_precision(cfg)
+    kind = runner_class(cfg)
+    if not cfg.get('distillation') or issubclass(kind, DistillationRunner):
+        return
+    raise ConfigError(
+        f'{source} has `distillation`, but not the runner that distils: '
+        f'{kind.__name__} would train without it. Set '
+        "runner_type='mmkd.DistillationRunner', or a class that is derived "
+        'from it.'
+    )
 
 
 def _described(distiller: Distiller) -> str:

@@ -1,12 +1,16 @@
 """Channel-wise divergence of feature maps (Shu et al., ICCV 2021)."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from mmkd.registry import MODELS
 
 from .checks import check_axes, check_positive, check_same_shape
-from .kl import softmax_kl
-from .maps import OUTSIDE
+from .maps import OUTSIDE, channels_at_once
 from .reduction import Loss
 
 
@@ -41,7 +45,7 @@ def cwd_loss(
 
     Returns:
         The divergence of each channel of each image in nats times
-        :math:`T^2`, (B, C), at least 0, float32.
+        :math:`T^2`, (B, C), at least 0 but for rounding, float32.
 
     Raises:
         ConfigError: If the temperature is not above 0.
@@ -62,12 +66,72 @@ def cwd_loss(
     check_axes('cwd_loss', pred, 'B C H W')
     remedy = 'Adapt the width and resize the map first.'
     check_same_shape('cwd_loss', remedy, pred=pred, target=target)
-    ours, theirs = pred.float(), target.float()
+    limit = None
     if weight is not None:
-        padding = weight == 0
-        ours = ours.masked_fill(padding, OUTSIDE)
-        theirs = theirs.masked_fill(padding, OUTSIDE)
-    return softmax_kl(ours.flatten(2), theirs.flatten(2), temperature)
+        limit = torch.full_like(weight, torch.inf, dtype=torch.float32)
+        limit = limit.masked_fill(weight == 0, OUTSIDE).flatten(2)
+    ours, theirs = pred.float(), target.detach().float()
+    return _ChannelKL.apply(ours, theirs, limit, temperature)
+
+
+class _ChannelKL(Function):
+    """The divergence in few passes over maps of up to 10^7 numbers.
+
+    Its gradient is T (p_s - p_t), which is all that is kept. No share is an
+    argument of a logarithm but the largest one, which cannot be 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ours: Tensor,
+        theirs: Tensor,
+        limit: Tensor | None,
+        temperature: float,
+    ) -> Tensor:
+        images, channels, height, width = ours.shape
+        at_once = channels_at_once(ours)
+        kept = ours.new_empty(images, channels, height * width)
+        divergences = []
+        for maps_s, maps_t, difference in zip(
+            *(maps.flatten(2).split(at_once, 1) for maps in (ours, theirs)),
+            kept.split(at_once, 1),
+            strict=True,
+        ):
+            logits_s, logits_t = (
+                _logits(maps, limit, temperature) for maps in (maps_s, maps_t)
+            )
+            shares_s, shares_t = logits_s.softmax(-1), logits_t.softmax(-1)
+            torch.sub(shares_s, shares_t, out=difference)
+            # log p = z - max z + log max p
+            rise = logits_t.amax(-1) - logits_s.amax(-1)
+            gain = shares_t.amax(-1).log() - shares_s.amax(-1).log()
+            ratio = (logits_t - logits_s).sub_(rise[..., None])
+            divergences.append(ratio.mul_(shares_t).sum(-1) + gain)
+        ctx.save_for_backward(kept.view(ours.shape))
+        ctx.temperature = temperature
+        return torch.cat(divergences, dim=1).mul_(temperature**2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (difference,) = ctx.saved_tensors
+        scale = gradient * ctx.temperature
+        return difference * scale[..., None, None], None, None, None
+
+
+def _logits(maps: Tensor, limit: Tensor | None, temperature: float) -> Tensor:
+    """Divide by the temperature and give padding very low logits.
+
+    Args:
+        maps: (B, C, N).
+        limit: The highest logits (B, 1, N), very low ones on padding. It is
+            faster to compare with them than to select by a mask.
+        temperature: T.
+    """
+    if temperature != 1:
+        maps = maps / temperature
+    return maps if limit is None else torch.minimum(maps, limit)
 
 
 @MODELS.register_module()

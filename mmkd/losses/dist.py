@@ -51,12 +51,9 @@ def inter_class_loss(pred: Tensor, target: Tensor) -> Tensor:
     """
     check_axes('inter_class_loss', pred, 'N C')
     check_same_shape('inter_class_loss', REMEDY, pred=pred, target=target)
-    ours, theirs = (
-        p - p.mean(1, keepdim=True) for p in (pred, target.detach())
-    )
-    return 1 - _correlation(
-        (ours * theirs).sum(1), ours.square().sum(1), theirs.square().sum(1)
-    )
+    if not len(pred):
+        return pred.sum(1)  # torch.var would warn
+    return 1 - _correlation(pred, target.detach(), dim=1)
 
 
 def intra_class_loss(
@@ -105,6 +102,8 @@ def intra_class_loss(
     """
     check_axes('intra_class_loss', pred, 'N C')
     check_same_shape('intra_class_loss', REMEDY, pred=pred, target=target)
+    if weight is None and groups is None and len(pred):
+        return (1 - _correlation(pred, target.detach(), dim=0)).mean()
     weights = pred.new_ones(len(pred)) if weight is None else weight
     if groups is None:
         groups = torch.zeros(len(pred), dtype=torch.long, device=pred.device)
@@ -119,19 +118,28 @@ def intra_class_loss(
         p - (total(p) / count.clamp(min=EPSILON))[groups]
         for p in (pred, target.detach())
     )
-    correlation = _correlation(
-        total(ours * theirs), total(ours.square()), total(theirs.square())
-    )
+    # clamp: the root has no gradient at 0
+    norms = [
+        total(p.square()).clamp(min=EPSILON**2).sqrt() for p in (ours, theirs)
+    ]
+    correlation = total(ours * theirs) / (norms[0] * norms[1] + EPSILON)
     filled = (count[:, 0] > 0).float()
     distance = (1 - correlation).mean(1)
     return (filled * distance).sum() / filled.sum().clamp(min=1)
 
 
-def _correlation(both: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    """Compute correlations from sums of products and of squares."""
-    # clamp: the root has no gradient at 0
-    norms = [s.clamp(min=EPSILON**2).sqrt() for s in (ours, theirs)]
-    return both / (norms[0] * norms[1] + EPSILON)
+def _correlation(pred: Tensor, target: Tensor, dim: int) -> Tensor:
+    """Compute Pearson's correlations along a dimension.
+
+    It is enough to centre one of the two, which needs no gradient.
+    """
+    theirs = target - target.mean(dim, keepdim=True)
+    theirs = theirs - theirs.mean(dim, keepdim=True)  # what rounding has left
+    variance = pred.var(dim, correction=0) * pred.shape[dim]
+    # where: the root has no gradient at 0
+    ours = variance.where(variance > 0, 1.0).sqrt().where(variance > 0, 0.0)
+    norm = ours * torch.linalg.vector_norm(theirs, dim=dim) + EPSILON
+    return (pred * theirs).sum(dim) / norm
 
 
 @MODELS.register_module()
@@ -146,6 +154,10 @@ class DISTLoss(Loss):
     :math:`p = \mathrm{softmax}(z / T)`, or :math:`\sigma(z / T)` with
     ``use_sigmoid``. The second part relates all boxes, so that there is no
     loss of a single box and no ``reduction``.
+
+    Given maps, every position takes the place of a box. This is the module of
+    the official code for detection (hunto/MasKD), which compares the class
+    map of each level in this way, with T = 1.
 
     Args:
         beta: Weight of the relation between classes, at least 0.
@@ -191,7 +203,8 @@ class DISTLoss(Loss):
         """Compare the student's logits with the teacher's.
 
         Args:
-            pred: The student's logits, (N, C).
+            pred: The student's logits, (N, C), or maps (B, C, H, W), which
+                are N = B H W boxes.
             target: The teacher's logits, same shape; they get no gradient.
             weight: Weight of each box, (N,).
             avg_factor: Divides the sum of the relations between classes, in
@@ -199,7 +212,15 @@ class DISTLoss(Loss):
 
         Returns:
             A scalar.
+
+        Raises:
+            ShapeError: If the tensors have other axes or differ in shape.
         """
+        check_same_shape('DISTLoss', REMEDY, pred=pred, target=target)
+        if pred.dim() == 4:
+            pred, target = (
+                z.movedim(1, -1).flatten(0, 2) for z in (pred, target)
+            )
         ours, theirs = (
             z.sigmoid() if self.use_sigmoid else z.softmax(-1)
             for z in (z.float() / self.temperature for z in (pred, target))

@@ -9,6 +9,18 @@ FLAT = 1e-5
 """A channel whose deviation is a smaller part of its mean is constant, apart
 from rounding."""
 
+AT_ONCE = 2**18
+"""How many numbers of a map are compared at once on a CPU, whose cache holds
+what is computed from them."""
+
+
+def channels_at_once(maps: Tensor) -> int:
+    """Return how many channels of maps (B, C, H, W) are compared at once."""
+    images, channels, height, width = maps.shape
+    if maps.device.type != 'cpu':
+        return max(channels, 1)
+    return max(AT_ONCE // max(images * height * width, 1), 1)
+
 
 def full_weights(maps: Tensor) -> Tensor:
     """Return the weights of the positions of maps without padding.

@@ -1,12 +1,16 @@
 """Anticorrelation of feature maps (Cao et al., NeurIPS 2022)."""
 
-import torch.nn.functional as F
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from mmkd.registry import MODELS
 
 from .checks import check_axes, check_same_shape
-from .maps import full_weights, standardize
+from .maps import FLAT, channels_at_once, full_weights
 from .reduction import Loss
 
 EPSILON = 1e-12
@@ -35,8 +39,8 @@ def pkd_loss(
     Source: Cao, Zhang, Gao, Cheng, Cheng, Zhang, "PKD: General Distillation
     Framework for Object Detectors via Pearson Correlation Coefficient",
     NeurIPS 2022, https://arxiv.org/abs/2207.02039. The official code
-    (MMRazor) takes the unbiased deviation, a difference of 1 / (B H W),
-    and counts the padding of the images.
+    (MMRazor) takes the unbiased deviation, which makes the loss smaller by
+    the factor :math:`1 - 1 / (B H W)`, and counts the padding of the images.
 
     Args:
         pred: The student's maps, (B, C, H, W), as wide as the teacher's.
@@ -65,15 +69,84 @@ def pkd_loss(
     check_axes('pkd_loss', pred, 'B C H W')
     remedy = 'Adapt the width and resize the map first.'
     check_same_shape('pkd_loss', remedy, pred=pred, target=target)
-    weights = full_weights(pred) if weight is None else weight
-    ours, averaging = standardize(
-        pred, weights, per_image=per_image, eps=EPSILON
-    )
-    theirs, _ = standardize(
-        target.detach(), weights, per_image=per_image, eps=EPSILON
-    )
-    distance = F.mse_loss(ours, theirs, reduction='none') * averaging
-    return distance.sum((2, 3) if per_image else (0, 2, 3)) / 2
+    weights = full_weights(pred) if weight is None else weight.float()
+    if not per_image:
+        weights = (weights > 0).float()
+        weights = weights / weights.sum()
+    ours, theirs = pred.float(), target.detach().float()
+    loss = _Anticorrelation.apply(ours, theirs, weights, per_image)
+    return loss if per_image else loss[0]
+
+
+class _Anticorrelation(Function):
+    r"""Half the squared distance of standardised maps, in few passes.
+
+    Its gradient, which is all that is kept, is :math:`w_i / \sigma_s` times
+    :math:`r \hat F^s_i - \hat F^t_i`, apart from epsilon.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ours: Tensor,
+        theirs: Tensor,
+        weights: Tensor,
+        per_image: bool,
+    ) -> Tensor:
+        images, channels, height, width = ours.shape
+        at_once = channels_at_once(ours)
+        over = (2,) if per_image else (0, 2)
+        weights = weights.flatten(2)
+        kept = ours.new_empty(images, channels, height * width)
+        losses = []
+        for maps_s, maps_t, gradient in zip(
+            *(maps.flatten(2).split(at_once, 1) for maps in (ours, theirs)),
+            kept.split(at_once, 1),
+            strict=True,
+        ):
+            (normal_s, scale, square_s), (normal_t, _, square_t) = (
+                _standardized(maps, weights, over) for maps in (maps_s, maps_t)
+            )
+            apart = normal_s - normal_t
+            squares = apart.square().mul_(weights).sum(over, keepdim=True)
+            losses.append(squares[..., 0] / 2)
+            correlation = (square_s + square_t - squares) / 2
+            rest = 1 - correlation - EPSILON * scale.square()
+            torch.mul(
+                apart.sub_(normal_s.mul_(rest)).mul_(scale),
+                weights,
+                out=gradient,
+            )
+        ctx.save_for_backward(kept.view(ours.shape))
+        return torch.cat(losses, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (kept,) = ctx.saved_tensors
+        return kept * gradient[..., None, None], None, None, None
+
+
+def _standardized(
+    maps: Tensor, weights: Tensor, over: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give every channel mean 0 and variance 1 over its positions.
+
+    Args:
+        maps: (B, C, N).
+        weights: (B, 1, N), with the sum 1 over the averaged axes.
+        over: The axes that are averaged.
+
+    Returns:
+        The maps, by what their deviations were multiplied, and their squares'
+        mean. A channel that is constant, apart from rounding, becomes 0.
+    """
+    mean = (maps * weights).sum(over, keepdim=True)
+    centred = maps - mean
+    variance = centred.square().mul_(weights).sum(over, keepdim=True)
+    scale = (variance + EPSILON).rsqrt()
+    scale = scale.where(variance > FLAT**2 * mean.square(), 0.0)
+    return centred.mul_(scale), scale, variance * scale.square()
 
 
 @MODELS.register_module()

@@ -15,6 +15,7 @@ from mmkd.errors import ConfigError
 from mmkd.peers.view import networks_of
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
+from mmkd.utils import Official
 
 from .mutual import mutual_kl, sum_of
 from .mutual_logits import check_mutual
@@ -77,6 +78,14 @@ class DCM(Method):
     """
 
     learns_from: ClassVar[str] = 'peers'
+    official = (
+        Official(
+            code='https://github.com/sundw2014/DCM',
+            compared='tests/methods/test_dcm.py::test_eighteen_terms_by_loops',
+            differs='It is for classification: the 18 terms and their weights '
+            'are its own; the heads, their KL and its normaliser are not.',
+        ),
+    )
 
     def __init__(
         self,

@@ -1,5 +1,8 @@
 """Decoupled knowledge distillation (Zhao et al., CVPR 2022)."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 from torch import Tensor
 
 from mmkd.core.method import Method
@@ -9,6 +12,7 @@ from mmkd.errors import ConfigError
 from mmkd.losses import dkd_parts
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
+from mmkd.utils import Official
 
 from .class_logits import (
     CLASS_LOGITS,
@@ -44,9 +48,10 @@ class DKD(Method):
     which the target's logit does not occur. This extension is ours.
 
     Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation",
-    CVPR 2022, https://arxiv.org/abs/2203.08679. Its classifiers have alpha 1,
-    beta 8 and T 4; its official code (megvii-research/mdistiller) distils
-    the RoI head of Faster R-CNN on COCO with alpha 1, beta 0.25, T 1.
+    CVPR 2022, https://arxiv.org/abs/2203.08679. The defaults are those of the
+    official code for detectors (megvii-research/mdistiller, ``detection/``),
+    which distils the RoI head of Faster R-CNN on COCO, and averages over all
+    sampled RoIs. Most of the paper's classifiers have alpha 1, beta 8 and T 4.
 
     Args:
         alpha: Weight of the target class' part, at least 0.
@@ -60,14 +65,25 @@ class DKD(Method):
             classes besides the target.
     """
 
+    official: ClassVar[Sequence[Official]] = (
+        Official(
+            code='https://github.com/megvii-research/mdistiller/tree/master/'
+            'detection',
+            compared='tests/methods/test_dkd.py::TestOfficialCode',
+            options=dict(
+                alpha=1.0, beta=0.25, temperature=1.0, loss_weight=1.0
+            ),
+        ),
+    )
+
     needs = (CLASS_LOGITS,)
 
     def __init__(
         self,
         *,
         alpha: float = 1.0,
-        beta: float = 8.0,
-        temperature: float = 4.0,
+        beta: float = 0.25,
+        temperature: float = 1.0,
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(loss_weight=loss_weight)

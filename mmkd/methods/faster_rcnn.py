@@ -44,8 +44,8 @@ class FasterRCNNDistillation(Method):
         L_{reg} &= \lambda (L_{stock} + \nu L_b)
 
     for both the RPN and the RCN (the RoI head), averaged over the sampled
-    boxes. :math:`L_{hard}` and :math:`L_{stock}` are the student's own losses,
-    which the method scales; :math:`L_{soft}` is
+    boxes of all processes. :math:`L_{hard}` and :math:`L_{stock}` are the
+    student's own losses, which the method scales; :math:`L_{soft}` is
     :class:`~mmkd.losses.WeightedSoftCrossEntropyLoss`, :math:`L_b` is
     :class:`~mmkd.losses.TeacherBoundedRegressionLoss` on the positives; and
     :math:`L_{hint}` is :class:`FeatureHint`.
@@ -204,7 +204,7 @@ class FasterRCNNDistillation(Method):
                 _object_or_not(sample.logits),
                 _object_or_not(scores.logits),
                 sample.label_weights,
-                sample.avg_factor,
+                sample.number,
             )
         if self.bounded:
             assert scores.deltas is not None
@@ -258,9 +258,7 @@ class FasterRCNNDistillation(Method):
             theirs = _with_background(theirs, classes.teacher_index)
         assert isinstance(sample.facts, RoIFacts)
         if not sample.facts.sigmoid:
-            return self.soft(
-                ours, theirs, sample.label_weights, sample.avg_factor
-            )
+            return self.soft(ours, theirs, sample.label_weights, sample.number)
         # Each column is a two-class problem, and they are summed. The "class"
         # of the last column is the background itself, so its two outcomes
         # change places.
@@ -275,7 +273,7 @@ class FasterRCNNDistillation(Method):
             torch.cat([ours, zeros], 1),
             torch.cat([theirs, zeros], 1),
             weights,
-            sample.avg_factor,
+            sample.number,
         )
 
     def _bounded_loss(
@@ -303,7 +301,7 @@ class FasterRCNNDistillation(Method):
             torch.where(positive, targets, own),
             torch.where(positive, teacher_deltas, own),
             weights,
-            sample.avg_factor,
+            sample.number,
         )
 
 

@@ -262,6 +262,33 @@ def image_weights(
     """
     if maps.dim() != 4:
         return None
+    extents = image_extents(data_samples, maps)
+    if extents is None:
+        return None
+    images, _, height, width = maps.shape
+    weights = torch.zeros(images, 1, height, width, device=maps.device)
+    for weight, (rows, columns) in zip(weights, extents, strict=True):
+        weight[:, :rows, :columns] = 1 / (rows * columns)
+    return weights
+
+
+def image_extents(
+    data_samples: Sequence[DetDataSample], maps: Tensor
+) -> list[tuple[int, int]] | None:
+    """Return which part of each map is image; the rest is padding.
+
+    Args:
+        data_samples: One per map, with ``img_shape`` and, from the data
+            preprocessor, ``batch_input_shape``.
+        maps: (B, C, H, W).
+
+    Returns:
+        The rows and columns of each image, which start at 0; None where
+        nothing is padded.
+
+    Raises:
+        ConfigError: If there is not one map per image.
+    """
     images, _, height, width = maps.shape
     if images != len(data_samples):
         raise ConfigError(
@@ -273,12 +300,10 @@ def image_weights(
     full = data_samples[0].metainfo.get('batch_input_shape', shapes[0])
     if all(tuple(shape) == tuple(full) for shape in shapes):
         return None
-    weights = torch.zeros(images, 1, height, width, device=maps.device)
-    for weight, (h, w) in zip(weights, shapes, strict=True):
-        rows = math.ceil(h * height / full[0])
-        columns = math.ceil(w * width / full[1])
-        weight[:, :rows, :columns] = 1 / (rows * columns)
-    return weights
+    return [
+        (math.ceil(h * height / full[0]), math.ceil(w * width / full[1]))
+        for h, w in shapes
+    ]
 
 
 def position_weights(
@@ -303,10 +328,7 @@ def spatial_attention(
         (B, 1, H, W): the softmax over an image's positions, times their
         number; 0 on padding.
     """
-    inside = weights > 0
-    sizes = maps.abs().mean(1, keepdim=True) / temperature
-    share = sizes.masked_fill(~inside, OUTSIDE).flatten(2).softmax(-1)
-    return share.view_as(sizes) * inside.sum((2, 3), keepdim=True)
+    return _of_positions(maps.abs(), weights, temperature)
 
 
 def channel_attention(
@@ -322,5 +344,42 @@ def channel_attention(
     Returns:
         (B, C, 1, 1): the softmax over the channels, times their number.
     """
-    sizes = (maps.abs() * weights).sum((2, 3), keepdim=True) / temperature
-    return maps.shape[1] * sizes.softmax(1)
+    return _of_channels(maps.abs(), weights, temperature)
+
+
+def both_attentions(
+    maps: Tensor, weights: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`spatial_attention` and :func:`channel_attention` at once."""
+    sizes = maps.abs()
+    return (
+        _of_positions(sizes, weights, temperature),
+        _of_channels(sizes, weights, temperature),
+    )
+
+
+def _of_positions(
+    sizes: Tensor, weights: Tensor, temperature: float
+) -> Tensor:
+    inside = weights > 0
+    sizes = sizes.mean(1, keepdim=True) / temperature
+    share = sizes.masked_fill(~inside, OUTSIDE).flatten(2).softmax(-1)
+    return share.view_as(sizes) * inside.sum((2, 3), keepdim=True)
+
+
+def _of_channels(sizes: Tensor, weights: Tensor, temperature: float) -> Tensor:
+    sizes = sum_over_positions(sizes, weights) / temperature
+    return sizes.shape[1] * sizes.softmax(1)[..., None, None]
+
+
+def sum_over_positions(maps: Tensor, weights: Tensor) -> Tensor:
+    """Return each channel's weighted sum over its positions.
+
+    Args:
+        maps: (B, C, H, W).
+        weights: (B, 1, H, W).
+
+    Returns:
+        (B, C), without a pass that writes the products.
+    """
+    return (maps.flatten(2) @ weights.flatten(2).mT)[..., 0]

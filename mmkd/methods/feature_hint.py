@@ -11,7 +11,7 @@ from mmkd.data.batch import Batch
 from mmkd.detectors.record import StepRecord
 from mmkd.registry import METHODS, MODELS
 from mmkd.teachers.view import TeacherView
-from mmkd.utils import build_checked
+from mmkd.utils import build_checked, process_share
 
 from .feature_base import FeatureMethod, image_weights
 
@@ -27,7 +27,7 @@ class FeatureHint(FeatureMethod):
     over the n pairs of levels. Maps are averaged over the positions of each
     image, without the padding, and then over the images, so it does not
     matter which images share a batch. Features of RoIs are averaged over all
-    RoIs. Student
+    RoIs of all processes. Student
     maps of another size are resized (bilinear), never cropped.
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015,
@@ -85,8 +85,12 @@ class FeatureHint(FeatureMethod):
         data_samples: Sequence[DetDataSample],
     ) -> Tensor:
         # RoI features have no padding: their first axis is the RoIs.
-        of_images = not self.source.startswith('roi_head.')
-        weight = image_weights(data_samples, target) if of_images else None
+        if self.source.startswith('roi_head.'):
+            number = target.new_full((), len(target), dtype=torch.float32)
+            share = number / process_share(number, least=1)
+            summed = getattr(self.loss, 'reduction', '') == 'sum'
+            return self.loss(adapted, target) * (1 if summed else share)
+        weight = image_weights(data_samples, target)
         if weight is None:
             return self.loss(adapted, target)
         channels_and_images = target.shape[0] * target.shape[1]

@@ -1,10 +1,9 @@
 """FGD: focal and global distillation (Yang et al., CVPR 2022)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -14,12 +13,13 @@ from mmkd.detectors.record import StepRecord, as_tensor
 from mmkd.losses.maps import OUTSIDE
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
+from mmkd.utils import Official
 
 from .feature_base import (
     FeatureMethod,
-    channel_attention,
+    both_attentions,
     position_weights,
-    spatial_attention,
+    sum_over_positions,
 )
 
 AT_ONCE = 32
@@ -66,8 +66,8 @@ class FGD(FeatureMethod):
     weights are the defaults; its Faster R-CNN has 5e-5, 2.5e-5, 5e-5 and 5e-7,
     its FCOS 1.6e-3, 8e-4, 8e-4, 8e-6 and T = 0.8. That code scales boxes by
     the size of the unpadded image, which shifts them on padded images, and
-    counts padding as background; mmkd does neither. Its recipe also
-    starts the student's neck and head from the teacher's.
+    counts padding as background; mmkd does neither. Its recipe also starts
+    the student's neck and head from the teacher's, and clips gradients at 35.
 
     Args:
         temperature: T of the attention, above 0.
@@ -85,6 +85,25 @@ class FGD(FeatureMethod):
     """
 
     needs_labels = True
+
+    official = (
+        Official(
+            code='https://github.com/yzd-v/FGD',
+            compared='tests/methods/test_fgd.py::TestOfficialCode',
+            options=dict(
+                temperature=0.5,
+                foreground_weight=1e-3,
+                background_weight=5e-4,
+                attention_weight=5e-4,
+                relation_weight=5e-6,
+            ),
+            config='fgd_retinanet_r50.py',
+            ap='RetinaNet X101→R50, 2x: 37.4→40.7',
+            differs='Boxes are placed by the size of the padded batch, and '
+            "padding is no background; the student's neck and head do not "
+            "start from the teacher's.",
+        ),
+    )
 
     def __init__(
         self,
@@ -132,12 +151,7 @@ class FGD(FeatureMethod):
             # Sums over a map overflow in half precision.
             with torch.autocast(t.device.type, enabled=False):
                 s, t = s.float(), t.float()
-                levels.append(
-                    {
-                        **self._focal(s, t, weights, boxes),
-                        'relation': self._relation(level, s, t, weights),
-                    }
-                )
+                levels.append(self._level(level, s, t, weights, boxes))
         return {
             name: weight
             / len(boxes)
@@ -145,38 +159,48 @@ class FGD(FeatureMethod):
             for name, weight in self.weights.items()
         }
 
-    def _focal(
-        self, student: Tensor, teacher: Tensor, weights: Tensor, boxes: Tensor
+    def _level(
+        self,
+        level: int,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Tensor,
+        boxes: Tensor,
     ) -> dict[str, Tensor]:
-        """Return a level's unweighted focal losses, summed over the batch."""
-        where_s, where_t = (
-            spatial_attention(maps, weights, self.temperature)
+        """Return a level's unweighted losses, summed over the batch."""
+        (where_s, which_s), (where_t, which_t) = (
+            both_attentions(maps, weights, self.temperature)
             for maps in (student, teacher)
         )
-        which_s, which_t = (
-            channel_attention(maps, weights, self.temperature)
-            for maps in (student, teacher)
-        )
-        foreground = paint_boxes(boxes, teacher.shape[-2:])
-        foreground = foreground * (weights > 0)
-        background = ((foreground == 0) & (weights > 0)).float()
+        inside = (weights > 0).float()
+        foreground = paint_boxes(boxes, teacher.shape[-2:]) * inside
+        background = inside * (foreground == 0)
         count = background.sum((2, 3), keepdim=True).clamp(min=1)
-        error = F.mse_loss(student, teacher, reduction='none') * which_t
-        error = error.sum(1, keepdim=True) * where_t  # (B, 1, H, W)
+        difference = student - teacher
+        squares = difference.square()
+        # (B, 1, C) times (B, C, H W)
+        errors = which_t[..., 0].mT @ squares.flatten(2)
+        errors = errors.view_as(where_t) * where_t
+        # R adds a context c to every position, so its squared errors are
+        # (d + c)^2 = d^2 + c (2 d + c), summed over the positions.
+        contexts = [
+            cast(ContextBlock, blocks[level]).context(maps, inside)
+            for blocks, maps in (
+                (self.student_blocks, student),
+                (self.teacher_blocks, teacher),
+            )
+        ]
+        context = contexts[0] - contexts[1]
+        sums = 2 * sum_over_positions(difference, inside)
+        sums = sums + context * inside.sum((2, 3))
+        relation = sum_over_positions(squares, inside) + context * sums
         return {
-            'foreground': (error * foreground).sum(),
-            'background': (error * background / count).sum(),
+            'foreground': (errors * foreground).sum(),
+            'background': (errors * background / count).sum(),
             'attention': (where_t - where_s).abs().sum()
             + (which_t - which_s).abs().sum(),
+            'relation': relation.sum(),
         }
-
-    def _relation(
-        self, level: int, student: Tensor, teacher: Tensor, weights: Tensor
-    ) -> Tensor:
-        inside = weights > 0
-        ours = self.student_blocks[level](student, inside)
-        theirs = self.teacher_blocks[level](teacher, inside)
-        return (theirs - ours).where(inside, 0.0).square().sum()
 
 
 class ContextBlock(nn.Module):
@@ -197,11 +221,19 @@ class ContextBlock(nn.Module):
         nn.init.zeros_(self.expand.bias)
 
     def forward(self, maps: Tensor, inside: Tensor) -> Tensor:
-        logits = self.mask(maps).masked_fill(~inside, OUTSIDE)
+        return maps + self.context(maps, inside)[..., None, None]
+
+    def context(self, maps: Tensor, inside: Tensor) -> Tensor:
+        """Return what is added to each position of an image, (B, C).
+
+        Args:
+            maps: (B, C, H, W).
+            inside: (B, 1, H, W), 0 on padding.
+        """
+        logits = self.mask(maps).masked_fill(inside == 0, OUTSIDE)
         share = logits.flatten(2).softmax(-1)  # (B, 1, H * W)
         context = (maps.flatten(2) @ share.mT)[..., 0]  # (B, C)
-        hidden = self.norm(self.reduce(context)).relu()
-        return maps + self.expand(hidden)[..., None, None]
+        return self.expand(self.norm(self.reduce(context)).relu())
 
 
 def relative_boxes(data_samples: Sequence[DetDataSample]) -> Tensor:

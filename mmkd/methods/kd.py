@@ -31,13 +31,16 @@ class KD(Method):
     * In one-stage detectors, i runs over all priors. :math:`w_i` is the
       weight that the student's own loss gives to the prior's classification
       (0 in the padding, for ignored priors, and in YOLOv3 and YOLOX for all
-      but the positives). N is the number of its positives, averaged over the
-      processes, at least 1. The priors of the heads must correspond. SSD and
-      YOLACT use all negatives, not only the mined ones; FSAF uses the priors
-      of its objects on all levels, before it selects one.
+      but the positives). N is the number of its positives. The priors of the
+      heads must correspond. SSD and YOLACT use all negatives, not only the
+      mined ones; FSAF uses the priors of its objects on all levels, before it
+      selects one.
     * In two-stage detectors, i runs over the N RoIs that the student is
       trained on, which the teacher scores on its own features. A cascade is
       distilled stage by stage, with the stage's weight.
+
+    N is averaged over the processes. In all of them together it is at least
+    1, so that their gradient is that of one process with the whole batch.
 
     Classes that only one of the networks knows are left out.
 
@@ -83,6 +86,9 @@ class KD(Method):
 def class_kl(pair: ClassLogits, temperature: float) -> Tensor:
     """Return the loss of :class:`KD` for one pair of logits, a scalar."""
     if pair.sigmoid:
-        divergence = sigmoid_kl(pair.student, pair.teacher, temperature)
-        return pair.average(divergence.sum(-1))
-    return pair.average(softmax_kl(pair.student, pair.teacher, temperature))
+        return pair.average_of(
+            lambda ours, theirs: sigmoid_kl(ours, theirs, temperature).sum(-1)
+        )
+    return pair.average_of(
+        lambda ours, theirs: softmax_kl(ours, theirs, temperature)
+    )

@@ -29,9 +29,12 @@ from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
 from mmkd.teachers.class_map import ClassMap
 from mmkd.teachers.view import DENSE, NETWORK, TeacherView
+from mmkd.utils import Official
 
 BOX_WEIGHTINGS = ('iou', 'none')
 QUALITIES = ('student', 'teacher')
+CODE = 'https://github.com/cybercore-co-ltd/CoLAD'
+"""The authors' code of LAD, SoLAD, soft labels and CoLAD."""
 
 
 @METHODS.register_module(name=['LAD', 'LabelAssignmentDistillation'])
@@ -57,7 +60,9 @@ class LAD(Method):
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
     Distillation", WACV 2022, https://arxiv.org/abs/2108.10520, for PAA
-    (official code: CoLAD). The extension to other assigners is mmkd's.
+    (official code: cybercore-co-ltd/CoLAD). The extension to other assigners
+    is mmkd's. Regions that are marked as ignored reach the assignment; in the
+    official code they do not.
 
     Args:
         box_weighting: For PAA only. ``'iou'`` is the stock loss, in which
@@ -66,8 +71,10 @@ class LAD(Method):
             by the number of positives.
         quality: ``'student'``, or ``'teacher'`` for the soft targets of the
             teacher's boxes.
-        keep_single: For PAA only. Make an object's only candidate positive,
-            as in the official code; MMDetection gives such an object none.
+        keep_single: For PAA only. Make an object's only candidate positive.
+            MMDetection and the official code give such an object no
+            positive; only a base class in that code, which LAD and CoLAD
+            override, keeps it.
         loss_weight: 0 switches the method off, and any other value on.
 
     Raises:
@@ -76,6 +83,21 @@ class LAD(Method):
 
     needs = (DENSE, NETWORK)
     steers = True
+    official = tuple(
+        Official(
+            code=CODE,
+            compared='tests/methods/test_lad.py::TestOfficialCode',
+            options=dict(
+                box_weighting='none', quality='student', keep_single=False
+            ),
+            config=config,
+            ap=ap,
+        )
+        for config, ap in (
+            ('lad_r50.py', 'PAA R101→R50, 1x: 40.4→41.6'),
+            ('lad_r101.py', 'PAA R50→R101, 1x: 42.6→43.3'),
+        )
+    )
 
     def __init__(
         self,
@@ -129,7 +151,7 @@ class LAD(Method):
                 recorded = record_assignments(
                     teacher.dense.facts.head,
                     teacher.dense.raw,
-                    *ground_truth(batch.data_samples, classes),
+                    *ground_truth(batch.copies(), classes),
                 )
                 stack.enter_context(
                     replayed(head, recorded, quality=self.quality)
@@ -140,10 +162,14 @@ class LAD(Method):
 def ground_truth(
     data_samples: Sequence[DetDataSample], classes: ClassMap
 ) -> tuple[list[InstanceData], list[dict], list[InstanceData | None]]:
-    """Return objects with the teacher's labels, meta data, ignored regions."""
+    """Return objects with the teacher's labels, meta data, ignored regions.
+
+    Args:
+        data_samples: The images, whose labels are changed.
+        classes: The class map.
+    """
     objects, ignored, metas = unpack_gt_instances(data_samples)
     if not classes.identical:
-        objects = [gt.clone() for gt in objects]
         for gt in objects:
             gt.labels = classes.to_teacher[gt.labels]
     return objects, metas, ignored

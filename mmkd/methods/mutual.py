@@ -6,7 +6,6 @@ from typing import Any, ClassVar, cast
 
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_overlaps
-from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
 from mmkd.core.method import Method
@@ -21,7 +20,7 @@ from mmkd.losses.kl import BinaryProblems
 from mmkd.peers.view import as_teacher, networks_of
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
-from mmkd.utils import build_checked
+from mmkd.utils import Official, build_checked, process_share
 
 from .feature_base import FeatureMethod
 from .kd import class_kl
@@ -84,6 +83,16 @@ class DML(Method):
     """
 
     learns_from: ClassVar[str] = 'peers'
+    official = (
+        Official(
+            code='https://github.com/YingZhangDUT/Deep-Mutual-Learning',
+            compared='tests/methods/test_mutual.py'
+            '::test_two_stage_heads_on_the_rois_of_both',
+            differs='It is for re-identification: the mean over samples of '
+            'the softmax KL, as here over RoIs. It updates one network after '
+            'the other.',
+        ),
+    )
 
     def __init__(
         self,
@@ -256,7 +265,7 @@ def _roi_box_distance(
     )
     overlap = bbox_overlaps(ours, theirs, mode='giou', is_aligned=True)
     positive = (sample.labels < facts.classes).float()
-    number = reduce_mean(positive.sum()).clamp(min=1)
+    number = process_share(positive.sum(), least=1)
     return facts.weight * ((1 - overlap) * positive).sum() / number
 
 

@@ -1,6 +1,5 @@
 """Class logits of networks that train together."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 from mmdet.structures import DetDataSample
@@ -33,12 +32,10 @@ def mutual_logits(
     swapped = class_logits(target, as_teacher(learner), data_samples)
     joined = []
     for own, other in zip(pairs, swapped, strict=True):
-        other = dataclasses.replace(
-            other, student=other.teacher, teacher=other.student
-        )
+        other = other.replace(student=other.teacher, teacher=other.student)
         number = own.avg_factor + other.avg_factor
         for pair in (own, other):
-            joined.append(dataclasses.replace(pair, avg_factor=number))
+            joined.append(pair.replace(avg_factor=number))
     return joined
 
 

@@ -1,6 +1,7 @@
 """PKD: distillation by Pearson correlation (Cao et al., NeurIPS 2022)."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,8 +11,18 @@ from mmkd.detectors.record import StepRecord
 from mmkd.losses import pkd_loss
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
+from mmkd.utils import Official
 
 from .feature_base import FeatureMethod, position_weights
+
+CODE = (
+    'https://github.com/open-mmlab/mmrazor/tree/main/configs/distill/mmdet/pkd'
+)
+COMPARED = 'tests/methods/test_pkd.py::TestOfficialCode'
+DIFFERS = (
+    'Padding does not count, and the deviation is not the unbiased one, which '
+    'is a factor of 1 - 1 / (B H W) in the loss.'
+)
 
 
 @METHODS.register_module()
@@ -36,20 +47,47 @@ class PKD(FeatureMethod):
 
     Source: Cao, Zhang, Gao, Cheng, Cheng, Zhang, "PKD: General Distillation
     Framework for Object Detectors via Pearson Correlation Coefficient",
-    NeurIPS 2022, https://arxiv.org/abs/2207.02039, with the weight 6. The
-    official code (MMRazor) is this formula with the unbiased standard
-    deviation, a difference of 1 / (B H W), and takes the first four FPN levels
-    of Faster R-CNN.
+    NeurIPS 2022, https://arxiv.org/abs/2207.02039. The official configs
+    (MMRazor) have the weight 6 for Faster R-CNN and for a RetinaNet that
+    learns from Mask R-CNN with Swin, and 10 for RetinaNet, for RetinaNet that
+    learns from FCOS, and for RepPoints. All take the first four FPN levels.
+    The official code divides by the unbiased standard deviation, which makes
+    the loss smaller by the factor :math:`1 - 1 / (B H W)`, and counts the
+    padding of the images.
 
     Args:
         per_image: Take statistics over each image instead of the batch.
-        loss_weight: Weight of the method.
+        loss_weight: Weight of the method; 10 in the official configs of most
+            one-stage detectors.
         **features: Which features are compared, and how: the other options
             of :class:`FeatureMethod`.
 
     Raises:
         ConfigError: If the features cannot be compared.
     """
+
+    official: ClassVar[Sequence[Official]] = (
+        Official(
+            code=CODE,
+            compared=COMPARED,
+            options=dict(
+                loss_weight=6.0, levels=[0, 1, 2, 3], per_image=False
+            ),
+            config='pkd_faster_rcnn_r50.py',
+            ap='Faster R-CNN R101→R50, 2x: 38.4→40.3',
+            differs=DIFFERS,
+        ),
+        Official(
+            code=CODE,
+            compared=COMPARED,
+            options=dict(
+                loss_weight=10.0, levels=[0, 1, 2, 3], per_image=False
+            ),
+            config='pkd_retinanet_r50.py',
+            ap='RetinaNet X101→R50, 2x: 37.4→40.8',
+            differs=DIFFERS,
+        ),
+    )
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from mmkd.errors import ConfigError
 from mmkd.losses.maps import OUTSIDE, standardize
 from mmkd.registry import METHODS
 from mmkd.teachers.view import TeacherView
+from mmkd.utils import Official
 
 from .feature_base import FeatureMethod, position_weights
 
@@ -56,20 +57,23 @@ class TaT(FeatureMethod):
     size and the grid has a fixed number of cells. Maps of any size are padded
     to whole groups. This padding and that of the batch are masked: they
     attend to nothing, nothing attends to them, and their errors don't count.
-    Batch normalisation leaves padding out as well. It includes the other
-    images of the batch, as in the paper, unless ``per_image`` is set. It is
-    not used after training, so it keeps no running statistics.
+    Batch normalisation leaves padding out as well. It is not used after
+    training, so it keeps no running statistics.
 
     Source: Lin, Xie, Wang, Yu, Chang, Liang, Wang, "Knowledge Distillation via
     the Target-aware Transformer", CVPR 2022, https://arxiv.org/abs/2205.10793,
     sec. 3. Its authors tested classification and segmentation, never
-    detection. Their code (sihaoevery/TaT-seg) differs from the text: it takes
-    the softmax over the *teacher's* positions, in rows of the student's
+    detection. Their code for segmentation (sihaoevery/TaT-seg) goes through a
+    batch image by image, so that each image has the statistics of its own
+    (``per_image``, the default). It differs from the text: it takes the
+    softmax over the *teacher's* positions, in rows of the student's
     (``softmax='teacher'``), and its :math:`\theta` is a convolution with batch
     normalisation (``theta='conv'``), while the paper finds the identity best.
-    It cuts each map into a fixed *number* of patches and drops the rows that
-    remain. The weights are those of its ResNet-18 on COCO-Stuff; patch size
-    and grid for detectors are UNVERIFIED.
+    It cuts each map into a fixed *number* of patches, joins two of them in
+    the end (``patches_per_group=2``), and drops the rows that remain. Their
+    code for classification (sihaoevery/TaT) normalises over the batch. The
+    weights are those of its ResNet-18 on COCO-Stuff; patch size and grid for
+    detectors are UNVERIFIED.
 
     Args:
         patch_size: Rows and columns of a patch, in positions; None for no
@@ -83,7 +87,8 @@ class TaT(FeatureMethod):
         theta: ``'identity'`` or ``'conv'``.
         softmax: The positions that it runs over: ``'student'`` or
             ``'teacher'``.
-        per_image: Normalise with the statistics of each image.
+        per_image: Normalise with the statistics of each image, or else with
+            those of the batch.
         loss_weight: Weight of the method.
         **features: Which features are compared, and how: the other options
             of :class:`FeatureMethod`.
@@ -95,6 +100,24 @@ class TaT(FeatureMethod):
 
     adaptable = False
 
+    official = (
+        Official(
+            code='https://github.com/sihaoevery/TaT-seg',
+            compared='tests/methods/test_tat.py::TestOfficialCode',
+            options=dict(
+                theta='conv',
+                softmax='teacher',
+                per_image=True,
+                patches_per_group=2,
+                patch_weight=0.6,
+                anchor_weight=0.6,
+            ),
+            differs='It is for segmentation. It cuts a map into a fixed '
+            'number of patches (32x32) and cells, and drops the rows that '
+            'remain; here patches have a fixed size and nothing is dropped.',
+        ),
+    )
+
     def __init__(
         self,
         *,
@@ -105,7 +128,7 @@ class TaT(FeatureMethod):
         anchor_weight: float = 0.6,
         theta: str = 'identity',
         softmax: str = 'student',
-        per_image: bool = False,
+        per_image: bool = True,
         loss_weight: float = 1.0,
         **features: Any,
     ) -> None:

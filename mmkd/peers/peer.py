@@ -1,7 +1,6 @@
 """Networks that train beside the student, in the same step."""
 
 import copy
-import functools
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from mmkd.data.batch import Batch
-from mmkd.data.checkpoint_file import write_atomically
+from mmkd.data.files import replacing, write_text
 from mmkd.detectors.source import (
     build_trained,
     check_class_count,
@@ -25,8 +24,9 @@ from mmkd.detectors.source import (
     find_in_model_index,
     load_config,
 )
+from mmkd.detectors.wrappers import check_is_detector
 from mmkd.errors import ConfigError
-from mmkd.teachers.renormalize import Renormalize
+from mmkd.teachers.renormalize import Renormalize, check_channels
 from mmkd.utils import ATTACHED, check_options, isolated_random_state
 
 PEER_OPTIONS = (
@@ -36,6 +36,7 @@ PEER_OPTIONS = (
     'cfg_options',
     'optim_wrapper',
     'trust_checkpoint',
+    'prefix',
 )
 
 TRAINED_TEACHER = 'teacher'
@@ -82,7 +83,7 @@ class Peer(nn.Module):
         with isolated_random_state(int(stream.generate_state(1)[0])):
             return self.model.loss(
                 self.renormalize(batch.inputs, batch.data_samples),
-                batch.data_samples,
+                batch.copies(),
             )
 
 
@@ -121,6 +122,7 @@ def build_peer(
     *,
     student: nn.Module,
     classes: Sequence[str],
+    named: bool = True,
     seed: int,
 ) -> Peer:
     """Build a network that trains beside the student.
@@ -131,12 +133,14 @@ def build_peer(
         cfg: A dict with ``config`` (a path, ``mmdet::…``, a config dict), or
             with the ``name`` of a model in MMDetection's index, whose config
             and weights are taken. With ``checkpoint`` it starts from a file,
-            and without from the initialisation of its config.
+            and without from the initialisation of its config; ``prefix`` is
+            what comes before its names in that file.
             ``cfg_options`` overrides entries of the config, and
             ``optim_wrapper`` has optimiser settings of its own for the
             student's kind of optimiser.
         student: The student's detector.
         classes: The class names of the training data.
+        named: Whether the data name them; if not, they are numbers.
         seed: The seed of its weights and its random numbers.
 
     Raises:
@@ -164,15 +168,21 @@ def build_peer(
         if options.get('checkpoint'):
             trust = bool(options.get('trust_checkpoint', False))
             model, _ = build_trained(
-                config.model, options['checkpoint'], trust=trust
+                config.model,
+                options['checkpoint'],
+                trust=trust,
+                prefix=options.get('prefix'),
             )
         else:
             register_all_modules(init_default_scope=False)
             with DefaultScope.overwrite_default_scope('mmdet'):
                 model = MODELS.build(config.model)
             model.init_weights()
+    check_is_detector(model, f'peer "{name}"')
     check_class_count(model, classes, where)
-    _check_class_names(config, classes, where)
+    check_channels(student, model, where)
+    if named:
+        _check_class_names(config, classes, where)
     return Peer(
         model.train(),
         config,
@@ -344,11 +354,6 @@ def save_peers(
         }
         own = Path(folder, name)
         own.mkdir(parents=True, exist_ok=True)
-        write = functools.partial(_write_text, config)
-        write_atomically(str(own / 'config.py'), write)
-        save = functools.partial(torch.save, content)
-        write_atomically(str(own / filename), save)
-
-
-def _write_text(text: str, path: str) -> None:
-    Path(path).write_text(text)
+        write_text(own / 'config.py', config)
+        with replacing(own / filename) as file:
+            torch.save(content, file)

@@ -15,7 +15,6 @@ printed in per cent, and written as fractions with `--json`.
 import argparse
 import contextlib
 import io
-import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mmkd.data import check_coco_annotations, data_error, read_json, write_json
+from mmkd.data.coco import is_box, is_id
 from mmkd.data.errors import some
+from mmkd.data.files import is_number, shown
+from mmkd.data.masks import mask_problem
 
 from .tables import table
 
@@ -89,7 +91,20 @@ def load_truth(path: Path, kind: str) -> dict[str, Any]:
     truth: dict[str, Any] = read_json(path)
     rows = truth['annotations']
     for row in rows:
-        row.setdefault('iscrowd', 0)
+        if row.setdefault('iscrowd', 0) not in (0, 1):
+            where = f'{path}: annotation {row["id"]}'
+            got = shown(row['iscrowd'])
+            raise data_error(where, 'iscrowd of 0 or 1', got, REMEDY)
+        row['iscrowd'] = int(row['iscrowd'])
+        row.pop('ignore', None)  # pycocotools puts iscrowd in its place
+    for key in ('images', 'categories'):
+        kinds = {type(row['id']) for row in truth[key]}
+        if len(kinds) > 1:  # pycocotools would compare "1" with 1
+            expected, got = 'ids that are all numbers, or all texts', 'both'
+            raise data_error(f'{path}: {key}', expected, got, REMEDY)
+    if any(isinstance(row['id'], str) for row in rows):
+        for number, row in enumerate(rows, 1):  # as pycocotools counts them
+            row['id'] = number
     if any(row['id'] == 0 for row in rows):
         warn(
             f'{path}: pycocotools takes annotation id 0 for "no match", '
@@ -101,7 +116,22 @@ def load_truth(path: Path, kind: str) -> dict[str, Any]:
         raise data_error(
             path, 'annotations with masks', got, 'Use --type bbox.'
         )
+    if kind == 'segm':
+        sizes = sizes_of(truth)
+        for row in rows:
+            size = sizes[row['image_id']]
+            if problem := mask_problem(row['segmentation'], *size):
+                where = f'{path}: annotation {row["id"]}'
+                raise data_error(where, 'a mask', problem, REMEDY)
     return truth
+
+
+def sizes_of(truth: dict[str, Any]) -> dict[Any, list[int]]:
+    """Return the height and width of each image."""
+    return {
+        row['id']: [int(row['height']), int(row['width'])]
+        for row in truth['images']
+    }
 
 
 def load_results(
@@ -120,9 +150,7 @@ def load_results(
         if isinstance(results, dict) and 'annotations' in results:
             got = 'annotations'
         raise data_error(path, 'a list of detections', got, REMEDY)
-    sizes = {
-        row['id']: [row['height'], row['width']] for row in truth['images']
-    }
+    sizes = sizes_of(truth)
     for position, row in enumerate(results):
         if problem := problem_of(row, kind, sizes):
             where = f'{path}: entry {position}'
@@ -157,23 +185,25 @@ def problem_of(
         return f'a {type(row).__name__}'
     for key in ('image_id', 'category_id', 'score', SHAPES[kind]):
         if key not in row:
-            return f'no {key}, only {", ".join(row)}'
-        if key.endswith('_id') and not isinstance(row[key], int | str):
-            return f'{key}={row[key]!r}'
+            return f'no {key}, only {some(row, 6)}'
+        if key.endswith('_id') and not is_id(row[key]):
+            return f'{key}={shown(row[key])}'
     shape, numbers = row[SHAPES[kind]], [row['score']]
     if kind == 'bbox':
         if not isinstance(shape, list) or len(shape) != 4:
-            return f'bbox={shape!r}, which is not 4 numbers'
+            return f'bbox={shown(shape)}, which is not 4 numbers'
         numbers += shape
     else:
         if not isinstance(shape, dict) or type(shape.get('counts')) is not str:
             return 'a segmentation that is not a compressed RLE'
         size = sizes.get(row['image_id'])
-        if size and shape.get('size') != size:  # it would overlap nothing
-            return f'a mask of size {shape.get("size")} in an image of {size}'
+        if size and (problem := mask_problem(shape, *size)):
+            return problem
     for value in numbers:
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return f'{value!r} in its score or box'
+        if not is_number(value):
+            return f'{shown(value)} in its score or box'
+    if kind == 'bbox' and not is_box(shape):
+        return f'bbox={shown(shape)}, which is less than nothing'
     return None
 
 
@@ -198,7 +228,20 @@ def evaluate(
         kind: ``bbox`` or ``segm``.
         images: Evaluate on this many images only, the first ones.
     """
-    chosen = [row['id'] for row in truth['images'][:images]]
+    evaluator = evaluation_of(truth, results, kind, images)
+    return scores_of(evaluator, truth)
+
+
+def evaluation_of(
+    truth: dict[str, Any],
+    results: list[dict[str, Any]],
+    kind: str,
+    images: int | None = None,
+) -> COCOeval:
+    """Let pycocotools evaluate; the arguments are those of :func:`evaluate`.
+
+    What it has matched is in its ``evalImgs``.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         objects = to_coco(truth)
         if results:
@@ -206,15 +249,21 @@ def evaluate(
         else:  # loadRes does not take an empty list
             found = to_coco({**truth, 'annotations': []})
         evaluator = COCOeval(objects, found, iouType=kind)
-        evaluator.params.imgIds = chosen
+        evaluator.params.imgIds = [row['id'] for row in truth['images']]
+        evaluator.params.imgIds = evaluator.params.imgIds[:images]
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
+    return evaluator
+
+
+def scores_of(evaluator: COCOeval, truth: dict[str, Any]) -> Scores:
+    """Read the figures of what pycocotools has evaluated."""
     figures = {
         name: average(value)
         for name, value in zip(FIGURES, evaluator.stats[:, None], strict=True)
     }
-    among = set(chosen)
+    among = set(evaluator.params.imgIds)
     counts = Counter(
         row['category_id']
         for row in truth['annotations']

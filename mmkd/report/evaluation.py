@@ -9,25 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.apis import init_detector
-from mmdet.evaluation.functional import average_precision, bbox_overlaps
+from mmdet.evaluation.functional import bbox_overlaps
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from mmkd.data import read_json
+from mmkd.data.checkpoint_loader import safe_checkpoints, trusts
+from mmkd.data.files import real_path
+from mmkd.engine.data_guard import name_unreadable_images
 from mmkd.errors import CheckpointError, ConfigError
 from mmkd.teachers.build import build_teacher, changed, descriptions
 from mmkd.teachers.speed import SPEED_OPTIONS
 from mmkd.teachers.view import Teacher, TeacherContext
 
-from .eval_coco import Scores, evaluate
-from .work_dir import WorkDir
+from .bootstrap import ClassHits, hits_of
+from .eval_coco import Scores, evaluation_of, scores_of
+from .work_dir import WorkDir, kind_of
 
 Truth = dict[str, Any]
 """Annotations in COCO's form."""
-LOWEST = 0.05
-"""Boxes of a lower score do not count in the score of a single picture."""
 DRAWN = 0.5
-"""Boxes of a lower score are not drawn."""
+"""Boxes of a lower score are not drawn, unless another score is given."""
 
 
 @dataclass
@@ -60,10 +62,17 @@ class Evaluation:
 
     truth: Truth
     pictures: list[Picture]
+    metric: str = 'AP'
+    """The figure that the runs are judged by: AP, or AP50 if VOC's mAP was."""
     scores: dict[str, Scores] = field(default_factory=dict)
+    hits: dict[str, list[ClassHits]] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     teachers: dict[str, Teacher] = field(default_factory=dict)
     """The frozen teachers of each distilled run."""
+    taught: dict[str, list[str]] = field(default_factory=dict)
+    """The names of those that were evaluated for it."""
+    models: dict[str, Any] = field(default_factory=dict)
+    """These teachers' networks by their names."""
     notes: list[str] = field(default_factory=list)
     """Why a run's teacher is missing."""
 
@@ -78,7 +87,9 @@ class Evaluation:
                     found = as_objects(sample.pred_instances, classes)
                     pictures[sample.img_id].found[name] = found
         rows = results_of(self.pictures, name, self.truth)
-        self.scores[name] = evaluate(self.truth, rows, 'bbox')
+        evaluator = evaluation_of(self.truth, rows, 'bbox')
+        self.scores[name] = scores_of(evaluator, self.truth)
+        self.hits[name] = hits_of(evaluator)
         self.parameters[name] = sum(p.numel() for p in model.parameters())
 
 
@@ -99,19 +110,36 @@ def evaluate_runs(
     """
     loaders = [load_data(run, limit) for run in runs]
     pictures = list(read_pictures(loaders[0].dataset))
-    evaluation = Evaluation(truth_of(loaders[0].dataset), pictures)
-    for run, loader in zip(runs, loaders, strict=True):
-        theirs = [picture.id for picture in read_pictures(loader.dataset)]
-        if {picture.id for picture in pictures} != set(theirs):
+    evaluation = Evaluation(
+        truth_of(loaders[0].dataset), pictures, metric_of(runs[0])
+    )
+    for run, loader in zip(runs[1:], loaders[1:], strict=True):
+        theirs = list(read_pictures(loader.dataset))
+        if {p.id: p.path.name for p in pictures} != {
+            p.id: p.path.name for p in theirs
+        }:
             raise ConfigError(
                 f'{run.name} was tested on other images than '
                 f'{runs[0].name}: {loader.dataset.ann_file}. Give work dirs '
                 'that share their test_dataloader.'
             )
+    for run, loader in zip(runs, loaders, strict=True):
         classes = loader.dataset.metainfo['classes']
         evaluation.add(run.name, load_model(run), loader, classes)
     add_teachers(evaluation, runs, limit)
     return evaluation
+
+
+def metric_of(run: WorkDir) -> str:
+    """The figure that is nearest to what a run was validated by."""
+    given = run.config.get('test_evaluator') or []
+    kinds = [kind_of(each) for each in (given if is_list(given) else [given])]
+    voc = 'VOCMetric' in kinds and 'CocoMetric' not in kinds
+    return 'AP50' if voc else 'AP'
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 # ------------------------------------------------------------------ teachers
@@ -121,7 +149,8 @@ def add_teachers(
     evaluation: Evaluation, runs: Sequence[WorkDir], limit: int | None
 ) -> None:
     """Build the frozen teachers; evaluate those that no run has trained."""
-    known: list[Any] = []
+    known: list[tuple[str, Any]] = []
+    several = len(sources_of(runs)) > 1
     for run in runs:
         if not run.distils:
             continue
@@ -137,13 +166,26 @@ def add_teachers(
             continue
         evaluation.teachers[run.name] = teacher
         for name, source in descriptions(run.teacher).items():
-            if source in known or not needs_evaluation(source, runs):
+            if not needs_evaluation(source, runs):
                 continue
-            known.append(source)
-            network = teacher.networks[name]
-            evaluation.add(
-                f'{name} of {run.name}', network.model, loader, network.classes
-            )
+            full = next((n for n, other in known if other == source), None)
+            if full is None:
+                full = f'{name} of {run.name}' if several else name
+                known.append((full, source))
+                network = teacher.networks[name]
+                evaluation.models[full] = network.model
+                evaluation.add(full, network.model, loader, network.classes)
+            evaluation.taught.setdefault(run.name, []).append(full)
+
+
+def sources_of(runs: Sequence[WorkDir]) -> list[Any]:
+    """The descriptions of the teachers to be evaluated, each once."""
+    found: list[Any] = []
+    for run in runs:
+        for source in descriptions(run.teacher).values():
+            if source not in found and needs_evaluation(source, runs):
+                found.append(source)
+    return found
 
 
 def needs_evaluation(teacher: Any, runs: Sequence[WorkDir]) -> bool:
@@ -156,7 +198,7 @@ def needs_evaluation(teacher: Any, runs: Sequence[WorkDir]) -> bool:
         return True  # the name of a published one
     if teacher['checkpoint'] is None:
         return False
-    folder = Path(teacher['checkpoint']).resolve().parent
+    folder = real_path(teacher['checkpoint']).parent
     return all(folder != run.folder for run in runs)
 
 
@@ -172,18 +214,27 @@ def without_speed(options: dict[str, Any]) -> dict[str, Any]:
 def load_model(run: WorkDir) -> Any:
     """Build the detector of a run, ready to detect."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    return init_detector(
-        copy.deepcopy(run.config), run.checkpoint, device=device
-    )
+    with safe_checkpoints(trusts(run.config)):
+        return init_detector(
+            copy.deepcopy(run.config), run.checkpoint, device=device
+        )
 
 
 def load_data(run: WorkDir, limit: int | None = None) -> Any:
     """Build the loader of a run's test data, with a limit the first ones."""
     init_default_scope(run.config.get('default_scope', 'mmdet'))
     config = copy.deepcopy(run.config.test_dataloader)
+    if 'datasets' in config.dataset:
+        raise ConfigError(
+            f'{run.name}: its test_dataloader.dataset joins '
+            f'{len(config.dataset.datasets)} data sets, and a page evaluates '
+            'on one. Set test_dataloader to one of them in its config.'
+        )
     if limit is not None:
         config.dataset.indices = limit
-    return Runner.build_dataloader(config)
+    loader = Runner.build_dataloader(config)
+    name_unreadable_images(loader.dataset)
+    return loader
 
 
 def as_objects(instances: Any, classes: Sequence[str]) -> Objects:
@@ -294,33 +345,51 @@ def match(truth: Objects, found: Objects) -> tuple[np.ndarray, np.ndarray]:
     return right, seen
 
 
-def picture_ap(truth: Objects, found: Objects) -> float:
-    """AP50 of one picture with objects, over all classes taken together.
+def f1(truth: Objects, found: Objects) -> float:
+    """Twice the objects found, by the number of objects and boxes.
 
-    It is the area below the curve of precision over recall, where each
-    detection is right or wrong within its class.
+    It is 1 for a picture without objects in which nothing is found.
     """
-    found = found.above(LOWEST)
     right, _ = match(truth, found)
-    hits = right[np.argsort(-found.scores, kind='stable')].cumsum()
-    precision = hits / np.arange(1, len(hits) + 1)
-    return float(average_precision(hits / len(truth.boxes), precision))
+    total = len(truth.boxes) + len(found.boxes)
+    return float(2 * right.sum() / total) if total else 1.0
+
+
+def best_score(classes: Sequence[ClassHits]) -> float:
+    """The score from which on boxes are drawn: that of the best F1.
+
+    F1 is that of all images and classes together, at an IoU of 0.5; the
+    score is one of 0.05, 0.06 to 0.95. Without a box that finds an object it
+    is :data:`DRAWN`.
+    """
+    steps = np.arange(5, 96) / 100
+    objects = sum(hits.objects.sum() for hits in classes)
+    right, both = np.zeros(len(steps)), np.zeros(len(steps))
+    for hits in classes:
+        above = hits.scores >= steps[:, None]
+        right += (above & hits.right[0]).sum(1)
+        both += (above & (hits.right[0] | hits.wrong[0])).sum(1)
+    if not right.any():
+        return DRAWN
+    return float(steps[np.argmax(2 * right / (objects + both))])
 
 
 def rank(
-    pictures: Sequence[Picture], runs: Sequence[str]
+    pictures: Sequence[Picture], scores: Mapping[str, float]
 ) -> list[tuple[float, Picture]]:
-    """Return the pictures that have objects with a score, the worst first.
+    """Return the pictures with what was gained on each, the least first.
 
-    The score is the AP50 of a single run; with more runs, it is the lead of
-    the second over the first.
+    Args:
+        pictures: The pictures.
+        scores: One or two networks, and the score from which on the boxes of
+            each are drawn. It is these boxes that count: in F1, or in that of
+            the second network less that of the first.
     """
-    scored = []
+    gained = []
     for picture in pictures:
-        if len(picture.truth.boxes):
-            found = [picture.found[run] for run in runs[:2]]
-            aps = [picture_ap(picture.truth, each) for each in found]
-            scored.append(
-                (aps[0] if len(aps) == 1 else aps[1] - aps[0], picture)
-            )
-    return sorted(scored, key=lambda pair: pair[0])
+        f1s = [
+            f1(picture.truth, picture.found[name].above(score))
+            for name, score in scores.items()
+        ]
+        gained.append((f1s[-1] - sum(f1s[:-1]), picture))
+    return sorted(gained, key=lambda pair: pair[0])

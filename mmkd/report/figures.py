@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import matplotlib
 import numpy as np
 from cycler import cycler
 
+from mmkd.data.pictures import too_large
 from mmkd.errors import PictureError
 
 from .attention import Attention
@@ -40,6 +42,7 @@ STYLE: dict[Any, Any] = {
     'axes.spines.right': False,
     'axes.spines.top': False,
     'figure.constrained_layout.use': True,
+    'font.size': 11,
     'grid.alpha': 0.25,
     'legend.frameon': False,
     'lines.markersize': 4,
@@ -59,8 +62,17 @@ POINTS = 600
 """The largest number of points of a curve; no more could be seen."""
 CUT = 97
 """Percentile of attention at which the colours end."""
-WIDTH = 560
-"""The largest width of a photo, in pixels."""
+SIZE = (720, 900)
+"""The largest width and height of a photo in the page, in pixels."""
+COLORS = {
+    **{'truth': '#ffffff', 'right': '#56b4e9'},
+    **{'wrong': '#ff7a3d', 'missed': '#f0e442'},
+}
+"""The colour of a box by its kind; the colour-blind can tell them apart."""
+DASHES = {'missed': '4 3'}
+"""The stroke of a box that is no line."""
+LABELLED = 25
+"""Boxes have labels where no network has more than these on a photo."""
 
 
 @dataclass
@@ -73,15 +85,32 @@ class Box:
     height: float
     kind: str
     """right, wrong, missed or truth"""
-    text: str
+    name: str
+    """Its class."""
+    score: str
+    """That of what was found; else empty."""
+
+    @property
+    def text(self) -> str:
+        return f'{self.name} {self.score}'.rstrip()
 
 
 @dataclass
 class Panel:
-    """A photo's title and the boxes on it."""
+    """The boxes on a photo, and their title, which counts them."""
 
-    title: str
+    name: str
     boxes: list[Box]
+
+    @property
+    def title(self) -> str:
+        count = Counter(box.kind for box in self.boxes)
+        if not self.name:
+            return f'ground truth: {count["truth"]}'
+        return (
+            f'{self.name}: {count["right"]} found, {count["missed"]} missed, '
+            f'{count["wrong"]} false'
+        )
 
 
 # ------------------------------------------------------------------- charts
@@ -97,7 +126,7 @@ def line_chart(
     negative = any(y < 0 for line in lines.values() for y in line.values())
     limits = limits or (None if negative else 0, None)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.6))
+        figure, axes = plt.subplots(figsize=(5.2, 3.4))
         for line in lines.values():
             xs, ys = thinned(line)
             marker = 'o' if len(xs) < 50 else ''
@@ -132,7 +161,7 @@ def bars(groups: Mapping[str, Mapping[str, float | None]], ylabel: str) -> str:
     labels = list(next(iter(groups.values())))
     width = 0.8 / len(groups)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.0))
+        figure, axes = plt.subplots(figsize=(5.2, 3.0))
         for number, values in enumerate(groups.values()):
             heights = np.array([values[label] for label in labels], float)
             places = np.arange(len(labels)) + (number + 0.5) * width - 0.4
@@ -187,6 +216,8 @@ def photo(picture: Picture) -> tuple[str, int, int]:
     Raises:
         PictureError: If the photo cannot be read.
     """
+    if problem := too_large(picture.path):
+        raise PictureError(problem)
     image = cv2.imread(str(picture.path))
     if image is None:
         raise PictureError(
@@ -194,8 +225,9 @@ def photo(picture: Picture) -> tuple[str, int, int]:
             'back, or take it out of the annotations.'
         )
     height, width = image.shape[:2]
-    if width > WIDTH:
-        size = (WIDTH, max(round(height * WIDTH / width), 1))
+    scale = min(SIZE[0] / width, SIZE[1] / height)
+    if scale < 1:
+        size = [max(round(scale * length), 1) for length in (width, height)]
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     return encoded(image, 'jpeg', cv2.IMWRITE_JPEG_QUALITY, 80), height, width
 
@@ -205,30 +237,40 @@ def encoded(image: np.ndarray, kind: str, *options: int) -> str:
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
 
 
-def panels(picture: Picture, runs: Sequence[str]) -> list[Panel]:
-    """Return the ground truth, then what each run has found."""
+def panels(
+    picture: Picture,
+    runs: Sequence[str],
+    scores: Mapping[str, float] | None = None,
+) -> list[Panel]:
+    """Return the ground truth, then what each run has found.
+
+    Args:
+        picture: The picture.
+        runs: The networks.
+        scores: The score from which on the boxes of each are drawn, by
+            default :data:`DRAWN`.
+    """
     truth = picture.truth
-    title = f'ground truth: {len(truth.boxes)}'
     every = range(len(truth.boxes))
-    drawn = [Panel(title, [as_box(truth, i, 'truth') for i in every])]
+    drawn = [Panel('', [as_box(truth, i, 'truth') for i in every])]
     for run in runs:
-        found = picture.found[run].above(DRAWN)
+        found = picture.found[run].above((scores or {}).get(run, DRAWN))
         right, seen = match(truth, found)
         boxes = [as_box(truth, i, 'missed') for i in np.flatnonzero(~seen)]
         boxes += [as_box(found, i, 'wrong') for i in np.flatnonzero(~right)]
         boxes += [as_box(found, i, 'right') for i in np.flatnonzero(right)]
-        title = f'{run}: {seen.sum()} found, {(~right).sum()} wrong'
-        drawn.append(Panel(title, boxes))
+        drawn.append(Panel(run, boxes))
     return drawn
 
 
 def as_box(objects: Objects, index: int, kind: str) -> Box:
     left, top, right, bottom = objects.boxes[index].round(1).tolist()
-    text = objects.names[index]
+    score = ''
     if kind in ('right', 'wrong'):
-        text += f' {objects.scores[index]:.2f}'
+        score = f'{objects.scores[index]:.2f}'
+    name = str(objects.names[index])
     width, height = round(right - left, 1), round(bottom - top, 1)
-    return Box(left, top, width, height, kind, text)
+    return Box(left, top, width, height, kind, name, score)
 
 
 # ------------------------------------------------------------ heat on photos

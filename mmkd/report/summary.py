@@ -1,4 +1,4 @@
-"""What the demo writes: a table, curves and pictures."""
+"""What the demo writes: a table, a verdict, curves and pictures."""
 
 import contextlib
 import os
@@ -8,18 +8,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .evaluation import DRAWN, Picture, evaluate_runs
-from .figures import Line, Panel, line_chart, panels, plt
+from mmkd.data.files import write_text
+from mmkd.data.pictures import too_large
+from mmkd.errors import PictureError
+
+from .bootstrap import paired_bootstrap
+from .evaluation import (
+    Evaluation,
+    Picture,
+    best_score,
+    evaluate_runs,
+    match,
+    rank,
+)
+from .figures import COLORS, Line, Panel, line_chart, panels, plt
 from .measure import measure
 from .tables import table
+from .verdict import Network, Verdict, verdict
 from .work_dir import WorkDir, read_work_dir
 
-COLORS = {
-    **{'truth': 'white', 'right': '#7dff7a'},
-    **{'wrong': '#ff4d4d', 'missed': '#ffd92f'},
+TITLES = {
+    'student': 'before: the plain student',
+    'distilled': 'after: the distilled student',
+    'teacher': 'the teacher',
 }
-"""The colour of a box by its kind."""
-DRAWN_IN_ORDER = ('student', 'distilled', 'teacher')
+"""The networks in the order in which they are drawn."""
 
 
 def write_results(
@@ -48,17 +61,42 @@ def write_results(
     }
     tiles = evaluation.pictures
     trees = sum(len(tile.truth.boxes) for tile in tiles)
-    text = [results_table(networks, minutes), remarks(networks, tiles)]
-    (folder / 'table.md').write_text('\n\n'.join(text) + '\n')
-    draw_curves([runs[name] for name in DRAWN_IN_ORDER], folder)
-    draw_pictures(tiles, folder / 'pictures')
+    seed = runs['student'].config.randomness.seed
+    judged = judge(evaluation, networks, seed)
+    text = [results_table(networks, minutes), notes(len(tiles), trees)]
+    write_text(folder / 'table.md', '\n\n'.join(text) + '\n')
+    draw_curves([runs[name] for name in TITLES], folder)
+    scores = {name: best_score(evaluation.hits[name]) for name in networks}
+    draw_tile(most_gained(tiles, scores), scores, folder / 'before_after.png')
+    draw_pictures(tiles, scores, folder / 'pictures')
     return {
-        'seed': runs['student'].config.randomness.seed,
+        'seed': seed,
         'tiles': len(tiles),
         'trees': trees,
         'processor': f'{os.cpu_count()} x {processor()}',
         'networks': networks,
+        'drawn_from': scores,
+        'verdict': judged.text(),
     }
+
+
+def judge(
+    evaluation: Evaluation,
+    networks: Mapping[str, Mapping[str, Any]],
+    seed: int,
+) -> Verdict:
+    """Compare the distilled student with the plain one."""
+    plain, distilled, teacher = (
+        Network(
+            name,
+            {seed: networks[name]['AP']},
+            *(networks[name][key] for key in ('parameters', 'gflops', 'ms')),
+        )
+        for name in TITLES
+    )
+    hits = evaluation.hits
+    images = paired_bootstrap([hits['student']], [hits['distilled']])
+    return verdict(plain, distilled, teacher, images=images)
 
 
 def processor() -> str:
@@ -90,20 +128,12 @@ def results_table(
     return table(header, rows)
 
 
-def remarks(
-    networks: Mapping[str, Mapping[str, Any]], tiles: Sequence[Picture]
-) -> str:
-    """Say what the table shows and what it cannot show."""
-    gain = 100 * (networks['distilled']['AP'] - networks['student']['AP'])
-    gain = round(gain, 1) + 0.0  # no -0.0
-    trees = sum(len(tile.truth.boxes) for tile in tiles)
+def notes(tiles: int, trees: int) -> str:
+    """Say what the table's numbers are."""
     return (
-        f'Distilled - student: {gain:+.1f} AP. With only {len(tiles)} '
-        f'validation tiles ({trees} trees) and one seed, the spread is wide: '
-        'a difference of a few points may have the other sign with another '
-        'seed.\n\n'
-        'All numbers are those of the last checkpoints. AP is in per cent; a '
-        'multiply-add counts as one FLOP; ms is the median on one CPU thread.'
+        f'AP in per cent on {tiles} validation tiles with {trees} trees, by '
+        'the last checkpoints. A multiply-add counts as one FLOP; ms is the '
+        'median on one CPU thread.'
     )
 
 
@@ -111,10 +141,7 @@ def draw_curves(runs: Sequence[WorkDir], folder: Path) -> None:
     """Write loss.png and ap.png."""
     losses = {run.name: run.logged['loss'] for run in runs}
     figure = line_chart(losses, 'iteration', 'training loss')
-    note = (
-        'It rises while more of the sampled boxes become trees.\n'
-        "The distilled student's loss includes that of distillation."
-    )
+    note = "The distilled student's loss includes that of distillation."
     figure.axes[0].set_title(note, fontsize=8)
     save(figure, folder / 'loss.png')
     aps: dict[str, Line] = {
@@ -125,35 +152,65 @@ def draw_curves(runs: Sequence[WorkDir], folder: Path) -> None:
     save(figure, folder / 'ap.png')
 
 
+def most_gained(
+    tiles: Sequence[Picture], scores: Mapping[str, float]
+) -> Picture:
+    """Return the tile with the largest gain in F1 by distillation.
+
+    It is one on which the distilled student finds half of the trees, if there
+    is any.
+    """
+    pair = {name: scores[name] for name in ('student', 'distilled')}
+    telling = []
+    for tile in tiles:
+        found = tile.found['distilled'].above(scores['distilled'])
+        _, seen = match(tile.truth, found)
+        if len(seen) and 2 * seen.sum() >= len(seen):
+            telling.append(tile)
+    return rank(telling or tiles, pair)[-1][1]
+
+
 def draw_pictures(
-    tiles: Sequence[Picture], folder: Path, count: int = 6
+    tiles: Sequence[Picture],
+    scores: Mapping[str, float],
+    folder: Path,
+    count: int = 6,
 ) -> None:
-    """Draw every n-th tile: the truth, and the boxes of every network."""
+    """Draw every n-th tile."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob('*.png'):
         old.unlink()
     for tile in tiles[:: -(-len(tiles) // count)]:
-        names = [name for name in DRAWN_IN_ORDER if name in tile.found]
-        drawn = panels(tile, names)
-        figure, places = plt.subplots(
-            1, len(drawn), figsize=(14, 4), layout='constrained'
-        )
-        for axes, panel in zip(places, drawn, strict=True):
-            axes.imshow(plt.imread(tile.path), interpolation='bicubic')
-            draw_panel(axes, panel)
-        figure.supxlabel(
-            f'{tile.path.stem}   ·   boxes of score ≥ {DRAWN}: a green one '
-            'finds a tree (IoU ≥ 0.5), a red one does not; dotted yellow is '
-            'a tree that was missed',
-            fontsize=9,
-            color='#555555',
-        )
-        save(figure, folder / f'{tile.path.stem}.png')
+        draw_tile(tile, scores, folder / f'{tile.path.stem}.png')
+
+
+def draw_tile(tile: Picture, scores: Mapping[str, float], path: Path) -> None:
+    """Draw the ground truth, and the boxes of every network from its score."""
+    if problem := too_large(tile.path):
+        raise PictureError(problem)
+    names = [name for name in TITLES if name in tile.found]
+    drawn = panels(tile, names, scores)
+    figure, places = plt.subplots(
+        1, len(drawn), figsize=(16, 4.6), layout='constrained'
+    )
+    for axes, panel in zip(places, drawn, strict=True):
+        axes.imshow(plt.imread(tile.path), interpolation='bicubic')
+        panel.name = TITLES.get(panel.name, '')
+        draw_panel(axes, panel)
+    figure.supxlabel(
+        f'{tile.path.stem}   ·   A blue box finds a tree (IoU ≥ 0.5), an '
+        'orange one does not; dotted yellow is a tree that was missed. Each '
+        "network's boxes are drawn from the score on that gives its best F1 "
+        'on all tiles.',
+        fontsize=9,
+        color='#555555',
+    )
+    save(figure, path)
 
 
 def draw_panel(axes: plt.Axes, panel: Panel) -> None:
     axes.axis('off')
-    axes.set_title(panel.title)
+    axes.set_title('\n'.join(panel.title.rsplit(': ', 1)), fontsize=11)
     for box in panel.boxes:
         axes.add_patch(
             plt.Rectangle(

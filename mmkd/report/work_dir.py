@@ -1,13 +1,17 @@
 """Read a training back from its work dir."""
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from mmkd.engine.checkpoint import latest_checkpoint
+from mmkd.data.checkpoint_file import damage
+from mmkd.data.files import real_path
+from mmkd.engine.checkpoint import latest_checkpoint, pointed_by
 from mmkd.engine.logs import (
     by_step,
     complete_rows,
@@ -15,7 +19,7 @@ from mmkd.engine.logs import (
     training_rows,
     validations,
 )
-from mmkd.errors import ConfigError
+from mmkd.errors import CheckpointError, ConfigError
 from mmkd.peers.peer import with_trained_teacher
 
 RULE = '-' * 60
@@ -64,22 +68,85 @@ class WorkDir:
         return bool(self.teacher)
 
     @property
+    def methods(self) -> dict[str, str]:
+        """The types of its methods, but those of weight 0, by their names."""
+        methods = (self.config.get('distillation') or {}).get('methods') or {}
+        return {
+            name: kind_of(options)
+            for name, options in methods.items()
+            if options.get('loss_weight') != 0
+        }
+
+    @property
     def by_epoch(self) -> bool:
         """Whether it is validated by epoch, else by iteration."""
         return 'max_iters' not in self.config.train_cfg
+
+    @property
+    def planned(self) -> int:
+        """The epochs (or iterations) of the whole training."""
+        key = 'max_epochs' if self.by_epoch else 'max_iters'
+        return int(self.config.train_cfg[key])
+
+    @property
+    def reached(self) -> int | None:
+        """The epochs (or iterations) before the checkpoint, if it is known.
+
+        That of an interrupted run may have a name without a number; then the
+        epoch that was logged last is not a whole one.
+        """
+        unit = 'epoch' if self.by_epoch else 'iter'
+        if named := re.search(rf'{unit}_(\d+)\.pth', self.checkpoint):
+            return int(named[1])
+        logged = [*self.logged.get(unit, {}).values()]
+        return int(logged[-1]) - self.by_epoch if logged else None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed that it has drawn, or was given."""
+        found = re.search(r'^\s*seed: (\d+)', self.environment, re.M)
+        given = (self.config.get('randomness') or {}).get('seed')
+        return int(found[1]) if found else given
+
+
+def kind_of(options: Any) -> str:
+    """The name of a class that a config names by itself or as a text."""
+    kind = options.get('type')
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
 def read_work_dirs(folders: Sequence[Path]) -> list[WorkDir]:
     """Read trainings, each with a name of its own.
 
+    A folder that holds the work dirs of trainings stands for these: that of
+    a study, or that of `mmkd distill`. Those without a checkpoint are left
+    out there.
+
     Raises:
         ConfigError: If a folder holds no training or no checkpoint.
     """
-    names = short_names([folder.resolve() for folder in folders])
+    given = [each for f in folders for each in expanded(real_path(f))]
+    names = short_names(given)
     return [
-        read_work_dir(folder.resolve(), name)
-        for folder, name in zip(folders, names, strict=True)
+        read_work_dir(folder, name)
+        for folder, name in zip(given, names, strict=True)
     ]
+
+
+def expanded(folder: Path) -> list[Path]:
+    """The work dirs in a folder, or the folder itself."""
+    if configs_of(folder):
+        return [folder]
+    for level in ('*', '*/*'):
+        inner = [each for each in folder.glob(level) if configs_of(each)]
+        found = [
+            each
+            for each in sorted(inner)
+            if last_checkpoint(each, Config.fromfile(configs_of(each)[-1]))
+        ]
+        if found:
+            return found
+    return [folder]
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -91,19 +158,25 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     raise ConfigError(f'{folders[0]} is given twice; give each work dir once.')
 
 
-def read_work_dir(folder: Path, name: str) -> WorkDir:
-    configs = [
+def configs_of(folder: Path) -> list[Path]:
+    """The configs that a training has left in its work dir, oldest first."""
+    return [
         path
         for path in sorted(folder.glob('*/vis_data/config.py'))
         if is_training(path.with_name('scalars.json'))
     ]
+
+
+def read_work_dir(folder: Path, name: str) -> WorkDir:
+    configs = configs_of(folder)
     if not configs:
         raise ConfigError(
             f'{folder} holds no training: expected the logs of `mmkd train`, '
             '<date>/vis_data/scalars.json and config.py. Give the work dir '
             'of a training.'
         )
-    checkpoint = last_checkpoint(folder)
+    config = Config.fromfile(configs[-1])
+    checkpoint = last_checkpoint(folder, config)
     if checkpoint is None:
         raise ConfigError(
             f'{folder} holds no checkpoint. Train until the first one is '
@@ -113,8 +186,8 @@ def read_work_dir(folder: Path, name: str) -> WorkDir:
     return WorkDir(
         name=name,
         folder=folder,
-        config=Config.fromfile(configs[-1]),
-        config_text=configs[-1].read_text(),
+        config=config,
+        config_text=configs[-1].read_text(errors='replace'),
         checkpoint=checkpoint,
         environment=read_environment(configs[-1].parents[1]),
         logged=by_step(row for row in rows if 'loss' in row),
@@ -134,13 +207,15 @@ def is_training(scalars: Path) -> bool:
     )
 
 
-def last_checkpoint(folder: Path) -> str | None:
+def last_checkpoint(folder: Path, config: Config) -> str | None:
     """The last checkpoint of a work dir, which may have been moved."""
-    named = latest_checkpoint(str(folder))
-    if named is None:
-        return None
-    here = folder / Path(named).name
-    return str(here) if here.is_file() else named
+    with suppress(CheckpointError):
+        here = str(folder / Path(pointed_by(folder)).name)
+        if damage(here) is None:
+            return here
+    saver = (config.get('default_hooks') or {}).get('checkpoint') or {}
+    others = [saver['out_dir']] if saver.get('out_dir') else []
+    return latest_checkpoint(str(folder), *others)
 
 
 def read_aps(folder: Path) -> dict[str, dict[int, float]]:

@@ -1,30 +1,38 @@
 """The config that `mmkd distill` writes: a delta on the stock student."""
 
-import copy
+import hashlib
 import inspect
 import os.path as osp
-import pprint
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mmengine.config import Config
 
 from mmkd.core.method import Method
+from mmkd.data.layouts import Data
 from mmkd.detectors.source import find_in_model_index, load_config
+from mmkd.engine.hooks import GradientBalanceHook
+from mmkd.engine.hooks.gradient_balance import has_losses
 from mmkd.errors import ConfigError
 from mmkd.registry import METHODS, MODELS, TEACHERS
 from mmkd.utils import nearest
 
-from .folders import Data
+from .cfg_options import merge, set_options
+from .own_data import check_monitors, data_entries
+from .pair import Pair, refusal
+from .schedule import schedule_entries
+from .text import plain, pretty
 
+HEAD = '# Written by `mmkd distill` ({mark}); edit it as you like.'
 SHORT = {
     'FasterRCNNDistillation': 'frcnn',
     'FeatureHint': 'hint',
     'OneTeacherSeveralStudents': 'one_teacher',
     'SoftLabelDistillation': 'soft_label',
 }
-P2_TO_P5 = dict(levels=[0, 1, 2, 3])
+P2_TO_P5 = P3_TO_P6 = dict(levels=[0, 1, 2, 3])
 
 
 def _fgd(*weights: float) -> dict[str, float]:
@@ -43,12 +51,24 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
         'FCOSHead': dict(temperature=0.8),
         'YOLOXHead': _fgd(2e-3, 1e-3, 1e-3, 1e-5),
     },
-    # open-mmlab/mmrazor: pkd_fpn_faster-rcnn_r101_faster-rcnn_r50_2x_coco.py
-    'PKD': {'two-stage': P2_TO_P5},
+    # open-mmlab/mmrazor: pkd_fpn_faster-rcnn_r101_faster-rcnn_r50_2x_coco.py,
+    # pkd_fpn_retina_x101_… and pkd_fpn_reppoints_x101-dcn_…
+    'PKD': {
+        'two-stage': P2_TO_P5,
+        'one-stage': dict(loss_weight=10.0),
+        'anchor-free': dict(loss_weight=10.0),
+        'RetinaHead': P3_TO_P6,
+        'RepPointsHead': P3_TO_P6,
+    },
+    # HikariTJU/LD: ld_r50_gflv1_r101_fpn_coco_1x.py
+    'LD': {'GFLHead': dict(kd_weight=10.0)},
     # open-mmlab/mmrazor: fbkd_fpn_faster-rcnn_r101_faster-rcnn_r50_1x_coco.py
-    'FBKD': {'two-stage': P2_TO_P5 | dict(pooling=[8, 4, 2, 2])},
-    # megvii-research/mdistiller: detection/model/config.py
-    'DKD': {'two-stage': dict(alpha=1.0, beta=0.25, temperature=1.0)},
+    'FBKD': {
+        'two-stage': P2_TO_P5
+        | dict(pooling=[16, 8, 4, 4], reduction=[4, 4, 2, 2])
+    },
+    # pppppM/mmdetection-distiller: RetinaNet X101 to R50, 2x
+    'CWD': {'RetinaHead': P3_TO_P6 | dict(loss_weight=5.0)},
     # jbwang1997/CrossKD: crosskd_r50_…_r101_…; the weights of its FCOS belong
     # to another loss of boxes and another normaliser
     'CrossKD': {
@@ -60,6 +80,7 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     # cybercore-co-ltd/CoLAD
     'LAD': {'PAAHead': dict(box_weighting='none')},
     'SoLAD': {'PAAHead': dict(box_weighting='none')},
+    'SoftLabelDistillation': {'PAAHead': dict(task_loss=False)},
 }
 """What official configs set otherwise than the defaults of a method's class:
 for a kind of student (:func:`kind_of`), or a head that both networks have."""
@@ -99,13 +120,16 @@ def find_method(name: str) -> str:
     return f'mmkd.{known[name].__name__}'
 
 
-def teacher_options(name: str, checkpoint: str | None) -> dict[str, str]:
+def teacher_options(
+    name: str, checkpoint: str | None, prefix: str | None = None
+) -> dict[str, str]:
     """The value of ``distillation.teacher`` for what the user names.
 
     Args:
         name: A name in MMDetection's model index, a config, or the type of a
             registered teacher, such as ``mmkd.FrozenDetector``.
         checkpoint: The weights of a config.
+        prefix: What comes before the teacher's names in the checkpoint.
 
     Raises:
         ConfigError: If the name is unknown, or a config has no checkpoint.
@@ -125,7 +149,19 @@ def teacher_options(name: str, checkpoint: str | None) -> dict[str, str]:
         )
     else:
         options = {'config': name if '::' in name else osp.abspath(name)}
-    return options | ({'checkpoint': checkpoint} if checkpoint else {})
+    if checkpoint:
+        options['checkpoint'] = checkpoint
+    return options | ({'prefix': prefix} if prefix else {})
+
+
+def stock_name(student: str) -> str:
+    """The config of a student, whose name in the model index will do."""
+    if '::' in student or student.endswith('.py'):
+        return student
+    if osp.exists(student):
+        return student  # which the error is about
+    path = find_in_model_index(student)['config']
+    return f'mmdet::{path.partition("configs/")[2]}'
 
 
 # ------------------------------------------------------------------- options
@@ -197,138 +233,216 @@ def defaults(cls: type) -> dict[str, Any]:
 # -------------------------------------------------------------------- config
 
 
-def config_text(
+@dataclass
+class Written:
+    """A config that distils, as text, and what was chosen for it.
+
+    Attributes:
+        chosen: A line with the reason for each choice.
+    """
+
+    text: str
+    chosen: list[str]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user wants otherwise than the stock student has it.
+
+    Attributes:
+        epochs: The length of the training.
+        batch_size: The images of a batch on each GPU.
+        load_from: The weights that the student begins with.
+        balance: The share of the gradient at which each method is held.
+        options: Entries of the config, by dotted keys.
+    """
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    load_from: str | None = None
+    balance: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_config(
     student: str,
     teacher: Mapping[str, str],
-    method: str,
+    names: Sequence[str],
     data: Data | None = None,
     imports: Sequence[str] = (),
-) -> str:
+    wishes: Wishes = Wishes(),
+    *,
+    tried: bool = True,
+) -> Written:
     """The file: a stock base, its data if they are others, distillation.
 
-    All options of the method are in it, with their values.
+    All options of the methods are in it, with their values.
 
     Args:
         student: The stock config.
         teacher: :func:`teacher_options`.
-        method: The short name.
+        names: The short names of the methods; none for training without a
+            teacher.
         data: None for the student's own.
         imports: Modules that register methods or teachers of the user's own.
+        wishes: What else is to be otherwise.
+        tried: Whether both networks are built, to choose what they decide.
+
+    Raises:
+        ConfigError: If something cannot be done with such a student, or a
+            method does not fit the two networks.
     """
     base = student if '::' in student else osp.abspath(student)
-    parts = [
-        '# Written by `mmkd distill`, to be edited and given to `mmkd train`.',
-        f'_base_ = [{base!r}]',
-        '',
-    ]
-    if imports:
-        parts += [f'custom_imports = dict(imports={list(imports)!r})', '']
     config = load_config(base)
+    entries: dict[str, Any] = {}
+    chosen: list[str] = []
+    if imports:
+        entries['custom_imports'] = dict(imports=list(imports))
     if data is not None:
-        parts += [*_data_lines(config, data), '']
-    parts += [
-        "runner_type = 'mmkd.DistillationRunner'",
-        *_distillation_lines(config.model, teacher, method),
-    ]
-    return '\n'.join(parts) + '\n'
+        changed, chosen = data_entries(config, data)
+        merge(entries, changed)
+        config = _read(base, entries)
+    changed, why = schedule_entries(
+        config,
+        osp.basename(base),
+        epochs=wishes.epochs,
+        batch_size=wishes.batch_size,
+        images=None if data is None else data.images,
+        own_data=data is not None,
+        trained=bool(wishes.load_from or config.get('load_from')),
+    )
+    merge(entries, changed)
+    if wishes.load_from:
+        entries['load_from'] = wishes.load_from
+    entries['runner_type'] = 'mmkd.DistillationRunner'
+    comment: list[str] = []
+    if names:
+        network = config_of(teacher)
+        options, comment = published_methods(names, config, network)
+        if tried and network is not None:
+            classes = None if data is None else data.classes
+            options, lines = fitted(options, Pair(config, network, classes))
+            comment += lines
+            why += lines
+        entries['distillation'] = dict(teacher=dict(teacher), methods=options)
+    if wishes.balance is not None:
+        hook = balance_hook(names, wishes.balance)
+        own = entries.get('custom_hooks') or plain(config).get('custom_hooks')
+        entries['custom_hooks'] = [*(own or []), hook]
+    config = _read(base, entries)
+    if wishes.options:
+        why += set_options(entries, config, wishes.options)
+    check_monitors(config)
+    return Written(_text(base, entries, comment), chosen + why)
 
 
-def _distillation_lines(
-    student: Mapping[str, Any], teacher: Mapping[str, str], method: str
-) -> list[str]:
-    name = find_method(method)
-    changed = published(name, student, _model_of(teacher))
-    about = f'Every option of {name}, which its docstring explains.'
-    if changed:
-        about += (
-            f' Published for such a student ({kind_of(student)}): '
-            f'{", ".join(changed)}.'
+def balance_hook(names: Sequence[str], share: float) -> dict[str, Any]:
+    """The hook that holds each method's share of the gradient.
+
+    Args:
+        names: The short names.
+        share: The share.
+
+    Raises:
+        ConfigError: If no method has losses, or the share is no share.
+    """
+    GradientBalanceHook(share=share)
+    if not any(has_losses(methods()[name]) for name in names):
+        raise ConfigError(
+            f"--balance: {', '.join(names)} steers the student's own "
+            'losses and has none of its own, so there is no share to hold. '
+            'Leave it out.'
         )
-    options = options_of(name, changed)
-    content = dict(teacher=dict(teacher), methods={method: options})
-    return [
-        textwrap.indent(textwrap.fill(about, 77), '# '),
-        f'distillation = {_pretty(content)}',
-    ]
+    return dict(type='mmkd.GradientBalanceHook', share=share)
 
 
-def _model_of(teacher: Mapping[str, str]) -> Mapping[str, Any]:
-    if 'type' in teacher:
-        return {}
-    if 'name' in teacher:
-        teacher = find_in_model_index(teacher['name'])
-    return load_config(teacher['config']).model
+def published_methods(
+    names: Sequence[str], student: Config, teacher: Config | None
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """All options of methods, and a comment on each.
 
-
-def _pretty(value: Any, indent: int = 0) -> str:
-    """A literal, a dict with a line for each key."""
-    if not isinstance(value, Mapping):
-        return pprint.pformat(value, sort_dicts=False, width=79 - indent)
-    inner = ' ' * (indent + 4)
-    lines = [f'{inner}{k}={_pretty(v, indent + 4)},' for k, v in value.items()]
-    return '\n'.join(['dict(', *lines, ' ' * indent + ')'])
-
-
-def _data_lines(base: Config, data: Data) -> list[str]:
-    for key in ('train_pipeline', 'test_pipeline'):
-        dataset = base.train_dataloader.dataset
-        if key not in base or dataset.type == 'MultiImageMixDataset':
-            raise ConfigError(
-                'the student mixes images or names no '
-                'train_pipeline/test_pipeline: its data cannot be replaced '
-                'by --data. Write a config with your data and give it as '
-                '--student.'
+    Args:
+        names: Their short names.
+        student: The student's config.
+        teacher: The teacher's; None for another kind of teacher.
+    """
+    options, comments = {}, []
+    for short in names:
+        name = find_method(short)
+        model = {} if teacher is None else teacher.model
+        changed = published(name, student.model, model)
+        options[short] = options_of(name, changed)
+        comment = f'Every option of {name}, which its docstring explains.'
+        if changed:
+            comment += (
+                f' Published for such a student ({kind_of(student.model)}): '
+                f'{", ".join(changed)}.'
             )
-    lines = [f'classes = {data.classes!r}']
-    model = _with_classes(base.model.to_dict(), len(data.classes))
-    if model:
-        lines.append(f'model = {_pretty(model)}')
-    for loader, split, pipeline in (
-        ('train_dataloader', data.train, 'train_pipeline'),
-        ('val_dataloader', data.val, 'test_pipeline'),
-    ):
-        dataset = dict(_delete_=True, **split)
-        if loader == 'val_dataloader':
-            dataset['test_mode'] = True
-        else:
-            dataset['filter_cfg'] = dict(filter_empty_gt=True, min_size=1)
-            if dataset['type'] == 'VOCDataset':
-                dataset['filter_cfg']['bbox_min_size'] = 1
-        entries = [f'        {k}={v!r},' for k, v in dataset.items()]
-        lines += [
-            f'{loader} = dict(',
-            '    dataset=dict(',
-            *entries,
-            '        metainfo=dict(classes=classes),',
-            f'        pipeline={{{{_base_.{pipeline}}}}},',
-            '    )',
-            ')',
+        comments.append(comment)
+    return options, comments
+
+
+def fitted(
+    options: Mapping[str, dict[str, Any]], pair: Pair
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Let methods fit two networks; a line for each choice.
+
+    Raises:
+        ConfigError: If some of them cannot; it says which can.
+    """
+    chosen, why = {}, []
+    for name, each in options.items():
+        chosen[name], lines = pair.choose(name, each)
+        why += lines
+    pair.check(chosen)
+    if reasons := pair.misfits(chosen):
+        fitting = [
+            n for n, reason in tried_methods(pair).items() if not reason
         ]
-    lines += [
-        'test_dataloader = val_dataloader',
-        f'val_evaluator = {_pretty(dict(_delete_=True, **data.metric))}',
-        'test_evaluator = val_evaluator',
-    ]
-    return lines
+        raise refusal(reasons, fitting)
+    return chosen, why
 
 
-def _with_classes(model: Any, count: int) -> Any:
-    """What of a model's config changes with the number of classes."""
-    if isinstance(model, list | tuple):
-        changed = [_with_classes(each, count) for each in model]
-        if not any(changed):
-            return None
-        result = copy.deepcopy(list(model))
-        for each in result:
-            if 'num_classes' in each:
-                each['num_classes'] = count
-        return result
-    if not isinstance(model, Mapping):
+def tried_methods(pair: Pair) -> dict[str, str]:
+    """Why each of mmkd's methods does not fit a pair; empty if it does."""
+    names = [n for n, cls in methods().items() if cls.learns_from == 'teacher']
+    options, _ = published_methods(names, pair.configs[0], pair.configs[1])
+    chosen = {name: pair.choose(name, o)[0] for name, o in options.items()}
+    reasons = pair.misfits(chosen)
+    return {name: reasons.get(name, '') for name in names}
+
+
+def config_of(teacher: Mapping[str, str]) -> Config | None:
+    """The config of a teacher; None if it is no frozen detector."""
+    if 'type' in teacher:
         return None
-    entries = {}
-    for key, value in model.items():
-        if key == 'num_classes' and value != count:
-            entries[key] = count
-        elif found := _with_classes(value, count):
-            entries[key] = found
-    return entries
+    if 'name' in teacher:
+        teacher = {**find_in_model_index(teacher['name']), **teacher}
+    return load_config(teacher['config'])
+
+
+def _read(base: str, entries: Mapping[str, Any]) -> Config:
+    return Config.fromstring(_text(base, entries), '.py')
+
+
+def _text(
+    base: str, entries: Mapping[str, Any], comments: Sequence[str] = ()
+) -> str:
+    parts = [f'_base_ = [{base!r}]', '']
+    for name, value in entries.items():
+        if name == 'distillation':
+            parts += [
+                textwrap.indent(textwrap.fill(each, 77), '# ')
+                for each in comments
+            ]
+        parts += [f'{name} = {pretty(value)}']
+    text = '\n'.join(parts) + '\n'
+    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f'{HEAD.format(mark=mark)}\n{text}'
+
+
+def is_as_written(text: str) -> bool:
+    """Whether nobody has edited the text of a config."""
+    head, _, rest = text.partition('\n')
+    mark = hashlib.sha256(rest.encode()).hexdigest()[:8]
+    return head == HEAD.format(mark=mark)

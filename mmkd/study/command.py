@@ -46,16 +46,22 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
-from pathlib import Path
 
 # One thread per process: more of them wait for each other on a busy machine.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+from mmkd.data.files import real_path
+from mmkd.engine.preemption import DEFAULTS, SAME, SIGNALS
 
 from .step import locked
 from .study import read_study
 from .table import write_table
 from .work import execute, remove_leftovers, tell_plan
+
+ENDED: list[float] = []
+"""When signals have come that end this process."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,9 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        'study', type=lambda path: Path(path).resolve(), help='a YAML file'
-    )
+    parser.add_argument('study', type=real_path, help='a YAML file')
     parser.add_argument(
         '--jobs', type=int, default=1, help='how many runs run at a time'
     )
@@ -87,10 +91,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _end(number: int, _: object) -> None:
+    """End the study, which ends its trainings and waits for them.
+
+    What comes within a second is the same signal. A later one ends it at
+    once.
+    """
+    now = time.monotonic()
+    if ENDED and now - ENDED[-1] < SAME:
+        return
+    ENDED.append(now)
+    sys.exit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(143))
+    for number in SIGNALS:
+        if number != signal.SIGINT and signal.getsignal(number) in DEFAULTS:
+            signal.signal(number, _end)
     study = read_study(args.study)
     if args.dry_run:
         tell_plan(study, args.keep_stale)

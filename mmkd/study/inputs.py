@@ -25,7 +25,7 @@ PACKAGES = (
     'mmengine', 'mmcv', 'mmdet', 'numpy', 'pycocotools', 'ensemble-boxes',
     'scikit-learn',
 )  # fmt: skip
-APPLICATIONS = ('benchmark', 'doctor', 'report', 'start', 'study')
+APPLICATIONS = ('benchmark', 'doctor', 'export', 'report', 'start', 'study')
 """Folders of mmkd whose code no training and no test runs."""
 TEXTS = ('.json', '.xml', '.txt', '.csv')
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from mmengine.config import Config
 
 from mmkd.data.checkpoint_file import damage, load_checkpoint_file
 from mmkd.detectors.source import load_config
-from mmkd.engine.checkpoint import latest_checkpoint
+from mmkd.engine.checkpoint import latest_checkpoint, pointed_by
 from mmkd.errors import CheckpointError, ConfigError
 
 from .inputs import (
@@ -98,12 +99,11 @@ class Run:
     @property
     def checkpoint(self) -> str | None:
         """The last checkpoint, without any selection; None if it is gone."""
-        pointer = self.folder / 'last_checkpoint'
-        named = pointer.read_text().strip() if pointer.is_file() else ''
-        if named:  # another one in the folder would be another network
-            file = str(self.folder / Path(named).name)
-            return None if damage(file) else file
         with suppress(CheckpointError):  # if none of them is whole
+            named = pointed_by(self.folder)
+            if named:  # another one in the folder would be another network
+                file = str(self.folder / Path(named).name)
+                return None if damage(file) else file
             return latest_checkpoint(str(self.folder))
         return None
 
@@ -329,7 +329,7 @@ def is_empty(folder: Path) -> bool:
     """Return whether a folder holds nothing but notes that were broken off."""
     if not folder.exists():
         return True
-    return all(p.name.endswith('.json.tmp') for p in folder.iterdir())
+    return all(re.search(r'\.json\..*tmp$', p.name) for p in folder.iterdir())
 
 
 def gone(run: Run) -> str:

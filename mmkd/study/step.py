@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import signal
@@ -15,9 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mmkd import data
+from mmkd.data import lock as lock_file
+from mmkd.data.files import write_text
 from mmkd.errors import MMKDError
 
 LIBC = ctypes.CDLL(None)
+STOPPED_WITHIN = 60
+"""Seconds that a process has to save a checkpoint before it is killed."""
 NOTED_EVERY = 10
 """At most so many seconds of a killed process's CPU time are lost."""
 
@@ -126,12 +130,12 @@ class Step:
 
 
 def stop(steps: Sequence[Step]) -> None:
-    """End processes; their checkpoints are whole at every moment."""
+    """End processes; trainings save a checkpoint at the next iteration."""
     running = [step for step in steps if not step.ended()]
     for step in running:
         assert step.process
         step.process.terminate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + STOPPED_WITHIN
     for step in running:
         while not step.ended():
             assert step.process
@@ -191,15 +195,16 @@ def locked(folder: Path) -> Iterator[int]:
         MMKDError: If another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / '.lock').open('w') as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock = lock_file.locked(folder / '.lock', inherited=True)
+            yield stack.enter_context(lock)
+        except lock_file.Held as held:
             raise MMKDError(
                 f'another process, or a training that it left behind, is at '
-                f'work in {folder}. End it, or choose another work dir.'
+                f'work in {folder}: {held.holder}. End it, or choose another '
+                'work dir.'
             ) from None
-        yield file.fileno()
 
 
 def now() -> str:
@@ -207,14 +212,21 @@ def now() -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what a file holds; nothing if it does not exist."""
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads(path.read_text())
-    return {}
+    """Return what a file holds; nothing if it does not exist.
+
+    Raises:
+        DataError: If it holds anything but notes.
+    """
+    if not path.exists():
+        return {}
+    remedy = 'Remove the folder that it is in, to run that again.'
+    content = data.read_json(path, remedy=remedy)
+    if not isinstance(content, dict):
+        got = f'a {type(content).__name__}'
+        raise data.data_error(path, 'the notes of a study', got, remedy)
+    return content
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file as a whole or not at all."""
-    partial = path.with_name(f'{path.name}.tmp')
-    partial.write_text(json.dumps(data, indent=1) + '\n')
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1) + '\n')

@@ -1,6 +1,7 @@
 """The file of a study: the runs that it describes."""
 
 import copy
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +9,21 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mmkd.data.files import real_path
 from mmkd.detectors.source import load_config
 from mmkd.errors import ConfigError
 from mmkd.peers.peer import TRAINED_TEACHER
 from mmkd.teachers.build import kind_of
 from mmkd.utils import check_options, nearest
 
-from .file import Options, check_study, is_tested, read_yaml
+from .file import (
+    Options,
+    check_folder_name,
+    check_length,
+    check_study,
+    is_tested,
+    read_yaml,
+)
 from .grid import baselines, expand
 from .inputs import distillation_of, teachers_of
 from .run import STUDENT, Run, Tested
@@ -28,6 +37,10 @@ ADDED = (
     'auto_scale_lr', 'custom_hooks', 'env_cfg', 'load_from', 'log_processor',
 )  # fmt: skip
 """What a run's options may add to a config that does not have it."""
+OUTPUTS = (
+    'work_dir', 'out_dir', 'out_file_path', 'outfile_prefix', 'save_dir',
+)  # fmt: skip
+"""Options of hooks, metrics and the like that say where they write."""
 
 
 @dataclass
@@ -77,11 +90,13 @@ def study_of(content: Any, where: str, name: str) -> Study:
     """
     check_study(content, where)
     networks, data = content['runs'], content.get('data', {})
-    name = str(content.get('name', name))
+    name = content.get('name', name)
+    if 'work_dir' not in content:
+        check_folder_name(where, name)
     work_dir = Path(content.get('work_dir', f'work_dirs/studies/{name}'))
     study = Study(
         name=name,
-        work_dir=work_dir.expanduser().resolve(),
+        work_dir=real_path(work_dir),
         seeds=content.get('seeds', [0]),
         baseline=content.get('baseline'),
         metrics=dict(content.get('metrics', METRICS)),
@@ -90,6 +105,8 @@ def study_of(content: Any, where: str, name: str) -> Study:
     study.baselines = baselines(
         study.baseline, [*rows.values()], networks, f'{where}: baseline'
     )
+    for row in rows:
+        check_length(f'{where}: runs', row)
     given = {name: row.options for name, row in rows.items()}
     for network in in_order(given, where):
         kind = tested_runs if is_tested(given[network]) else trained_runs
@@ -103,6 +120,7 @@ def trained_runs(
 ) -> Iterator[Run]:
     """Yield the runs of a network, by seed."""
     config = resolve(options, where)
+    check_outputs(options.get('options', {}), study.work_dir, where)
     for seed in options.get('seeds', study.seeds):
         own = copy.deepcopy(config)
         own.merge_from_dict({'randomness.seed': seed})
@@ -187,15 +205,42 @@ def resolve(options: Options, where: str) -> Config:
         (key.partition('.')[0] for key in changes),
         {*config, *ADDED} - {'work_dir'},
     )
-    config.merge_from_dict(changes)
-    config.pop('work_dir', None)
-    if 'teacher' in options:
-        make_room_for_teacher(config, f'{where}: {options["config"]}')
     try:
+        config.merge_from_dict(changes)
+        config.pop('work_dir', None)
+        if 'teacher' in options:
+            make_room_for_teacher(config, options['config'])
         teachers_of(config)
+        distillation_of(config).get('peers')
     except ConfigError as error:
         raise ConfigError(f'{where}: {error}') from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f'{where}.options do not fit {options["config"]}: {error!r}, got '
+            f'{reprlib.repr(changes)}. '
+            'Give each key of the config a value of the kind that it has '
+            'there.'
+        ) from error
     return config
+
+
+def check_outputs(options: Options, work_dir: Path, where: str) -> None:
+    """Refuse options by which a run would write elsewhere."""
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            check_outputs(value, work_dir, where)
+        elif isinstance(value, list):
+            check_outputs(
+                {str(i): v for i, v in enumerate(value)}, work_dir, where
+            )
+        elif str(key).rpartition('.')[2] in OUTPUTS and isinstance(value, str):
+            path = real_path(value)
+            if not path.is_relative_to(work_dir):
+                raise ConfigError(
+                    f'{where}.options: {key}={value} leads to {path}, which '
+                    f'is out of the work dir {work_dir}. Give a path in it, '
+                    'or leave the option out.'
+                )
 
 
 def make_room_for_teacher(config: Config, where: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from scipy import stats
 
-from mmkd.errors import CheckpointError, ConfigError
+from mmkd.data.files import write_text
+from mmkd.errors import MMKDError
 from mmkd.report.tables import table as markdown
 
 from .inputs import versions
@@ -76,7 +77,7 @@ def write_table(study: Study) -> str:
         listed('Not done yet', dict.fromkeys(troubles['missing'], '')),
     ]
     text = '\n\n'.join(filter(None, parts))
-    (study.work_dir / 'table.md').write_text(text + '\n')
+    write_text(study.work_dir / 'table.md', text + '\n')
     content = {
         'study': study.name,
         'seeds': study.seeds,
@@ -226,7 +227,7 @@ def staleness(run: Run) -> str:
     """Return what has changed since a result; empty if nothing has."""
     changed: list[str] = []
     if run.result:
-        with contextlib.suppress(CheckpointError, ConfigError, OSError):
+        with contextlib.suppress(MMKDError, OSError):
             changed = run.changed()
     return ', '.join(f'{INPUTS[key]} changed' for key in changed)
 

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mmkd.engine.logs import training_rows
-from mmkd.errors import CheckpointError, ConfigError
+from mmkd.engine.preemption import SIGNALS
+from mmkd.errors import ConfigError, MMKDError
 
+from .file import is_mapping
 from .inputs import versions
 from .run import INPUTS, SOFTWARE, Run, Tested
 from .step import Step, now, read_json, stop, write_json
@@ -129,7 +132,7 @@ def prepare(run: Run, keep_stale: bool) -> bool:
         else:
             run.next_step.count_lost_time()
         run.write_config()
-    except (CheckpointError, ConfigError, OSError) as error:
+    except (MMKDError, OSError) as error:
         run.failure = str(error)
     return not run.failure
 
@@ -171,11 +174,19 @@ def conclude(run: Run, step: Step, study: Study) -> None:
     assert step.process
     if code := step.process.returncode:
         what = {'train': 'training', 'test': 'testing'}[step.name]
-        run.failure = f'{what} failed (exit status {code}), see {step.log}'
+        run.failure = f'{what} {in_word(code)}, see {step.log}'
     elif step.name == 'test':
         write_result(run, step, study)
     elif run.checkpoint is None:
         run.failure = f'training left no checkpoint, see {step.log}'
+
+
+def in_word(status: int) -> str:
+    """Say how a process has ended that has not done what it should."""
+    if status - 128 in SIGNALS:
+        name = signal.Signals(status - 128).name
+        return f'was ended by {name}, and goes on with the same command'
+    return f'failed (exit status {status})'
 
 
 def write_result(run: Run, step: Step, study: Study) -> None:
@@ -268,7 +279,8 @@ def describe(run: Run, study: Study) -> str:
         )
     if run.step and run.step.name == 'test':
         return 'is tested'
-    epochs = run.config.train_cfg.get('max_epochs')
+    settings = run.config.get('train_cfg')
+    epochs = settings.get('max_epochs') if is_mapping(settings) else None
     text = ''
     with contextlib.suppress(FileNotFoundError):
         text = (run.folder / 'train.txt').read_text(errors='replace')

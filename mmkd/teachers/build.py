@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmkd.detectors.facts import box_class_names
 from mmkd.detectors.source import (
     build_trained,
     build_untrained,
@@ -17,6 +18,7 @@ from mmkd.detectors.source import (
     load_config,
     load_strictly,
 )
+from mmkd.detectors.wrappers import check_is_detector
 from mmkd.errors import ConfigError
 from mmkd.registry import TEACHERS
 from mmkd.utils import (
@@ -29,6 +31,7 @@ from mmkd.utils import (
 from .cache import TeacherCache, check_cache_options
 from .ensemble import EnsembleTeacher
 from .frozen import FrozenDetector
+from .renormalize import check_channels
 from .several import SeveralTeachers, log_name, named
 from .speed import Speed
 from .speed_up import speed_up
@@ -149,6 +152,8 @@ def frozen_detector(
     checkpoint: str | None = MISSING,
     cfg_options: Mapping[str, Any] | None = None,
     trust_checkpoint: bool = False,
+    prefix: str | None = None,
+    class_map: Mapping[str, str | None] | None = None,
     fold_bn: bool = False,
     channels_last: bool = False,
     autocast: str | None = None,
@@ -166,6 +171,13 @@ def frozen_detector(
             warning.
         cfg_options: Entries of the config to override.
         trust_checkpoint: Allow a pickle that holds more than weights.
+        prefix: What comes before the detector's names in a checkpoint that
+            holds more than one network, or a wrapped one, such as
+            ``'teacher'`` or ``'student.module'``. Other keys are left out.
+        class_map: The teacher's name of some of the student's classes, such
+            as ``dict(sofa='couch')``, or None for a class that it is not to
+            teach. The others are matched by name, whose known spellings are
+            ``mmkd.data.class_names.ALIASES``.
         fold_bn: See :class:`~mmkd.teachers.speed.Speed`.
         channels_last: See :class:`~mmkd.teachers.speed.Speed`.
         autocast: See :class:`~mmkd.teachers.speed.Speed`.
@@ -189,14 +201,21 @@ def frozen_detector(
     _override(settings, cfg_options)
     with isolated_random_state():
         model, meta = build_trained(
-            settings.model, checkpoint, trust=bool(trust_checkpoint)
+            settings.model,
+            checkpoint,
+            trust=bool(trust_checkpoint),
+            prefix=prefix,
         )
+    check_is_detector(model, 'teacher')
+    check_channels(context.student, model, WHERE)
+    classes = _classes_of(model, meta, settings, context)
     teacher = FrozenDetector(
         model,
-        _classes_of(model, meta, settings, context),
+        classes,
         student=context.student,
-        student_classes=context.classes,
+        student_classes=_student_classes(classes, context),
         paths=context.paths,
+        class_map=class_map,
     )
 
     def equip() -> None:
@@ -347,5 +366,27 @@ def _classes_of(
             'current',
             logging.WARNING,
         )
-    check_class_count(model, classes, WHERE)
-    return classes
+    check_class_count(model, classes, WHERE, 'its checkpoint or config')
+    return box_class_names(model, classes)
+
+
+def _student_classes(
+    teacher: Sequence[str], context: TeacherContext
+) -> Sequence[str]:
+    """Return the student's class names, or the teacher's with a warning."""
+    if context.named:
+        return context.classes
+    if len(teacher) != len(context.classes):
+        raise ConfigError(
+            'the training data set names no classes, so those of the '
+            f'teacher are unknown to it: it has {len(teacher)}, the student '
+            f'{len(context.classes)}. Set metainfo=dict(classes=(...)) on '
+            'the data set.'
+        )
+    print_log(
+        "The training data set names no classes. The teacher's are assumed: "
+        f'{", ".join(teacher)}',
+        'current',
+        logging.WARNING,
+    )
+    return teacher

@@ -3,21 +3,32 @@
 import io
 import logging
 import os
+import re
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import xxhash
 from mmengine.logging import print_log
 
+from mmkd.data.checkpoint_reader import read_checkpoint
+
 MAGIC = b'mmkd\x00\x02\r\n'
+OF_ANY_VERSION = MAGIC[:5]
+"""The start of the magic number of earlier and later versions, too."""
 DIGEST = 16
 """The bytes of the checksum, which follows the magic number."""
+CHUNK = 2**20
 KEPT = 0.9
 """The share of the limit that is left when old entries are removed."""
+BUCKET = re.compile('[0-9a-f]{2}')
+"""The names of the folders in which the entries lie."""
+ENTRY = re.compile(r'[0-9a-f]{30}|[0-9a-f]{32}\.tmp')
+"""The names of entries, and of those that are being written."""
 
 
 class DiskCache:
@@ -30,6 +41,11 @@ class DiskCache:
     Writers of all processes take turns by a lock on a file, which ends with
     its process; readers never wait.
 
+    Nothing in the folder is followed if it is a link, and nothing is removed
+    that is no entry by its name and its first bytes. Entries are read as
+    weights, so they can run no code. The checksum is no signature, however:
+    who may write the folder decides what is read.
+
     Args:
         folder: The folder, which is made if it does not exist. Processes and
             runs may share it.
@@ -39,32 +55,34 @@ class DiskCache:
     def __init__(self, folder: str | os.PathLike, max_bytes: int) -> None:
         self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._total = self.folder / 'total_bytes'
         self._told: set[str] = set()
         with self._turn():
             # Counted anew, because a crash may have left the sum too large.
-            self._total.write_text(str(self._shrink_to(max_bytes)))
+            self._note_total(self._shrink_to(max_bytes))
 
     def read(self, key: str) -> Any:
         """Return what was written under ``key``, on the CPU, or None.
 
         An entry that cannot be read, for whatever reason, counts as absent.
         """
-        path = self._path(key)
+        bucket, name = _place(key)
+        path = self.folder / bucket / name
         try:
-            content = path.read_bytes()
+            with self._opened(bucket) as at, _reading(name, at) as file:
+                content = _content(file, key, self.max_bytes)
+                if content is None:
+                    self._tell_once(
+                        'damaged',
+                        f'The cache entry {path} is damaged. It is computed '
+                        'again.',
+                    )
+                    return None
+                with suppress(OSError):  # it is not ours
+                    os.utime(file.fileno())
         except OSError:
             return None
-        start = len(MAGIC) + DIGEST
-        payload = memoryview(content)[start:]
-        if content[:start] != MAGIC + _checksum(key, payload):
-            self._tell_once(
-                'damaged',
-                f'The cache entry {path} is damaged. It is computed again.',
-            )
-            return None
         try:
-            value = torch.load(io.BytesIO(payload), weights_only=True)
+            return read_checkpoint(content, name=str(path))
         except Exception as error:  # another PyTorch may have written anything
             self._tell_once(
                 'unreadable',
@@ -72,9 +90,6 @@ class DiskCache:
                 f'({type(error).__name__}). It is computed again.',
             )
             return None
-        with suppress(OSError):  # removed in the meantime, or not ours
-            os.utime(path)
-        return value
 
     def write(self, key: str, value: Any) -> None:
         """Keep nested tensors (lists, tuples and dicts of them).
@@ -96,33 +111,35 @@ class DiskCache:
             return
         try:
             with self._turn():
-                self._put(self._path(key), content)
+                self._put(*_place(key), content)
         except OSError as error:
             self._tell_once(
                 'full', f'The cache {self.folder} takes no entry: {error}'
             )
 
-    def _put(self, path: Path, content: bytes) -> None:
+    def _put(self, bucket: str, name: str, content: bytes) -> None:
         total = self._known_total() + len(content)
         if total > self.max_bytes:
             left = KEPT * self.max_bytes - len(content)
             total = self._shrink_to(max(left, 0)) + len(content)
         # Written before the entry: after a crash in between the sum is too
         # large, which only means that it is counted again sooner.
-        self._total.write_text(str(total))
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f'{uuid.uuid4().hex}.tmp')
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        self._note_total(total)
+        (self.folder / bucket).mkdir(exist_ok=True)
+        with self._opened(bucket) as folder:
+            _replace(name, content, folder)
+
+    def _note_total(self, total: int) -> None:
+        with self._opened() as folder:
+            _replace('total_bytes', str(total).encode(), folder)
 
     def _known_total(self) -> int:
-        try:
-            return int(self._total.read_text())
-        except (OSError, ValueError):  # cut short by a crash
-            return self._shrink_to(self.max_bytes)
+        with suppress(OSError):
+            with self._opened() as at, _reading('total_bytes', at) as file:
+                noted = file.read(20)
+            if noted.isdigit():  # else cut short by a crash
+                return int(noted)
+        return self._shrink_to(self.max_bytes)
 
     def _shrink_to(self, limit: float) -> int:
         """Remove what was not used for longest; return the bytes left.
@@ -130,37 +147,116 @@ class DiskCache:
         It is called in turn, so any temporary file has lost its writer.
         """
         found = []
-        for path in self.folder.glob('??/*'):
-            if path.suffix == '.tmp':
-                path.unlink(missing_ok=True)
-                continue
-            with suppress(OSError):
-                status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, path))
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+        for bucket, name, status in self._entries():
+            if name.endswith('.tmp'):
+                self._remove(bucket, name)
+            else:
+                used, size = status.st_mtime_ns, status.st_size
+                found.append((used, size, bucket, name))
+        total = sum(size for _, size, *_ in found)
+        for _, size, bucket, name in sorted(found):
             if total <= limit:
                 break
-            path.unlink(missing_ok=True)
+            self._remove(bucket, name)
             total -= size
         return total
 
-    def _path(self, key: str) -> Path:
-        name = fast_hash(key.encode()).hexdigest()
-        return self.folder / name[:2] / name[2:]
+    def _entries(self) -> Iterator[tuple[str, str, os.stat_result]]:
+        """Yield folder, name and status of what may be an entry."""
+        for bucket in os.listdir(self.folder):
+            if not BUCKET.fullmatch(bucket):
+                continue
+            with suppress(OSError), self._opened(bucket) as folder:
+                for name in os.listdir(folder):
+                    if not ENTRY.fullmatch(name):
+                        continue
+                    with suppress(OSError):
+                        status = os.lstat(name, dir_fd=folder)
+                        if stat.S_ISREG(status.st_mode):
+                            yield bucket, name, status
+
+    def _remove(self, bucket: str, name: str) -> None:
+        """Remove an entry, unless it is a file of somebody else."""
+        with suppress(OSError), self._opened(bucket) as folder:
+            with _reading(name, folder) as file:
+                start = file.read(len(OF_ANY_VERSION))
+            if start == OF_ANY_VERSION[: len(start)]:
+                os.unlink(name, dir_fd=folder)
+
+    @contextmanager
+    def _opened(self, bucket: str = '') -> Iterator[int]:
+        """Open one of the folders that hold entries; a link is none."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | (os.O_NOFOLLOW if bucket else 0)
+        folder = os.open(self.folder / bucket, flags)
+        try:
+            yield folder
+        finally:
+            os.close(folder)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
         import fcntl  # which Windows does not have
 
-        with open(self.folder / 'lock', 'w') as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        lock = os.open(self.folder / 'lock', flags, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(lock)
 
     def _tell_once(self, kind: str, message: str) -> None:
         if kind not in self._told:
             self._told.add(kind)
             print_log(message, 'current', logging.WARNING)
+
+
+def _place(key: str) -> tuple[str, str]:
+    """Return the folder and the name of an entry."""
+    name = fast_hash(key.encode()).hexdigest()
+    return name[:2], name[2:]
+
+
+def _reading(name: str, folder: int) -> IO[bytes]:
+    """Open a file of a folder; raise OSError if it is a link or a device."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    file = os.fdopen(os.open(name, flags, dir_fd=folder), 'rb')
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f'{name} is no file')
+    return file
+
+
+def _content(file: IO[bytes], key: str, limit: int) -> io.BytesIO | None:
+    """Return what follows the head of an entry; None if it is damaged.
+
+    It is not held in memory before its checksum is known to be right.
+    """
+    head = file.read(len(MAGIC) + DIGEST)
+    size = os.fstat(file.fileno()).st_size
+    if not head.startswith(MAGIC) or size > limit:
+        return None
+    digest = fast_hash(key.encode())
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    if digest.digest() != head[len(MAGIC) :]:
+        return None
+    file.seek(len(head))
+    return io.BytesIO(file.read(size))
+
+
+def _replace(name: str, content: bytes, folder: int) -> None:
+    """Write a file in one step."""
+    temporary = f'{uuid.uuid4().hex}.tmp'
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        handle = os.open(temporary, flags, 0o666, dir_fd=folder)
+        with os.fdopen(handle, 'wb') as file:
+            file.write(content)
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
 
 
 def fast_hash(start: bytes) -> Any:

@@ -60,6 +60,8 @@ class FrozenDetector(Teacher):
         student: The student's detector, for the normalisation.
         student_classes: The student's class names.
         paths: Module paths that methods read.
+        class_map: The teacher's names of some of the student's classes; see
+            :class:`~mmkd.teachers.class_map.ClassMap`.
     """
 
     gives = frozenset({FEATURES, DENSE, RPN, ROIS, DETECTIONS, NETWORK})
@@ -72,12 +74,13 @@ class FrozenDetector(Teacher):
         student: Any,
         student_classes: Sequence[str],
         paths: Iterable[str] = (),
+        class_map: Mapping[str, str | None] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.classes = tuple(classes)
         self.paths = tuple(paths)
         self.speed = Speed()
-        self.class_map = ClassMap(student_classes, classes)
+        self.class_map = ClassMap(student_classes, classes, class_map)
         self.renormalize = Renormalize(
             student.data_preprocessor, model.data_preprocessor
         )

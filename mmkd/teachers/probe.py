@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkd.data.batch import Batch
-from mmkd.detectors.blank import PROBE_SIZE, probe_sample
+from mmkd.detectors.blank import PROBE_SIZE, image_channels, probe_sample
 from mmkd.detectors.facts import box_heads
 from mmkd.detectors.record import tensors_in
 
@@ -35,7 +35,9 @@ def probe(
         The tensors of each part, by its name.
     """
     device = next(teacher.model.parameters()).device
-    inputs = torch.stack([_noise(number) for number in images]).to(device)
+    channels = image_channels(teacher.model)
+    noise = [_noise(number, channels) for number in images]
+    inputs = torch.stack(noise).to(device)
     samples = [probe_sample()] * len(images)
     view = FrozenView(teacher, Batch(inputs, samples))
     parts: dict[str, Any] = {'the feature maps': view.maps}
@@ -56,9 +58,9 @@ def probe(
     return {name: list(tensors_in(part)) for name, part in parts.items()}
 
 
-def _noise(seed: int) -> Tensor:
+def _noise(seed: int, channels: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(3, PROBE_SIZE, PROBE_SIZE, generator=generator)
+    return torch.randn(channels, PROBE_SIZE, PROBE_SIZE, generator=generator)
 
 
 def difference(

@@ -7,6 +7,10 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
+from mmkd.detectors.blank import image_channels
+from mmkd.detectors.pixels import flips, mean_std, pad_value
+from mmkd.errors import ConfigError
+
 
 class Renormalize:
     """Turns the student's normalised batch into the teacher's.
@@ -23,8 +27,9 @@ class Renormalize:
     """
 
     def __init__(self, student: Any, teacher: Any) -> None:
-        mean_s, std_s = mean_std(student)
-        mean_t, std_t = mean_std(teacher)
+        mean_s, std_s, mean_t, std_t = torch.broadcast_tensors(
+            *mean_std(student), *mean_std(teacher)
+        )
         self.flip = flips(student) != flips(teacher)
         if self.flip:
             mean_s, std_s = mean_s.flip(0), std_s.flip(0)
@@ -42,7 +47,7 @@ class Renormalize:
     def __call__(
         self, inputs: Tensor, data_samples: Sequence[DetDataSample]
     ) -> Tensor:
-        """Convert a batch (B, 3, H, W), or return it if nothing differs."""
+        """Convert a batch (B, C, H, W), or return it if nothing differs."""
         if not self.needed:
             return inputs
         if self.flip:
@@ -57,19 +62,25 @@ class Renormalize:
         return result
 
 
-def mean_std(preprocessor: Any) -> tuple[Tensor, Tensor]:
-    if not getattr(preprocessor, '_enable_normalize', False):
-        return torch.zeros(3), torch.ones(3)
-    mean, std = (
-        value.detach().cpu().float().flatten().expand(3)
-        for value in (preprocessor.mean, preprocessor.std)
-    )
-    return mean, std
+def check_channels(student: Any, other: Any, where: str) -> None:
+    """Check that two detectors read images of as many channels.
 
+    Args:
+        student: The student's detector.
+        other: A teacher's or a peer's.
+        where: The place of its description in the config.
 
-def flips(preprocessor: Any) -> bool:
-    return bool(getattr(preprocessor, '_channel_conversion', False))
-
-
-def pad_value(preprocessor: Any) -> float:
-    return float(getattr(preprocessor, 'pad_value', 0))
+    Raises:
+        ConfigError: If they do not, because there is no pixel for a channel
+            that the student's batch lacks.
+    """
+    ours, theirs = image_channels(student), image_channels(other)
+    if ours != theirs:
+        raise ConfigError(
+            f'{where}: its {type(other).__name__} reads images of {theirs} '
+            f'channels, the student of {ours}, and both see the same batch. '
+            'Take a network that was trained on such images, or let the '
+            f'student read images of {theirs} channels (color_type of '
+            'LoadImageFromFile, in_channels of its backbone, mean and std of '
+            'its data_preprocessor).'
+        )

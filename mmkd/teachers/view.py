@@ -120,6 +120,8 @@ class TeacherContext:
     """The student's class names."""
     paths: Sequence[str] = ()
     """The module paths that methods read from the teacher."""
+    named: bool = True
+    """Whether the data name the classes; if not, ``classes`` are numbers."""
 
     @property
     def device(self) -> torch.device:

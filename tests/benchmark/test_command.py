@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkd.benchmark import (
@@ -23,6 +24,7 @@ from mmkd.benchmark import (
     epochs,
     machine,
     networks,
+    references,
     scale,
     step,
     teacher,
@@ -39,6 +41,7 @@ def arguments(config, **options):
     given = dict(size=(96, 128), batch=2, objects=3, cfg_options=None)
     given |= dict(repeat=2, cpu_time=False, threads=1, device='cpu')
     given |= dict(networks=None, sizes=None, processes=None)
+    given |= dict(references=False)
     return argparse.Namespace(**{**given, 'config': str(config), **options})
 
 
@@ -89,7 +92,7 @@ def losses_of_a_step(trainer):
 )
 def test_methods_alone_are_those_of_a_step(config, base, methods):
     trainer = trainer_of(config(base, methods))
-    alone = step.methods_alone(trainer)
+    alone = step.MethodsAlone(trainer).losses
     first, second = alone(), alone()
     gradients = [p.grad for p in trainer.distiller.parameters()]
     total, expected = losses_of_a_step(trainer)
@@ -98,6 +101,94 @@ def test_methods_alone_are_those_of_a_step(config, base, methods):
     assert len(gradients) == len(expected)
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('name', references.REFERENCES)
+def test_a_plain_form_has_the_loss_and_the_gradients(config, name):
+    """On images of 96x112 in 96x128, so that what is padded is left out."""
+    options = dict(type=f'mmkd.{name}')
+    if name == 'FBKD':
+        options.update(pooling=[4, 2], channel_mask=True, temperature=0.1)
+    path = config(toy.RETINANET, {'a': options})
+    args = arguments(path, size=(96, 112), configs=[path], references=True)
+    result = step.measure_methods(args)
+    (found,) = result['references'].values()
+    assert max(found['differs'].values()) < 1e-4
+    own, plain = found['all_seconds'].values()
+    ratios = [a / b for a, b in zip(own, plain, strict=True)]
+    assert found['all_ratios'] == pytest.approx(ratios)
+    header, _, row = step.methods_table(result).splitlines()
+    assert f' **{statistics.median(ratios):.3f}** ' in row
+    assert header.count('|') == row.count('|')
+
+
+def test_a_difference_of_gradients_by_hand():
+    own, other = torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])
+    assert step.relative_distance(own, other) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize('name', ['FBKD', 'FGD', 'MGD'])
+def test_no_method_writes_more_than_its_plain_form(config, name):
+    """A clock that counts the numbers that operators write.
+
+    CWD and PKD work in parts that stay in the cache, so that it is not what
+    they write that takes their time.
+    """
+    path = config(toy.RETINANET, {'a': dict(type=f'mmkd.{name}')})
+    args = arguments(path, size=(256, 320))
+    alone = step.MethodsAlone(common.Trainer.of(args))
+    alone.losses()  # the first one runs the teacher
+    written = []
+    for run in (alone.losses, alone.references):
+        with Written() as counter:
+            run()
+        written.append(sum(counter.sizes))
+    assert written[0] <= written[1]
+
+
+@pytest.mark.parametrize('name', ['CWD', 'PKD'])
+def test_parts_of_large_maps_stay_in_the_cache(config, name, monkeypatch):
+    """Only the gradients are as large as the maps, and their copies."""
+    monkeypatch.setattr('mmkd.losses.maps.AT_ONCE', 1)
+    path = config(toy.RETINANET, {'a': dict(type=f'mmkd.{name}')})
+    alone = step.MethodsAlone(common.Trainer.of(arguments(path)))
+    alone.losses()
+    ((method, _),) = alone.active.values()
+    maps, _ = method.pairs(alone.student, alone.teacher)[0]
+    large = []
+    for run in (alone.losses, alone.references):
+        with Written() as counter:
+            run()
+        large.append(counter.sizes.count(maps.numel()))
+    assert large[0] <= 2 < large[1]
+
+
+class Written(TorchDispatchMode):
+    """Lists the sizes of what operators write, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.sizes += [
+                leaf.numel()
+                for leaf in torch.utils._pytree.tree_leaves(result)
+                if isinstance(leaf, torch.Tensor)
+            ]
+        return result
+
+
+def test_a_method_without_a_plain_form(config):
+    path = config(GFL, dict(kd=dict(type='mmkd.KD')))
+    args = arguments(path, configs=[path], references=True)
+    with pytest.raises(
+        ConfigError,
+        match=r'--references: kd .KD. has no plain form to compare with; CWD',
+    ):
+        step.measure_methods(args)
 
 
 def test_the_teacher_s_options_are_timed(config):

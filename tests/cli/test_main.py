@@ -1,5 +1,7 @@
 """The command `mmkd`: what it says, and its exit statuses."""
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -40,7 +42,7 @@ def test_help_says_what_there_is():
     assert done.returncode == 0
     for name, (_, text) in COMMANDS.items():
         assert re.search(rf'^  {name} +{text}$', done.stdout, re.MULTILINE)
-    for status in (0, 1, 2, 130, 143):
+    for status in (0, 1, 2, 130, 141, 143):
         assert re.search(rf'^  {status} +\w', done.stdout, re.MULTILINE)
     assert done.stdout.count('\n  mmkd ') >= 5
 
@@ -142,9 +144,79 @@ class TestEnds:
         with pytest.raises(ZeroDivisionError):
             self.run(monkeypatch, error=ZeroDivisionError())
 
+    def test_what_the_system_refuses(self, monkeypatch, capsys):
+        error = OSError(errno.ENOSPC, 'No space left on device', '/x/y')
+        assert self.run(monkeypatch, error=error) == 1
+        assert capsys.readouterr().err == (
+            'error: /x/y: No space left on device. Make room on the disk.\n'
+        )
+        with pytest.raises(OSError, match='of a library'):
+            self.run(monkeypatch, error=OSError('of a library'))
+
     def test_ctrl_c(self, monkeypatch, capsys):
         assert self.run(monkeypatch, error=KeyboardInterrupt()) == 130
         assert capsys.readouterr().err == '\ninterrupted.\n'
+
+
+def test_an_output_that_is_full():
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, '-m', 'mmkd', '--version'],
+            cwd=toy.ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        'error: No space left on device. Make room on the disk.\n'
+    )
+
+
+def test_an_output_that_nobody_reads():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(
+        [sys.executable, '-m', 'mmkd', '--help'],
+        cwd=toy.ROOT,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, '')
+
+
+@pytest.mark.parametrize('kind', ['a file', 'below a file', 'long', 'a link'])
+def test_work_dirs_that_cannot_be(tmp_path, kind, capsys):
+    """Of all commands that make one, in a line each."""
+    (tmp_path / 'file').write_text('x')
+    (tmp_path / 'link').symlink_to('link')
+    work_dir = (
+        tmp_path
+        / {
+            'a file': 'file',
+            'below a file': 'file/x',
+            'long': 'x' * 300,
+            'a link': 'link/x',
+        }[kind]
+    )
+    config = toy.write(toy.distilled(tmp_path / 'run'), tmp_path / 'c.py')
+    study = tmp_path / 'study.yaml'
+    study.write_text(
+        f'{{work_dir: {work_dir}, runs: {{a: {{config: {config}}}}}}}'
+    )
+    given = ['--work-dir', work_dir]
+    teacher = ['--teacher', config, '--teacher-checkpoint', config]
+    for arguments in (
+        ['train', config, *given],
+        ['study', study],
+        ['distill', '--student', config, *teacher, '--method=pkd', *given],
+    ):
+        assert main([*map(str, arguments)]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith('error: '), error
+        assert str(work_dir)[:100] in error
 
 
 class TestWithoutPackages:

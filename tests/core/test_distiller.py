@@ -206,6 +206,44 @@ class TestScaled:
             assert result['s0.loss_cls'] == 1  # whole names alone
             assert result['acc'] == 50
 
+    def test_a_factor_of_0_takes_away_what_is_not_finite(self):
+        """NaN times 0 is NaN, and so is the gradient of log(0) times 0."""
+        weight = torch.zeros(2, requires_grad=True)
+        losses = {
+            'loss_cls': weight.log().sum(),
+            'loss_rpn_cls': [weight.sum() * float('nan'), weight.sum()],
+        }
+        result = scaled(losses, {'loss_(rpn_)?cls': 0.0}, 1.0)
+        assert result['loss_cls'] == 0
+        assert result['loss_rpn_cls'] == [0, 0]
+        (
+            result['loss_cls'] + sum(result['loss_rpn_cls']) + weight.sum()
+        ).backward()
+        assert weight.grad.tolist() == [1, 1]
+        half = scaled(losses, {'loss_cls': 0.0}, 0.5)
+        assert half['loss_cls'] == -torch.inf
+
+    @pytest.mark.parametrize('weight', [0.5, 1.0])
+    def test_all_parameters_of_distributed_steps_have_a_gradient(
+        self, monkeypatch, weight
+    ):
+        """Without a loss of its own, the box branch has a gradient of 0."""
+        monkeypatch.setattr('mmkd.core.distiller.is_distributed', lambda: True)
+        alone = dict(FRCNN, bounded=None, lambda_reg=0.0, mu=0.0)
+        distiller = built({'kd': dict(alone, loss_weight=weight)})
+        distiller.attach()
+        student = distiller.student
+        losses = tiny.seeded_loss(student, *tiny.batch_for(student))
+        assert ('idle.loss' in losses) == (weight == 1)
+        sum(
+            sum(v) if isinstance(v, list) else v
+            for k, v in losses.items()
+            if 'loss' in k
+        ).backward()
+        assert all(p.grad is not None for p in student.parameters())
+        box = student.roi_head.bbox_head.fc_reg.weight.grad
+        assert box.any() == (weight == 0.5)
+
     def test_without_factors_they_are_the_same_objects(self):
         losses = {'loss_cls': torch.tensor(4.0)}
         assert scaled(losses, {}, 1.0) is losses
@@ -303,3 +341,39 @@ class Refusing(Method):
 def test_what_a_method_refuses_says_where(options, message):
     with pytest.raises(ConfigError, match=message):
         built({'own': dict(type='mmkd.Refusing', **options)})
+
+
+@METHODS.register_module(name='Counting', force=True)
+class Counting(Method):
+    """Logs a number beside its loss."""
+
+    def forward(self, student, teacher, batch):
+        self.statistics = dict(hits=torch.tensor(1000.0))
+        return dict(kept=batch.inputs.mean() * 0)
+
+
+def test_no_number_is_added_to_the_loss_by_its_name():
+    """MMDetection adds up whatever has "loss" in its name."""
+    student = tiny.build(tiny.gfl())
+    batch = tiny.batch_for(student)
+
+    def step(name):
+        cfg = dict(
+            teacher=describe(tiny.gfl()),
+            methods={name: dict(type='mmkd.Counting')},
+        )
+        distiller = build_distiller(cfg, student, tiny.CLASSES)
+        distiller.attach()
+        try:
+            return student.parse_losses(student.loss(*batch))
+        finally:
+            distiller.detach()
+
+    total, logged = step('hint')
+    assert logged['hint.hits'] == 1000
+    assert total.item() < 1000
+    with pytest.raises(ConfigError, match=r'"hint_loss\.hits" is a number'):
+        step('hint_loss')
+    peers = dict(loss_net=dict(config=dict(model=tiny.gfl())))
+    with pytest.raises(ConfigError, match=r'"loss_net\.acc" is a number'):
+        build_distiller(dict(peers=peers), student, tiny.CLASSES)

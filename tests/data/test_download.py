@@ -1,13 +1,17 @@
+import gzip
 import hashlib
 import io
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
+import stat
 import tarfile
 import threading
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -360,6 +364,181 @@ def test_extract_stays_inside(tmp_path, kind, name):
     with pytest.raises(DataError, match=r'paths inside of .*evil'):
         extract(archive, out)
     assert contents(tmp_path / 'deep') == {'out/a/ok': b'1'}
+
+
+# What an archive of an attacker holds. Each is refused, and nothing is written
+# outside of the folder or beyond the limit.
+
+SMALL = ('x.zip', 'x.tar.gz', 'x.tar.bz2', 'x.tar.xz')
+
+
+def make_bomb(path, size=400 << 20):
+    """A file of zeros, which packs to a thousandth."""
+    piece = bytes(1 << 20)
+    if path.suffix == '.zip':
+        with (
+            zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as packed,
+            packed.open('zeros', 'w', force_zip64=True) as file,
+        ):
+            for _ in range(size >> 20):
+                file.write(piece)
+        return path
+    info = tarfile.TarInfo('zeros')
+    info.size = size
+
+    class Zeros(io.RawIOBase):
+        def read(self, count=-1):
+            return bytes(count)
+
+    with tarfile.open(path, f'w:{path.suffix[1:]}') as tar:
+        tar.addfile(info, Zeros())
+    return path
+
+
+@pytest.mark.parametrize('kind', SMALL)
+def test_a_small_archive_of_much(tmp_path, kind):
+    archive = make_bomb(tmp_path / kind, 80 << 20)
+    assert archive.stat().st_size < 1 << 20
+    out = tmp_path / 'out'
+    expected = 'of at most 67,108,864 bytes, got 83,886,080 bytes'
+    for select in (str, lambda name: None):  # skipping costs as much
+        with pytest.raises(DataError, match=expected):
+            extract(archive, out, select=select)
+    assert not contents(out)
+    assert extract(archive, out, limit=1 << 30) == 1
+    with pytest.raises(DataError, match='at most 1,000 bytes'):
+        extract(archive, tmp_path / 'new', limit=1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['x.zip', 'x.tar.gz', 'x.tar.xz'])
+def test_an_archive_of_400_mib_in_less_than_one(tmp_path, kind):
+    archive = make_bomb(tmp_path / kind)
+    assert archive.stat().st_size < 1 << 20
+    with pytest.raises(DataError, match='at most 67,108,864 bytes'):
+        extract(archive, tmp_path / 'out')
+    assert not contents(tmp_path / 'out')
+
+
+def test_real_annotations_are_no_bomb(tmp_path, shared_data):
+    """The XML of a whole data set, which packs better than anything else."""
+    archive = tmp_path / 'x.tar.xz'
+    with tarfile.open(archive, 'w:xz') as tar:
+        tar.add(shared_data / 'bccd' / 'BCCD' / 'Annotations', 'a')
+    unpacked = sum(map(len, contents(archive.parent).values()))
+    assert extract(archive, tmp_path / 'out') == 364
+    unpacked = sum(map(len, contents(tmp_path / 'out').values()))
+    assert unpacked < module.RATIO / 1.5 * archive.stat().st_size
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf())
+    if size < 0:  # base 256, as for what octal digits cannot hold
+        block[124:136] = size.to_bytes(12, 'big', signed=True)
+    else:
+        block[124:136] = b'\x80' + size.to_bytes(11, 'big')
+    total = sum(block[:148]) + sum(block[156:]) + 8 * 32
+    block[148:156] = b'%06o\0 ' % total
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    'headers',
+    {
+        'a file of 8 EiB': header('a', 2**63),
+        'a long name of 4 GiB': header('a', 2**32, tarfile.GNUTYPE_LONGNAME),
+        'a pax header of 4 GiB': header('a', 2**32, tarfile.XHDTYPE),
+        'a negative size': header('a', -512),
+        'a circle': header('a', 512) + bytes(512) + header('b', -1536),
+        'a header in the middle': header('a', 0) + b'x' * 512,
+        'a negative pax header': header('a', -1024, tarfile.XHDTYPE),
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+@pytest.mark.parametrize('packed', [False, True])
+def test_headers_that_lie(tmp_path, headers, packed):
+    archive = tmp_path / 'x.tar'
+    content = headers[1] + bytes(20 << 10)
+    archive.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(DataError):
+        extract(archive, tmp_path / 'out')
+    assert sum(map(len, contents(tmp_path / 'out').values())) <= 512
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+    'names',
+    [
+        ('a', 'a'),
+        ('a', './a'),
+        ('a/b', 'A/b'),
+        ('\u00e9', 'e\u0301'),
+        ('a', 'a/b'),
+        ('a/b', 'a'),
+        ('C:evil',),
+        ('a\nb',),
+        ('x' * 201,),
+        ('/'.join(['x'] * 33),),
+    ],
+)
+def test_names_that_no_data_set_has(tmp_path, kind, names):
+    members = dict.fromkeys(names, b'1')
+    archive = tmp_path / kind
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # zipfile's, of a name given twice
+        if kind == 'x.zip':
+            with zipfile.ZipFile(archive, 'w') as packed:
+                for name in names:
+                    packed.writestr(name, b'1')
+        elif len(members) == len(names):
+            make_archive(archive, members)
+        else:
+            with tarfile.open(archive, 'w') as tar:
+                for name in names:
+                    tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(DataError, match='Do not use this archive'):
+        extract(archive, tmp_path / 'deep' / 'out')
+    found = {
+        path.relative_to(tmp_path).parts[0] for path in tmp_path.iterdir()
+    }
+    assert found <= {kind, 'deep'}
+    assert contents(tmp_path).keys() <= {
+        kind,
+        'deep/out/a',
+        'deep/out/a/b',
+        'deep/out/\u00e9',
+    }
+
+
+def test_links_and_devices_in_a_zip_are_left_out(tmp_path):
+    archive = tmp_path / 'x.zip'
+    with zipfile.ZipFile(archive, 'w') as packed:
+        for number, kind in enumerate((stat.S_IFLNK, stat.S_IFBLK)):
+            info = zipfile.ZipInfo(f'odd{number}')
+            info.external_attr = (kind | 0o777) << 16
+            packed.writestr(info, '/etc/passwd')
+        packed.writestr('a', '1')
+    assert extract(archive, tmp_path / 'out') == 1
+    assert contents(tmp_path / 'out') == {'a': b'1'}
+
+
+def test_more_files_than_a_data_set_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'MOST_MEMBERS', 2)
+    for kind in KINDS:
+        archive = make_archive(tmp_path / kind)
+        with pytest.raises(DataError, match='of at most 2 files, got more'):
+            extract(archive, tmp_path / 'out')
+
+
+def test_a_disk_without_room(tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=4_999)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: full)
+    archive = make_archive(tmp_path / 'x.tar')
+    with pytest.raises(DataError, match='5,000 free bytes to unpack'):
+        extract(archive, tmp_path / 'out')
+    assert not contents(tmp_path / 'out')
 
 
 @pytest.mark.parametrize('share', [0.03, 0.5, 0.97])

@@ -3,6 +3,7 @@ import os
 import pytest
 
 from mmkd.data import read_json, replacing, write_json
+from mmkd.data.files import replacement
 
 
 def test_write_json_leaves_what_says_the_same(tmp_path):
@@ -29,3 +30,18 @@ def test_replacing_is_all_or_nothing(tmp_path, error):
         write_half()
     assert path.read_bytes() == b'old'
     assert os.listdir(tmp_path) == ['x']
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path, monkeypatch):
+    """Even if somebody guesses the name, which is drawn."""
+    monkeypatch.setattr('secrets.token_hex', lambda count: 'guessed')
+    names = []
+    with replacement(tmp_path / 'x') as temporary:
+        temporary.write_text('x')
+        names.append(temporary)
+    mine = tmp_path / 'mine'
+    mine.write_text('mine')
+    names[0].symlink_to(mine)
+    with pytest.raises(FileExistsError), replacing(tmp_path / 'x'):
+        pass
+    assert mine.read_text() == 'mine'

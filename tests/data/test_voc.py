@@ -60,6 +60,64 @@ def test_xml_names_what_is_wrong(xml, message):
     assert str(info.value).startswith('x.xml: ')
 
 
+def xml(text, encoding='utf-8', start=''):
+    head = f'<?xml version="1.0" encoding="{encoding}"?>{start}'
+    size = '<size><width>9</width><height>9</height></size>'
+    return f'{head}<annotation>{size}{text}</annotation>'.encode()
+
+
+def laughs():
+    entities = '<!ENTITY a "lol">' + ''.join(
+        f'<!ENTITY {new} "{f"&{old};" * 10}">'
+        for old, new in zip('abcdefghi', 'bcdefghij', strict=True)
+    )
+    name = '<object><name>&j;</name></object>'
+    return xml(name, start=f'<!DOCTYPE x [{entities}]>')
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (xml('', 'klingon'), r'malformed XML \(unknown encoding'),
+        (xml('', 'utf-7'), 'malformed XML'),
+        (xml('', 'big5'), 'malformed XML'),
+        (laughs(), 'malformed XML'),
+        (xml('<object><name>&x;</name></object>'), 'undefined entity'),
+        (xml('<object><name>a</name></object>'), 'in <bndbox/xmin>, got none'),
+        (b'\xff\xfe<\0', 'malformed XML'),
+        (xml('').replace(b'>9<', b'>-9<'), 'the size of the image'),
+        (xml('').replace(b'>9<', b'>nan<'), 'a number in <size/width>'),
+        (xml('').replace(b'>9<', b'>1e400<'), 'a number in <size/width>'),
+        (xml('').replace(b'>9<', b'>%s<' % (b'9' * 5000)), 'a number in'),
+    ],
+)
+def test_xml_of_an_attacker(content, message):
+    with pytest.raises(DataError, match=message) as info:
+        read_voc_xml(content, 'x.xml')
+    assert len(str(info.value)) < 1000
+
+
+def test_xml_that_is_deep(tmp_path):
+    """It is read, and let go, however deep it is."""
+    deep = xml('<a>' * 200_000 + '</a>' * 200_000)
+    assert read_voc_xml(deep, 'x.xml').objects == ()
+
+
+def test_xml_that_is_large(voc):
+    path = next((voc / 'Annotations').glob('*.xml'))
+    path.write_bytes(path.read_bytes() + b' ' * (1 << 24))
+    with pytest.raises(DataError, match='more than 16,777,216 bytes'):
+        voc_check(voc, 'train')
+
+
+@pytest.mark.parametrize('name', ['../x', '/etc/x', 'a/../../x', '\ufeffx'])
+def test_lists_that_lead_elsewhere(voc, name):
+    path = voc / 'ImageSets' / 'Main' / 'train.txt'
+    path.write_text(f'{name}\n')
+    with pytest.raises(DataError, match=r'lead out of|a byte order mark'):
+        voc_check(voc, 'train')
+
+
 def test_check_counts(voc):
     assert voc_check(voc, 'train') == {'images': 2, 'objects': 4}
     assert voc_check(voc, 'train', classes=('dog', 'cat'))['objects'] == 4

@@ -188,6 +188,28 @@ def test_probabilities_become_logits():
     )
 
 
+def test_tiny_probabilities_learn():
+    """Those of TOOD are roots of two; the logit's gradient is 1/2 of each."""
+    model = tiny_dense.build(tiny_dense.tood())
+    head = model.bbox_head
+    with torch.no_grad():
+        for layer in (head.tood_cls, head.cls_prob_module[-1]):
+            layer.weight.zero_()
+            layer.bias.fill_(-18.0)
+    inputs, samples = tiny.batch_for(model, sizes=SIZES)
+    record = StepRecord(model)
+    with record.recording():
+        tiny.seeded_loss(model, inputs, samples)
+    dense = student_dense(record)
+    assert record.raw('bbox_head')[0][0].max() < 1e-6
+    images, priors, _ = dense.logits.shape
+    dense.logits.sum().backward()
+    torch.testing.assert_close(
+        head.tood_cls.bias.grad,
+        torch.full_like(head.tood_cls.bias, 0.5 * images * priors),
+    )
+
+
 def test_paas_final_assignment_counts():
     """What its first step assigns is not yet what it trains on."""
     model = tiny_dense.build(tiny_dense.paa())

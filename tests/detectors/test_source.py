@@ -17,6 +17,7 @@ from mmengine.logging import MessageHub
 
 from mmkd.detectors.shrink import small_model
 from mmkd.detectors.source import (
+    build_untrained,
     check_class_count,
     class_names,
     find_in_model_index,
@@ -517,12 +518,14 @@ def test_where_nobody_names_classes_the_students_are_assumed(
 
 def test_the_head_and_the_names_have_to_agree(built, saved, student):
     with pytest.raises(
-        ConfigError, match=r'num_classes=3, but there are 2 class names \(cat'
+        ConfigError,
+        match=r'model\.roi_head\.bbox_head\.num_classes: expected 2, because '
+        r'its checkpoint or config names as many classes \(cat, dog\), got 3',
     ):
         built(
             config=teacher_config(classes=('cat', 'dog')), checkpoint=saved()
         )
-    with pytest.raises(ConfigError, match='num_classes=3, but there are 4'):
+    with pytest.raises(ConfigError, match=r'expected 4, because .*, got 3\.'):
         build_teacher(
             dict(config=dict(model=tiny.faster_rcnn()), checkpoint=saved()),
             TeacherContext(student, ('cat', 'dog', 'cow', 'yak')),
@@ -535,8 +538,9 @@ def test_the_head_and_the_names_have_to_agree(built, saved, student):
 def test_another_number_of_classes_names_the_first_few():
     names = [f'class{number}' for number in range(80)]
     message = (
-        r'here: .* num_classes=3, but there are 80 class names '
-        r'\(class0, class1, class2 and 77 more\)\. Name its own classes'
+        r'here: model\.bbox_head\.num_classes: expected 80, because the '
+        r'training data names as many classes \(class0, class1, class2 and 77 '
+        r'more\), got 3\. Name its own classes'
     )
     with pytest.raises(ConfigError, match=message):
         check_class_count(tiny.build(tiny.gfl()), names, 'here')
@@ -546,3 +550,16 @@ def test_another_number_of_classes_names_the_first_few():
 def test_a_class_agnostic_detector_may_name_any():
     rpn = small_model(toy.stock('rpn/rpn_r50_fpn_1x_coco.py').model)
     check_class_count(tiny.build(rpn), [str(n) for n in range(80)], 'here')
+
+
+def test_a_preprocessor_beside_the_model_is_the_model_s():
+    """As in the config of MMEngine's runner; the model's own comes first."""
+    model = tiny.gfl()
+    beside = {**model.pop('data_preprocessor'), 'std': [2.0, 2.0, 2.0]}
+    cfg = load_config(dict(model=model, data_preprocessor=beside))
+    built = build_untrained(cfg.model).data_preprocessor
+    assert built.std.flatten().tolist() == [2.0, 2.0, 2.0]
+    model.data_preprocessor = {**beside, 'std': [3.0, 3.0, 3.0]}
+    cfg = load_config(dict(model=model, data_preprocessor=beside))
+    built = build_untrained(cfg.model).data_preprocessor
+    assert built.std.flatten().tolist() == [3.0, 3.0, 3.0]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from mmengine.config import Config
 
 import mmkd
 from mmkd.core.distiller import build_distiller
@@ -113,24 +112,3 @@ def test_what_the_teacher_lacks_is_said(example):
             tiny.retinanet(),
             dict(teacher=ENCODER, methods=dict(kd=dict(type='mmkd.KD'))),
         )
-
-
-# --------------------------------------------------------------------- export
-
-
-def test_export(example, tmp_path):
-    pytest.importorskip('onnxruntime')
-    Config(dict(model=tiny.retinanet())).dump(tmp_path / 'student.py')
-    model = tiny.build(tiny.retinanet())
-    classes = dict(classes=tiny.CLASSES)
-    torch.save(
-        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=classes)),
-        tmp_path / 'student.pth',
-    )
-    error = example('export_onnx').export(
-        str(tmp_path / 'student.py'),
-        str(tmp_path / 'student.pth'),
-        tmp_path / 'student.onnx',
-        (64, 96),
-    )
-    assert error < 1e-4

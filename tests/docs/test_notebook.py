@@ -4,6 +4,8 @@ import importlib.util
 
 import jupytext
 import pytest
+import torch
+from mmdet.models.backbones import MobileNetV2
 from nbclient import NotebookClient
 
 from tests.helpers.toy import ROOT
@@ -13,12 +15,15 @@ FOLDER = ROOT / 'docs' / 'notebooks'
 
 @pytest.fixture
 def drawn(tmp_path):
-    """Drawings in place of the photos, so that no network is needed."""
+    """Stand-ins for photos and weights, so that no network is needed."""
     path = FOLDER / 'photos.py'
     spec = importlib.util.spec_from_file_location('photos', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.drawn(tmp_path / 'data' / 'neon', train=56, val=2)
+    module.drawn(tmp_path / 'data' / 'neon', train=24, val=2)
+    weights = tmp_path / 'data' / 'mobilenet_v2' / 'imagenet.pth'
+    weights.parent.mkdir()
+    torch.save(dict(state_dict=MobileNetV2().state_dict()), weights)
     return tmp_path / 'data'
 
 
@@ -39,7 +44,7 @@ def test_it_runs(drawn, tmp_path, monkeypatch):
         output for cell in notebook.cells for output in cell.get('outputs', ())
     ]
     text = ''.join(o['text'] for o in outputs if o.output_type == 'stream')
-    assert 'frcnn.loss_rcn_soft' in text
+    assert 'fgd.loss_foreground' in text
     assert 'distilled' in text.rpartition('AP50')[2]
     pictures = [o for o in outputs if 'image/png' in o.get('data', {})]
     assert len(pictures) == 1

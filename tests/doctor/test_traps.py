@@ -15,6 +15,8 @@ CLASSES = toy.stock_classes()[:8]
 
 def config(folder, method='CWD', runner=None, **options):
     """A small distillation from a teacher with a checkpoint."""
+    if method == 'CWD':
+        options.setdefault('loss_weight', 0.5)
     cfg = toy.distilled(
         folder,
         toy.RETINANET,
@@ -45,6 +47,7 @@ def teacher(folder, cfg, classes=None, names=None, **model):
     network = toy.detector(copy.deepcopy(described['model']))
     head = network.bbox_head.retina_cls
     torch.nn.init.normal_(head.weight, std=0.1)
+    torch.nn.init.normal_(network.bbox_head.retina_reg.bias, std=0.01)
     path = folder / 'teacher.pth'
     meta = dict(dataset_meta=dict(classes=list(classes))) if classes else {}
     torch.save(dict(state_dict=network.state_dict(), meta=meta), path)
@@ -58,7 +61,7 @@ def findings(cfg, **options):
 def test_nothing_is_wrong_without_a_fault(tmp_path):
     report = diagnose(config(tmp_path))
     assert not report.findings
-    assert report.text().endswith('nothing found')
+    assert report.text().startswith('nothing found')
     loss = report.values['losses']['kd.loss_cwd']
     assert loss['value'] > 0
     assert -1 <= loss['cosine'] <= 1
@@ -83,6 +86,52 @@ def test_nothing_is_wrong_without_a_fault(tmp_path):
 def test_a_broken_method(tmp_path, method, expected):
     found = findings(config(tmp_path, method))
     assert_matches(expected, found)
+
+
+def test_checkpointed_blocks(tmp_path):
+    """The gradients are measured within them as well."""
+    cfg = config(tmp_path)
+    cfg.model.backbone.update(with_cp=True, norm_eval=False, frozen_stages=0)
+    assert not findings(cfg)
+
+
+INNER = 'backbone.layer4.1.conv2'
+
+
+@pytest.mark.parametrize(
+    ('source', 'changes', 'expected'),
+    [
+        (
+            INNER,
+            {'model.backbone.with_cp': True},
+            f'Its tap "{INNER}" lies within "backbone.layer4.1"',
+        ),
+        (
+            'backbone',
+            {'model.backbone.frozen_stages': 4},
+            'Its tap "backbone" and all before it are frozen',
+        ),
+        (
+            'backbone',
+            {
+                'optim_wrapper.paramwise_cfg': dict(
+                    custom_keys=dict(backbone=dict(lr_mult=0))
+                )
+            },
+            'weights whose learning rate is 0',
+        ),
+    ],
+)
+def test_a_tap_that_never_reaches_the_student(
+    tmp_path, monkeypatch, source, changes, expected
+):
+    examine_only(monkeypatch, 'check_losses')
+    cfg = config(tmp_path, 'FeatureHint', source=source)
+    cfg.merge_from_dict(changes)
+    found = findings(cfg)
+    assert 'kd.loss_hint teaches nothing: its gradient is exactly 0' in found
+    assert expected in found
+    assert 'The nearest module that works is "' in found
 
 
 @pytest.mark.parametrize('plain_runs', [True, False])
@@ -139,7 +188,7 @@ class TestStudentInitialisedAgain:
     def test_after_load_from(self, tmp_path):
         cfg = config(tmp_path)
         cfg.load_from = cfg.distillation.teacher.checkpoint
-        assert not findings(cfg)
+        assert not diagnose(cfg).stops
         cfg.runner_type = 'FaultInitialisesStudent'
         found = findings(cfg)
         assert 'the student was initialised again after load_from' in found
@@ -330,14 +379,14 @@ class TestClasses:
     def test_another_number(self, tmp_path):
         cfg = config(tmp_path)
         cfg.distillation.teacher = teacher(tmp_path, cfg, names=CLASSES[:7])
-        assert 'num_classes=8, but there are 7 class names' in findings(cfg)
+        assert 'num_classes: expected 7, because its' in findings(cfg)
 
     def test_of_the_student(self, tmp_path):
         cfg = config(tmp_path)
         described = cfg.distillation.teacher
         cfg.model.bbox_head.num_classes = 7
         cfg.distillation.teacher = described
-        assert 'the student: the box head has num_classes=7' in findings(cfg)
+        assert 'bbox_head.num_classes: expected 8, because' in findings(cfg)
 
     def test_the_config_names_another_order(self, tmp_path):
         cfg = config(tmp_path)
@@ -398,6 +447,7 @@ def test_only_norms_in_eval(tmp_path):
     described['model']['neck'].update(in_channels=[32, 64, 128], start_level=0)
     path = tmp_path / 'swin.pth'
     network = toy.detector(copy.deepcopy(described['model']))
+    torch.nn.init.normal_(network.bbox_head.retina_reg.bias, std=0.01)
     torch.save(dict(state_dict=network.state_dict()), path)
     cfg.distillation.teacher = dict(config=described, checkpoint=str(path))
     assert not findings(cfg)
@@ -411,6 +461,15 @@ def test_an_untrained_teacher(tmp_path):
     cfg = config(tmp_path)
     cfg.distillation.teacher.checkpoint = None
     assert 'the teacher is untrained (checkpoint=None)' in findings(cfg)
+
+
+def test_a_teacher_of_another_library(tmp_path):
+    cfg = config(tmp_path)
+    state = {'model.0.conv.weight': torch.ones(1)}
+    torch.save(state, cfg.distillation.teacher.checkpoint)
+    (found,) = diagnose(cfg).stops
+    assert 'does not fit the teacher RetinaNet' in found
+    assert 'It holds the weights of an Ultralytics YOLO' in found
 
 
 def test_a_teacher_that_detects_nothing(tmp_path):
@@ -432,3 +491,10 @@ def test_what_cannot_be_built_is_a_finding(tmp_path):
     cfg.distillation.teacher.checkpoint = str(tmp_path / 'no.pth')
     assert 'no.pth' in findings(cfg)
     assert 'does not distil' in findings(toy.plain(tmp_path))
+
+
+def test_a_runner_that_leaves_the_distillation_out(tmp_path):
+    for kind in ('FlexibleRunner', 'Runner'):
+        cfg = config(tmp_path)
+        cfg.runner_type = kind
+        assert f'{kind} would train without it' in findings(cfg)

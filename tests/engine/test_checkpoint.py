@@ -190,7 +190,7 @@ class TestDamage:
         (tmp_path / 'empty.pth').touch()
         assert damage(str(tmp_path / 'empty.pth')) == 'is empty'
         assert damage(str(tmp_path / 'no.pth')) == 'does not exist'
-        assert damage(str(tmp_path)) == 'does not exist'
+        assert damage(str(tmp_path)) == 'is a folder'
 
 
 def joined():
@@ -303,7 +303,36 @@ class TestAtomicWriting:
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert path.read_text() == 'old'
-        assert (tmp_path / 'file.tmp').read_text() == 'ne'
+        (left,) = tmp_path.glob('.file.*.tmp')
+        assert left.read_text() == 'ne'
+
+    def test_two_processes_write_one_file(self, tmp_path):
+        """It is always the whole of what one of them wrote."""
+        path = tmp_path / 'file'
+        fork = multiprocessing.get_context('fork')
+        processes = [
+            fork.Process(target=write_often, args=(str(path), letter))
+            for letter in 'ab'
+        ]
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes):
+            if path.exists():
+                text = path.read_text()
+                assert text in ('a' * 100_000, 'b' * 100_000)
+        assert [process.exitcode for process in processes] == [0, 0]
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def write_often(path, letter):
+    def write(temporary):
+        with Path(temporary).open('w') as file:
+            for _ in range(100):
+                file.write(letter * 1000)
+                file.flush()
+
+    for _ in range(30):
+        write_atomically(path, write)
 
 
 @pytest.fixture(scope='module')
@@ -334,5 +363,5 @@ class TestASaveThatFails:
         pointed = Path((run / 'last_checkpoint').read_text())
         assert pointed == run / 'epoch_1.pth'
         assert toy.load(pointed)['meta']['epoch'] == 1
-        assert not list(run.glob('*.tmp'))
+        assert not list(run.glob('.*.tmp'))
         assert not (run / 'epoch_2.pth').exists()

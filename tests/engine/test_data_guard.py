@@ -1,14 +1,23 @@
 """Data errors before training, in the words of the user's folders."""
 
+import codecs
 import json
+import pickle
 import re
 import shutil
 
+import cv2
 import pytest
 from mmengine.config import Config
 
-from mmkd.engine.data_guard import check_images, diagnose, explain_data_error
-from mmkd.errors import DataError
+from mmkd.data import pictures
+from mmkd.engine.data_guard import (
+    check_images,
+    diagnose,
+    explain_data_error,
+    name_unreadable_images,
+)
+from mmkd.errors import DataError, PictureError
 from tests.helpers import made_data, toy
 
 
@@ -89,6 +98,12 @@ DAMAGES = {
     'a list': (
         lambda root: (root / TRAIN).write_text('[1, 2]'),
         rf'{TRAIN}.*list.*{REMEDY}',
+    ),
+    'a byte order mark': (
+        lambda root: (root / TRAIN).write_bytes(
+            codecs.BOM_UTF8 + (root / TRAIN).read_bytes()
+        ),
+        r'cannot be read as UTF-8: .* without a byte order mark',
     ),
     'no images': (
         lambda root: without_images(root / TRAIN),
@@ -215,3 +230,89 @@ def test_images_elsewhere_are_not_looked_for(tmp_path):
         DataError, match=re.escape('1 of 2 images') + '.*no/b.jpg'
     ):
         check_images(Images('s3://bucket/a.jpg', f'{tmp_path}/no/b.jpg'))
+
+
+# ------------------------------------------------------ images that are broken
+
+
+def test_an_empty_image_is_named_before_training(tmp_path, coco):
+    cfg = config(tmp_path / 'run', coco)
+    path = next((coco / 'val2017').iterdir())
+    path.write_bytes(b'')
+    with pytest.raises(
+        DataError, match=rf'1 of 4 images .* empty .*{path.name}\. .*{REMEDY}'
+    ):
+        toy.train(cfg)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('mixed', [False, True])
+def test_a_damaged_image_is_named_when_it_is_read(
+    tmp_path, coco, workers, mixed
+):
+    cfg = config(tmp_path / 'run', coco)
+    for path in (coco / 'train2017').iterdir():
+        cut(path)
+    cfg.train_dataloader.num_workers = workers
+    if mixed:
+        dataset = cfg.train_dataloader.dataset
+        steps = dataset.pipeline
+        dataset.pipeline = steps[:2]
+        cfg.train_dataloader.dataset = dict(
+            type='MultiImageMixDataset', dataset=dataset, pipeline=steps[2:]
+        )
+        cfg.train_dataloader.pop('batch_sampler')
+    with pytest.raises(
+        PictureError,
+        match=r'^.*/train2017/0\d+\.jpg: expected an image, got a file that '
+        r'is damaged .* bytes\)\. Copy or prepare it again[^\n]*$',
+    ):
+        toy.train(cfg)
+
+
+@pytest.mark.parametrize('decoder_refuses', [False, True])
+def test_a_picture_with_too_many_pixels_is_named(
+    tmp_path, coco, monkeypatch, decoder_refuses
+):
+    """By its header, before it is decoded or after OpenCV has refused."""
+    cfg = config(tmp_path / 'run', coco)
+    monkeypatch.setenv(pictures.VARIABLE, '100')
+    if decoder_refuses:
+        monkeypatch.setattr(pictures, '_decoder_has', [100])
+
+        def refuse(*_, **__):
+            raise cv2.error('pixels <= CV_IO_MAX_IMAGE_PIXELS')
+
+        monkeypatch.setattr(cv2, 'imdecode', refuse)
+    with pytest.raises(
+        PictureError,
+        match=r'^.*/train2017/0\d+\.jpg: expected an image of at most 100 '
+        r'pixels, got one of \d+ x \d+\. Cut it',
+    ):
+        toy.train(cfg)
+
+
+def test_an_error_that_is_not_the_image_s_stays_as_it_is(tmp_path, coco):
+    cfg = config(tmp_path / 'run', coco)
+    cfg.train_dataloader.dataset.pipeline.insert(
+        2, dict(type='RandomCrop', crop_size=(1, 1), crop_type='absolute')
+    )
+    runner = toy.build(cfg)
+    dataset = runner.train_dataloader.dataset
+    dataset.pipeline.transforms.insert(0, lambda results: results['no'])
+    name_unreadable_images(dataset)
+    with pytest.raises(KeyError, match='no'):
+        dataset[0]
+
+
+def test_a_named_data_set_is_still_its_own_copy(coco, tmp_path):
+    cfg = config(tmp_path / 'run', coco)
+    dataset = toy.build(cfg).val_dataloader.dataset
+    name_unreadable_images(dataset)
+    ids = [dataset.get_data_info(i)['img_id'] for i in range(len(dataset))]
+    for copied in (
+        dataset.get_subset([2, 1]),
+        pickle.loads(pickle.dumps(dataset.get_subset([2, 1]))),
+    ):
+        found = copied[0]['data_samples'].img_id
+        assert found == ids[2]

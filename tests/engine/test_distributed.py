@@ -1,7 +1,9 @@
 """Two processes on the CPU train like one with the doubled batch."""
 
 import copy
+import fcntl
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from mmkd.engine.work_dir import LOCK
 from tests.helpers import toy
 
 
@@ -37,7 +40,7 @@ def free_port():
         return one.getsockname()[1]
 
 
-def launch(folder, cfg, *arguments, processes=2):
+def launch(folder, cfg, *arguments, processes=2, status=0, **env):
     """Run the training tool in processes, as torchrun starts them."""
     path = toy.write(cfg, folder / 'config.py')
     port = str(free_port())
@@ -55,12 +58,13 @@ def launch(folder, cfg, *arguments, processes=2):
                 WORLD_SIZE=str(processes),
                 MASTER_ADDR='127.0.0.1',
                 MASTER_PORT=port,
+                **env,
             ),
         )
         for rank in range(processes)
     ]
     for job in jobs:
-        assert job.wait() == 0, job.text()[-3000:]
+        assert job.wait() == status, job.text()[-3000:]
     return jobs
 
 
@@ -115,6 +119,38 @@ def test_two_are_one(tmp_path, method):
         assert close(first['weights'][name].float(), value.float()), name
 
 
+@pytest.mark.parametrize('static_graph', [False, True])
+def test_checkpointed_blocks(tmp_path, static_graph):
+    """Measuring within them leaves the processes in step."""
+    weights = []
+    for measured in (True, False):
+        folder = tmp_path / str(measured)
+        cfg = config(folder, methods={'hint': toy.HINT})
+        cfg.model.backbone.update(with_cp=True, frozen_stages=0)
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel', static_graph=static_graph
+        )
+        off = dict(type='ToyReachUnchecked')
+        on = dict(type='mmkd.TelemetryHook', interval=1)
+        cfg.custom_hooks.append(on if measured else off)
+        launch(folder, cfg)
+        first, second = records(folder)
+        assert toy.same(first['weights'], second['weights'])
+        assert toy.same(first['gradients'], second['gradients'])
+        weights.append(first['weights'])
+    assert toy.same(*weights)
+
+
+def test_a_method_that_does_not_move_the_student(tmp_path):
+    """Both processes stop."""
+    inner = dict(toy.HINT, source='backbone.layer4.1.conv2')
+    cfg = config(tmp_path, methods={'hint': inner}, iterations=2)
+    cfg.model.backbone.with_cp = True
+    for job in launch(tmp_path, cfg, status=1):
+        assert 'distillation.methods.hint: no gradient' in job.text()
+        assert 'works is "backbone.layer4.1"' in job.text()
+
+
 def test_a_method_that_stops_does_not_hang(tmp_path):
     cfg = config(
         tmp_path,
@@ -149,8 +185,13 @@ def test_a_method_that_stops_does_not_hang(tmp_path):
     assert len(checkpoint['distillation']['random_states']) == 2
 
 
-def test_resumed(tmp_path):
-    """With everything random again, and a validation by both."""
+@pytest.mark.parametrize('accumulated', [1, 3])
+def test_resumed(tmp_path, accumulated):
+    """With everything random again, and a validation by both.
+
+    With three batches a step the epoch ends between two steps, and the
+    gradients of the two processes differ.
+    """
 
     def run(folder, *arguments):
         cfg = toy.distilled(
@@ -158,6 +199,7 @@ def test_resumed(tmp_path):
         )
         cfg.env_cfg.dist_cfg = dict(backend='gloo')
         cfg.randomness = dict(seed=3, diff_rank_seed=True)
+        cfg.optim_wrapper.accumulative_counts = accumulated
         launch(folder, cfg, *arguments)
 
     run(tmp_path / 'a')
@@ -169,6 +211,12 @@ def test_resumed(tmp_path):
     )
     for key in ('state_dict', 'optimizer', 'distillation'):
         assert toy.same(expected[key], resumed[key]), key
+    for kept in toy.load(tmp_path / 'a' / 'epoch_1.pth'), resumed:
+        one, other = kept['distillation']['memories']
+        assert len(one['gradients']) == len(other['gradients'])
+        if one['gradients']:
+            assert accumulated > 1
+            assert not toy.same(one['gradients'], other['gradients'])
     states = resumed['distillation']['random_states']
     assert len(states) == 2
     assert not toy.same(states[0]['torch'], states[1]['torch'])
@@ -231,6 +279,44 @@ def test_the_script(tmp_path):
     assert job.returncode == 0, out[-3000:]
     assert (tmp_path / 'run' / 'epoch_2.pth').exists()
     assert len(records(tmp_path / 'run')) == 2
+
+
+STOPS = {
+    'loss of one process': (
+        dict(type='ToySpoilOne', rank=1, what='loss'),
+        r'error: loss_rpn_cls.* is NaN or infinite in process 1; training '
+        r'stopped before the optimiser used it\.',
+    ),
+    'buffer of the first': (
+        dict(type='ToySpoilOne', rank=0, what='buffer'),
+        r'error: the checkpoint of iteration \d is not saved, because '
+        r'state_dict: backbone\.bn1\.running_var holds',
+    ),
+    'another training': (None, 'error: another training is at work in'),
+}
+
+
+@pytest.mark.parametrize(
+    'stop',
+    [
+        pytest.param(stop, marks=[pytest.mark.slow] * ('buffer' in stop))
+        for stop in STOPS
+    ],
+)
+def test_all_processes_stop_with_one_message(tmp_path, stop):
+    hook, text = STOPS[stop]
+    cfg = config(tmp_path / 'run', methods={'hint': toy.HINT})
+    cfg.custom_hooks = [hook] if hook else []
+    (tmp_path / 'run').mkdir()
+    if not hook:  # so that nobody sees before the start who it is
+        lock = (tmp_path / 'run' / LOCK).open('w')
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    jobs = launch(tmp_path, cfg, status=1)
+    first, second = (job.text() for job in jobs)
+    assert re.search(text, first.strip().splitlines()[-1])
+    assert 'error:' not in second
+    assert 'Traceback' not in first + second
+    assert not list((tmp_path / 'run').glob('*.pth'))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 import shutil
 import signal
 import time
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.datasets import CocoDataset
+from mmengine.dataset import DefaultSampler
+from mmengine.hooks import Hook
+from mmengine.registry import DATA_SAMPLERS, HOOKS
+from torch.utils.data import RandomSampler
 
+from mmkd.engine import provenance
 from mmkd.engine.checkpoint import latest_checkpoint
 from mmkd.errors import CheckpointError
 from tests.helpers import toy
@@ -70,7 +77,7 @@ def assert_same_outcome(one, other):
         if key == 'learning_rate':
             assert list(one[key]) == list(other[key])
         else:
-            assert toy.same(one[key], other[key]), key
+            assert not toy.differing(one[key], other[key], key)
 
 
 @pytest.fixture(scope='module')
@@ -142,7 +149,7 @@ def test_killed_and_resumed(tmp_path, uninterrupted, moment, workers):
         toy.load(run / name)  # whole
     named = Path((run / 'last_checkpoint').read_text()).name
     assert named == saved[0 if moment == 'before last_checkpoint' else -1]
-    assert (run / 'epoch_2.pth.tmp').exists() == writing
+    assert any(run.glob('.epoch_2.pth.*.tmp')) == writing
 
     job = toy.tool(
         *(tmp_path / 'log', 'tools/train.py', path),
@@ -151,6 +158,7 @@ def test_killed_and_resumed(tmp_path, uninterrupted, moment, workers):
     assert job.process.exitcode == 0, job.text()
     assert 'bit for bit' not in job.text()
     assert [p.name for p in run.glob('*.pth')] == ['epoch_3.pth']
+    assert not list(run.glob('.*'))  # what was being written, and the lock
     assert_same_outcome(expected, run / 'epoch_3.pth')
 
 
@@ -240,6 +248,124 @@ def test_a_loader_that_is_exhausted(tmp_path):
     train_and_resume(cfg, tmp_path, 4, name='iter_{}.pth')
 
 
+def by_iteration(cfg):
+    """Let it save after every iteration of its epochs."""
+    cfg.default_hooks.checkpoint.by_epoch = False
+    return cfg
+
+
+class Reset(Hook):
+    """Begins every epoch anew, in ways that would show when done twice."""
+
+    def before_train_epoch(self, runner):
+        self.epochs = getattr(self, 'epochs', 0) + 1
+        self.started = time.time  # no checkpoint holds it
+        with torch.no_grad():
+            for parameter in runner.model.backbone.layer4.parameters():
+                parameter.mul_(0.9)
+        for group in runner.optim_wrapper.optimizer.param_groups:
+            group['lr'] *= 0.8
+
+    def after_train_iter(self, runner, *_, **__):
+        assert self.started() > 0
+
+
+class TestWithinAnEpoch:
+    """Three batches are an epoch, and two of them a step or none."""
+
+    @pytest.mark.parametrize(
+        ('workers', 'persistent'),
+        [
+            pytest.param(0, False, marks=pytest.mark.slow),
+            pytest.param(2, False, marks=pytest.mark.slow),
+            (2, True),
+        ],
+    )
+    def test_grouped_and_averaged(self, tmp_path, workers, persistent):
+        cfg = by_iteration(config(tmp_path, workers=workers, epochs=2))
+        cfg.train_dataloader.persistent_workers = persistent
+        cfg.train_cfg.max_epochs = 3
+        train_and_resume(cfg, tmp_path, 1, 3, 5, name='iter_{}.pth')
+
+    def test_hooks_that_begin_an_epoch(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(HOOKS.module_dict, 'ToyReset', Reset)
+        cfg = by_iteration(plain(tmp_path, epochs=2))
+        cfg.custom_hooks = [dict(type='ToyReset'), dict(type='EMAHook')]
+        cfg.optim_wrapper.accumulative_counts = 2
+        cfg.optim_wrapper.optimizer.momentum = 0.9
+        whole, _ = train_and_resume(cfg, tmp_path, 4, name='iter_{}.pth')
+        assert remembered(whole / 'iter_6.pth')['hooks.Reset.epochs'] == 2
+
+    def test_a_sampler_with_a_generator_of_its_own(self, tmp_path):
+        """PyTorch's draws the seed of an epoch from the global generator."""
+        cfg = by_iteration(plain(tmp_path, epochs=3))
+        cfg.train_dataloader.update(num_workers=1, persistent_workers=True)
+        cfg.train_dataloader.sampler = dict(type='ToyRandomSampler')
+        cfg.train_dataloader.pop('batch_sampler')
+        train_and_resume(cfg, tmp_path, 2, 4, name='iter_{}.pth')
+
+    @pytest.mark.slow
+    def test_a_sampler_with_a_memory(self, tmp_path, monkeypatch):
+        """It is what it was when the epoch began, and runs again."""
+        monkeypatch.setitem(DATA_SAMPLERS.module_dict, 'ToyMoving', Moving)
+        cfg = by_iteration(plain(tmp_path, epochs=3))
+        cfg.train_dataloader.sampler = dict(type='ToyMoving')
+        cfg.train_dataloader.pop('batch_sampler')
+        train_and_resume(cfg, tmp_path, 1, 4, 5, name='iter_{}.pth')
+
+    def test_resumed_twice(self, tmp_path):
+        cfg = by_iteration(plain(tmp_path, epochs=2, images=10))
+        cfg.train_dataloader.update(num_workers=3, persistent_workers=True)
+        again = copy.deepcopy(cfg)
+        whole, resumed = train_and_resume(cfg, tmp_path, 1, name='iter_{}.pth')
+        again.work_dir, again.resume = str(resumed), True
+        again.load_from = str(resumed / 'iter_3.pth')
+        (resumed / 'iter_10.pth').unlink()
+        toy.train(again)
+        assert_same_outcome(whole / 'iter_10.pth', resumed / 'iter_10.pth')
+
+    def test_nothing_is_loaded_twice(self, tmp_path, monkeypatch):
+        cfg = by_iteration(plain(tmp_path, epochs=1))
+        toy.train(copy.deepcopy(cfg))
+        cfg.resume, cfg.load_from = True, str(tmp_path / 'iter_2.pth')
+        loaded = []
+        get = CocoDataset.__getitem__
+        monkeypatch.setattr(
+            CocoDataset,
+            '__getitem__',
+            lambda data, index: loaded.append(index) or get(data, index),
+        )
+        toy.train(cfg)
+        assert len(loaded) == 2
+
+    @pytest.mark.slow
+    def test_a_cache_of_images(self, tmp_path):
+        cfg = by_iteration(cached(plain(tmp_path, epochs=2)))
+        train_and_resume(cfg, tmp_path, 1, 4, name='iter_{}.pth')
+
+    @pytest.mark.slow
+    def test_the_switch_of_yolox(self, tmp_path):
+        cfg = by_iteration(yolox(tmp_path))
+        train_and_resume(cfg, tmp_path, 4, 7, 8, name='iter_{}.pth')
+
+
+@DATA_SAMPLERS.register_module(name='ToyRandomSampler', force=True)
+class Shuffled(RandomSampler):
+    def __init__(self, dataset, seed):
+        super().__init__(dataset)
+
+
+class Moving(DefaultSampler):
+    """Begins each pass where the last one has ended."""
+
+    start = 0
+
+    def __iter__(self):
+        for index in range(len(self.dataset)):
+            self.start += 1
+            yield (index * 5 + self.start) % len(self.dataset)
+
+
 def what_is_said(cfg, tmp_path, step, name='epoch_{}.pth', **changes):
     """Train, resume from a step, and return why that was not exact."""
     cfg.default_hooks.checkpoint.max_keep_ckpts = -1
@@ -252,16 +378,51 @@ def what_is_said(cfg, tmp_path, step, name='epoch_{}.pth', **changes):
     runner = toy.build(cfg)
     warnings = Warnings(runner)
     runner.train()
-    (text,) = warnings.about('bit for bit')
+    (text,) = warnings.about('The resumed run will not equal')
     return text
 
 
 class TestWhatIsNotExactIsSaid:
-    def test_a_checkpoint_within_an_epoch(self, tmp_path):
-        cfg = config(tmp_path, epochs=1)
-        cfg.default_hooks.checkpoint.by_epoch = False
+    def test_within_an_epoch_of_other_data(self, tmp_path):
+        cfg = by_iteration(plain(tmp_path, epochs=1))
+        text = what_is_said(
+            cfg,
+            tmp_path,
+            2,
+            'iter_{}.pth',
+            **{'train_dataloader.batch_size': 3},
+        )
+        assert (
+            'within an epoch, which starts again, because it had 3 batches '
+            'and now has 2'
+        ) in text
+
+    def test_within_an_epoch_without_saying_where(self, tmp_path):
+        cfg = by_iteration(plain(tmp_path, epochs=1))
+        toy.train(copy.deepcopy(cfg))
+        path = tmp_path / 'iter_2.pth'
+        checkpoint = toy.load(path)
+        checkpoint['distillation']['random_states'][0].pop('within')
+        torch.save(checkpoint, path)
+        cfg.resume, cfg.load_from = True, str(path)
+        runner = toy.build(cfg)
+        warnings = Warnings(runner)
+        runner.train()
+        assert warnings.about('starts again, because it does not say where')
+        assert (runner.epoch, runner.iter) == (1, 5)
+
+    def test_a_sampler_that_draws_while_it_runs(self, tmp_path, monkeypatch):
+        class Drawing(DefaultSampler):
+            def __iter__(self):
+                for _ in self.dataset:
+                    yield torch.randint(len(self.dataset), ()).item()
+
+        monkeypatch.setitem(DATA_SAMPLERS.module_dict, 'ToyDrawing', Drawing)
+        cfg = by_iteration(plain(tmp_path, epochs=1))
+        cfg.train_dataloader.sampler = dict(type='ToyDrawing')
+        cfg.train_dataloader.pop('batch_sampler')
         text = what_is_said(cfg, tmp_path, 2, 'iter_{}.pth')
-        assert 'within an epoch, which starts again' in text
+        assert 'draws from the global random numbers while it runs' in text
 
     def test_workers_that_cannot_skip(self, tmp_path):
         cfg = config(tmp_path, workers=1, iters=3)
@@ -285,12 +446,27 @@ class TestWhatIsNotExactIsSaid:
         )
         assert 'num_workers' in text
 
-    def test_a_cache_of_images(self, tmp_path):
-        cfg = config(tmp_path, epochs=2)
-        cfg.train_dataloader.dataset.pipeline[2:2] = [
-            dict(type='CachedMosaic', img_scale=(96, 96), max_cached_images=4)
-        ]
-        assert 'cache of images' in what_is_said(cfg, tmp_path, 1)
+    def test_a_cache_of_images_in_a_worker(self, tmp_path):
+        cfg = cached(config(tmp_path, workers=1, epochs=2))
+        text = what_is_said(cfg, tmp_path, 1)
+        assert 'what could not be saved is lost' in text
+        assert (
+            'data.pipeline.transforms[2].results_cache (in a worker of the '
+            'data loader)'
+        ) in text
+
+    def test_a_checkpoint_without_memories(self, tmp_path):
+        cfg = plain(tmp_path, epochs=2)
+        toy.train(copy.deepcopy(cfg))
+        path = tmp_path / 'epoch_1.pth'
+        checkpoint = toy.load(path)
+        checkpoint['distillation'].pop('memories')
+        torch.save(checkpoint, path)
+        cfg.resume, cfg.load_from = True, str(path)
+        runner = toy.build(cfg)
+        warnings = Warnings(runner)
+        runner.train()
+        assert warnings.about('does not hold what modules, transforms and')
 
     def test_a_stock_checkpoint(self, tmp_path):
         cfg = config(tmp_path, epochs=2)
@@ -306,6 +482,297 @@ class TestWhatIsNotExactIsSaid:
         warnings = Warnings(runner)
         runner.train()
         assert warnings.about('holds no random states')
+
+
+def cached(cfg):
+    """Let the pipeline keep images from epoch to epoch."""
+    cfg.train_dataloader.dataset.pipeline[2:2] = [
+        dict(type='CachedMosaic', img_scale=(96, 96), max_cached_images=4)
+    ]
+    return cfg
+
+
+def plain(tmp_path, base=toy.RETINANET, *, epochs=3, val=False, **data):
+    """Plain training by the runner, which is quicker than distillation."""
+    cfg = toy.plain(tmp_path, base, epochs=epochs, **{'images': 6, **data})
+    cfg.runner_type = toy.RUNNER
+    cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=-1)
+    if not val:
+        cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    return cfg
+
+
+def yolox(tmp_path):
+    """Random sizes, the mode switch, EMA, and two batches in a step."""
+    name = 'yolox/yolox_tiny_8xb8-300e_coco.py'
+    cfg = plain(tmp_path, name, images=6, batch=2)
+    cfg.model.backbone.widen_factor = 0.125
+    cfg.model.neck.update(
+        in_channels=[32, 64, 128], out_channels=32, num_csp_blocks=1
+    )
+    cfg.model.bbox_head.update(in_channels=32, feat_channels=32)
+    cfg.model.data_preprocessor.batch_augments[0].update(
+        random_size_range=(64, 160), interval=2, size_divisor=32
+    )
+    cfg.custom_hooks = [
+        dict(type='YOLOXModeSwitchHook', num_last_epochs=1, priority=48),
+        dict(type='EMAHook', momentum=0.1, priority=49),
+    ]
+    cfg.optim_wrapper.accumulative_counts = 2
+    return cfg
+
+
+def memories(path):
+    """What the checkpoint of a single process holds beyond state dicts."""
+    (memory,) = toy.load(path)['distillation']['memories']
+    return memory
+
+
+def remembered(path):
+    return {
+        f'{owner}.{name}': value
+        for owner, _, name, value in memories(path)['attributes']
+    }
+
+
+class TestWhatStateDictsLack:
+    """State of modules, transforms and hooks in plain attributes."""
+
+    def test_the_size_of_yolox(self, tmp_path):
+        """Its stock recipe: random sizes, mode switch, EMA; and mixed steps.
+
+        The size is drawn every second iteration, 3 are an epoch, and two
+        batches make a step, so that every epoch ends in the middle of both.
+        """
+        cfg = yolox(tmp_path)
+        whole, _ = train_and_resume(cfg, tmp_path, 1, 2)
+        assert '_input_size' in str([*remembered(whole / 'epoch_1.pth')])
+        assert 'hooks.YOLOXModeSwitchHook._has_switched' in remembered(
+            whole / 'epoch_3.pth'
+        )
+
+    def test_the_thresholds_of_dynamic_rcnn(self, tmp_path):
+        cfg = plain(tmp_path, 'dynamic_rcnn/dynamic-rcnn_r50_fpn_1x_coco.py')
+        cfg.model.train_cfg.rcnn.dynamic_rcnn.update_iter_interval = 2
+        whole, _ = train_and_resume(cfg, tmp_path, 1)
+        found = remembered(whole / 'epoch_1.pth')
+        assert len(found['model.roi_head.iou_history']) == 1
+        assert 'model.roi_head.bbox_assigner.pos_iou_thr' in found
+
+    def test_gradients_between_two_steps(self, tmp_path):
+        """Four batches are a step, six an epoch; adapters have gradients."""
+        cfg = toy.distilled(tmp_path, toy.RETINANET, images=6, batch=1)
+        cfg.train_cfg.max_epochs = 2
+        cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+        cfg.optim_wrapper.accumulative_counts = 4
+        whole, _ = train_and_resume(cfg, tmp_path, 1)
+        names = memories(whole / 'epoch_1.pth')['gradients']
+        assert any(name.startswith('distillation.methods') for name in names)
+        assert not memories(whole / 'epoch_2.pth')['gradients']  # the last one
+
+    def test_gradients_between_two_steps_of_iterations(self, tmp_path):
+        cfg = plain(tmp_path, images=4, batch=1)
+        cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=6)
+        cfg.train_dataloader.sampler.type = 'InfiniteSampler'
+        cfg.train_dataloader.pop('batch_sampler')
+        cfg.default_hooks.checkpoint.by_epoch = False
+        cfg.log_processor = dict(by_epoch=False)
+        cfg.optim_wrapper.accumulative_counts = 4
+        train_and_resume(cfg, tmp_path, 3, 4, name='iter_{}.pth')
+
+    def test_a_cache_of_images(self, tmp_path):
+        train_and_resume(cached(plain(tmp_path, epochs=2)), tmp_path, 1)
+
+    def test_another_pipeline_with_a_cache(self, tmp_path):
+        """It is in place when the cache that belongs to it is restored."""
+        cfg = plain(tmp_path, epochs=4)
+        later = cached(copy.deepcopy(cfg)).train_dataloader.dataset.pipeline
+        cfg.custom_hooks = [
+            dict(
+                type='PipelineSwitchHook',
+                switch_epoch=1,
+                switch_pipeline=later,
+            )
+        ]
+        train_and_resume(cfg, tmp_path, 1, 3)
+
+    def test_how_long_a_metric_has_not_risen(self, tmp_path):
+        """Stops after 4 of 8 epochs; the first is the best."""
+        cfg = plain(tmp_path, epochs=8, images=2, val=True)
+        cfg.val_evaluator = dict(type='ToyFalling')
+        cfg.default_hooks.checkpoint.update(
+            save_best='falling', rule='greater'
+        )
+        cfg.custom_hooks = [
+            dict(
+                type='EarlyStoppingHook',
+                **dict(monitor='falling', rule='greater'),
+                **dict(min_delta=0, patience=3),
+            )
+        ]
+        whole = tmp_path / 'whole'
+        cfg.work_dir = str(whole)
+        toy.train(copy.deepcopy(cfg))
+        saved = sorted(path.name for path in whole.glob('epoch_*'))
+        assert saved == [f'epoch_{number}.pth' for number in (1, 2, 3, 4)]
+        for epoch in (1, 3, 4):
+            resumed = tmp_path / str(epoch)
+            resumed.mkdir()
+            shutil.copy(whole / f'epoch_{epoch}.pth', resumed)
+            cfg.work_dir, cfg.resume = str(resumed), True
+            toy.train(copy.deepcopy(cfg))
+            assert not (resumed / 'epoch_5.pth').exists()
+            assert_same_outcome(whole / 'epoch_4.pth', resumed / 'epoch_4.pth')
+
+    def test_the_stop_is_saved_with_the_best(self, tmp_path):
+        """The checkpoint that is saved again, when all hooks have acted."""
+        cfg = plain(tmp_path, epochs=3, images=2, val=True)
+        cfg.val_evaluator = dict(type='ToyFalling')
+        cfg.default_hooks.checkpoint.update(
+            save_best='falling', rule='greater'
+        )
+        cfg.custom_hooks = [
+            dict(
+                type='EarlyStoppingHook',
+                **dict(monitor='falling', rule='greater'),
+                stopping_threshold=5,
+            )
+        ]
+        toy.train(copy.deepcopy(cfg))
+        assert memories(tmp_path / 'epoch_1.pth')['stopped']
+        cfg.resume = True
+        toy.train(cfg)
+        assert not (tmp_path / 'epoch_2.pth').exists()
+
+    def test_no_annotations(self, tmp_path):
+        """Evaluation marks them; a checkpoint would hold them three times."""
+        cfg = plain(tmp_path, toy.FASTER_RCNN, epochs=2, images=2, val=True)
+        cfg.model.test_cfg.rcnn.score_thr = 0.0
+        toy.train(cfg)
+        names = remembered(tmp_path / 'epoch_2.pth')
+        assert not [name for name in names if name.startswith('metrics.')]
+
+    def test_nothing_without_need(self, tmp_path):
+        """A stock Faster R-CNN remembers nothing but its steps.
+
+        LossCheckHook counts them, too: it warns after the first 50.
+        """
+        cfg = plain(tmp_path, toy.FASTER_RCNN, epochs=1, images=2)
+        runner = toy.build(cfg)
+        warnings = Warnings(runner)
+        runner.train()
+        assert not warnings.about('cannot be saved')
+        memory = memories(tmp_path / 'epoch_1.pth')
+        assert not memory['gradients']
+        assert {each[0] for each in memory['attributes']} <= {
+            'hooks.LossCheckHook',
+            'optim_wrapper',
+            'sampler',
+        }
+
+
+class Forgetful(Hook):
+    """Changes in ways that a checkpoint cannot hold."""
+
+    def __init__(self):
+        self.seen, self.counted = 0, None
+
+    def after_train_iter(self, runner, *_, **__):
+        self.seen += 1
+        self.counted = iter(range(3))
+
+
+class TestWhatCannotBeSavedIsNamed:
+    def said(self, tmp_path, hook):
+        cfg = plain(tmp_path, epochs=2, images=2)
+        runner = toy.build(cfg)
+        runner.register_hook(hook)
+        warnings = Warnings(runner)
+        runner.train()
+        (text,) = warnings.about('cannot be saved')  # once
+        return text
+
+    def test_an_iterator(self, tmp_path):
+        text = self.said(tmp_path, Forgetful())
+        assert 'hooks.Forgetful.counted (range_iterator)' in text
+        assert 'seen' not in text
+        memory = memories(tmp_path / 'epoch_1.pth')
+        assert ['hooks.Forgetful', 'attribute', 'seen', 1] in (
+            memory['attributes']
+        )
+
+    def test_a_hook_that_acts_after_the_save(self, tmp_path):
+        class Late(Hook):
+            priority = 'LOWEST'
+            epochs = 0
+
+            def after_train_epoch(self, runner):
+                self.epochs += 1
+
+        text = self.said(tmp_path, Late())
+        assert 'hooks.Late (acts after the checkpoint hook' in text
+
+
+class TestMadeWithSomethingElse:
+    """A run that goes on with another teacher, weight, option or code."""
+
+    def said(self, tmp_path, change):
+        cfg = toy.distilled(tmp_path, toy.RETINANET, epochs=2, images=2)
+        cfg.default_hooks.checkpoint.max_keep_ckpts = -1
+        cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+        whole = copy.deepcopy(cfg)
+        whole.train_cfg.max_epochs = 1
+        cfg.train_cfg.max_epochs = 1
+        toy.train(whole)
+        cfg.resume = True
+        change(cfg)
+        runner = toy.build(cfg)
+        warnings = Warnings(runner)
+        runner.train()
+        return warnings.about('made with')
+
+    def test_the_same(self, tmp_path):
+        assert not self.said(tmp_path, lambda cfg: None)
+
+    def test_a_weight_and_an_option(self, tmp_path):
+        def change(cfg):
+            cfg.distillation.methods.hint = dict(
+                type='mmkd.FeatureHint', loss_weight=0.5, resize=True
+            )
+
+        (text,) = self.said(tmp_path, change)
+        assert 'methods.hint.loss_weight: nothing → 0.5' in text
+        assert 'methods.hint.resize: nothing → True' in text
+        assert 'weights' not in text
+
+    def test_other_weights_of_the_teacher(self, tmp_path):
+        def change(cfg):
+            cfg.randomness.seed = 4  # of which the untrained teacher is made
+            cfg.distillation.teacher.config.model.bbox_head.loss_cls.gamma = 1
+
+        (text,) = self.said(tmp_path, change)
+        assert re.search(r'weights\.teacher: \w+ → \w+', text)
+        assert 'loss_cls.gamma: 2.0 → 1' in text
+
+    def test_other_code(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(provenance, '_mmkd', lambda: 'a')
+
+        def change(cfg):
+            monkeypatch.setattr(provenance, '_mmkd', lambda: 'b')
+
+        (text,) = self.said(tmp_path, change)
+        assert 'code.the files of mmkd: a → b' in text
+
+    def test_another_max_epochs_and_schedule(self, tmp_path):
+        def change(cfg):
+            cfg.train_cfg.max_epochs = 2
+            cfg.custom_hooks = [
+                dict(type='mmkd.WeightScheduleHook', stop_at=3)
+            ]
+
+        (text,) = self.said(tmp_path, change)
+        assert 'train_cfg.max_epochs: 1 → 2' in text
+        assert "'stop_at': '3'" in text
 
 
 class TestWhichCheckpoint:

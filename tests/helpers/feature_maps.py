@@ -4,10 +4,13 @@ import copy
 
 import torch
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from mmengine.model import BaseModule
+from mmengine.structures import InstanceData
 from torch import nn
 
 from mmkd.core.distiller import build_distiller
+from mmkd.data.batch import Batch
 from mmkd.utils import isolated_random_state
 from tests.helpers import tiny_detectors as tiny
 
@@ -158,3 +161,50 @@ def twin(pair):
     """Make the student's weights the teacher's."""
     pair.student.load_state_dict(copy.deepcopy(pair.teacher.state_dict()))
     pair.student.eval()
+
+
+def on_maps(method, student, teacher, boxes=()):
+    """The sum of a method's losses on given maps of images without padding.
+
+    Args:
+        method: The method; its layers are built unless it has some.
+        student: The student's maps, (B, C, H, W), by level.
+        teacher: The teacher's.
+        boxes: The boxes (N, 4) of each image, as shares of its size.
+    """
+    if not [*method.parameters()]:
+        method.build_layers(student, teacher)
+        randomized(method)
+    size = tuple(8 * side for side in student[0].shape[2:])
+    samples = []
+    for image in range(len(student[0])):
+        sample = DetDataSample(
+            metainfo=dict(img_shape=size, batch_input_shape=size)
+        )
+        share = boxes[image] if len(boxes) else torch.zeros(0, 4)
+        sample.gt_instances = InstanceData(
+            bboxes=share * torch.tensor([size[1], size[0]]).repeat(2)
+        )
+        samples.append(sample)
+    method.pairs = lambda *_: list(zip(student, teacher, strict=True))
+    losses = method(None, None, Batch(torch.zeros(0), samples))
+    return sum(losses.values())
+
+
+def check_official(own, official, student, parameters=()):
+    """The same value, and the same gradients for maps and layers."""
+    learns = [*student, *parameters]
+    torch.testing.assert_close(own, official.float(), rtol=1e-4, atol=0)
+    gradients = [
+        torch.autograd.grad(loss, learns, allow_unused=True)
+        for loss in (own, official)
+    ]
+    largest = max(g.abs().max() for g in gradients[1] if g is not None)
+    for ours, theirs in zip(*gradients, strict=True):
+        if theirs is None:
+            assert ours is None
+            continue
+        rounding = 1e-4 * largest  # all there is of what BN takes away
+        error = (ours - theirs).abs().max()
+        assert error < 1e-3 * theirs.abs().max() + rounding
+    assert gradients[1][0].abs().sum() > 0

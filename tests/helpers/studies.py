@@ -156,9 +156,13 @@ def wait_for(process: subprocess.Popen[str], path: Path) -> None:
         time.sleep(0.05)
 
 
-def kill(process: subprocess.Popen[str], folder: Path) -> None:
-    """Kill a study, and wait for the end of the training that it held."""
+def kill(process: subprocess.Popen[str], folder: Path, hold: Path) -> None:
+    """Kill a study, and wait for the end of the training that it held.
+
+    The system sends the training a signal, upon which it saves a checkpoint.
+    """
     process.kill()
     process.wait()
+    hold.unlink()
     with (folder / '.lock').open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

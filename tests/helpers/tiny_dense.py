@@ -55,9 +55,9 @@ def tood(**changes):
     )
 
 
-def rtmdet(**changes):
+def rtmdet(name='rtmdet/rtmdet_tiny_8xb32-300e_coco.py', **changes):
     return tiny.merged(
-        tiny.stock('rtmdet/rtmdet_tiny_8xb32-300e_coco.py'),
+        tiny.stock(name),
         backbone=dict(deepen_factor=0.1, widen_factor=0.125, init_cfg=None),
         neck=dict(
             in_channels=[32, 64, 128], out_channels=16, num_csp_blocks=1
@@ -66,6 +66,11 @@ def rtmdet(**changes):
         data_preprocessor__batch_augments=None,
         **changes,
     )
+
+
+def rtmdet_ins(**changes):
+    """Its loss turns the masks of the data samples into tensors."""
+    return rtmdet('rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py', **changes)
 
 
 def yolox(**changes):

@@ -13,6 +13,7 @@ import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,7 @@ from mmengine.runner import Runner
 
 from mmkd.detectors import shrink
 from mmkd.detectors.shrink import SCALE, small_model, small_step
+from mmkd.engine.hooks import ReachCheckHook
 from tests.helpers import made_data
 
 __all__ = ['SCALE', 'small_model', 'small_step']
@@ -150,7 +152,7 @@ def detector(model: Mapping[str, Any]) -> Any:
     """A stock detector of a config, initialised."""
     register_all_modules(init_default_scope=False)
     with DefaultScope.overwrite_default_scope('mmdet'):
-        built = MODELS.build(model)
+        built = MODELS.build(copy.deepcopy(model))  # detectors change it
         built.init_weights()
     return built
 
@@ -185,6 +187,8 @@ def train(cfg: Config, *hooks: Hook) -> Runner:
 class Record(Hook):
     """What a training run has computed, iteration by iteration."""
 
+    not_resumed = ('losses', 'gradients', 'states', 'metrics', '_logged')
+
     def __init__(self) -> None:
         self.losses: list[dict[str, float]] = []
         self.gradients: list[list[torch.Tensor | None]] = []
@@ -216,15 +220,31 @@ class Record(Hook):
         self.metrics.append(dict(metrics))
 
 
+def differing(a: Any, b: Any, place: str = 'it') -> str:
+    """Where nested tensors, numbers and texts differ first; '' if nowhere."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and torch.equal(a, b)
+        return '' if same else f'{place}: {a} and {b}'
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        if a.keys() != b.keys():
+            return f'{place}: {sorted(map(str, a.keys() ^ b.keys()))}'
+        pairs = [(f'{place}.{key}', a[key], b[key]) for key in a]
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return f'{place}: {a} and {b}'
+        pairs = [
+            (f'{place}[{i}]', *p) for i, p in enumerate(zip(a, b, strict=True))
+        ]
+    else:
+        same = type(a) is type(b) and a == b
+        return '' if same else f'{place}: {a!r} and {b!r}'
+    found = (differing(*both, name) for name, *both in pairs)
+    return next(filter(None, found), '')
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether nested tensors, numbers and texts are bit for bit the same."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
+    return not differing(a, b)
 
 
 def load(path: Path | str) -> dict[str, Any]:
@@ -351,6 +371,59 @@ class KillAt(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@HOOKS.register_module(name='ToySignal')
+class Signal(Hook):
+    """Sends a signal to its process and the workers of its loaders.
+
+    The environment variable ``TOY_SIGNAL`` says which, and when, such as
+    ``'TERM iteration 2'``; ``TOY_SIGNAL_RANK`` in which process (the first).
+    What the workers are is left in the work dir.
+    """
+
+    priority = 'VERY_HIGH'
+    not_resumed = ('name', 'moment')
+
+    def __init__(self) -> None:
+        said = os.environ.get('TOY_SIGNAL', ' ')
+        self.name, _, self.moment = said.partition(' ')
+        if self.name:
+            os.setpgid(0, 0)  # without the tests
+
+    def reach(self, runner: Runner, moment: str) -> None:
+        rank = int(os.environ.get('TOY_SIGNAL_RANK', '0'))
+        if moment != self.moment or runner.rank != rank:
+            return
+        self.moment = ''
+        workers = [child.pid for child in multiprocessing.active_children()]
+        Path(runner.work_dir, 'workers').write_text(f'{workers}')
+        # From outside, as systems do: workers obey this process.
+        group = f'-{os.getpgid(0)}'
+        command = ['kill', '-s', self.name, '--', group]
+        subprocess.run(command, check=True, start_new_session=True)
+
+    def before_run(self, runner: Runner) -> None:
+        self.reach(runner, 'start')
+
+    def before_train(self, runner: Runner) -> None:
+        self.reach(runner, 'train')
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        self.reach(runner, f'iteration {runner.iter + 1}')
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        self.reach(runner, f'epoch {runner.epoch + 1}')
+
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        self.reach(runner, f'validation {runner.epoch}')
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self.reach(runner, f'save {runner.epoch + 1}')
+
+
 @HOOKS.register_module(name='ToyFullDisk')
 class FullDisk(Hook):
     """Lets no file grow beyond what fits half a checkpoint, from an epoch."""
@@ -416,6 +489,7 @@ class SaveRecord(Record):
             losses=self.losses,
             gradients=self.gradients,
             weights=student.state_dict(),
+            balances=dict(runner.distiller.balances),
         )
         path = Path(runner.work_dir, f'record_{runner.rank}.pth')
         torch.save(content, path)
@@ -431,3 +505,35 @@ class FailSecond(Hook):
         if runner.rank == 1 and runner.iter == 1:
             for parameter in runner.distiller.teacher.model.parameters():
                 parameter.data.fill_(float('nan'))
+
+
+@HOOKS.register_module(name='ToySpoilOne')
+class SpoilOne(Hook):
+    """In one process, a loss of the student or a buffer becomes NaN."""
+
+    priority = 'LOW'
+
+    def __init__(self, rank: int, what: str) -> None:
+        self.rank, self.what = rank, what
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        if (runner.rank, runner.iter, self.what) == (self.rank, 1, 'loss'):
+            student = getattr(runner.model, 'module', runner.model)
+            student.rpn_head.rpn_cls.register_forward_hook(
+                lambda module, inputs, output: output * float('nan')
+            )
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        if (runner.rank, self.what) == (self.rank, 'buffer'):
+            student = getattr(runner.model, 'module', runner.model)
+            student.backbone.bn1.running_var.fill_(float('nan'))
+
+
+@HOOKS.register_module(name='ToyReachUnchecked')
+class ReachUnchecked(ReachCheckHook):
+    """Takes the place of the hook, and measures nothing."""
+
+    def observe(self, task: Any, distilled: Any) -> None:
+        pass

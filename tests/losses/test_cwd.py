@@ -7,6 +7,8 @@ import torch
 
 from mmkd.errors import ConfigError, ShapeError
 from mmkd.losses import CWDLoss, cwd_loss
+from mmkd.losses.cwd import _ChannelKL
+from mmkd.losses.maps import OUTSIDE
 from tests.helpers.feature_maps import FeaturePair, random_maps, weights_of
 from tests.helpers.loss_references import channel_kl
 
@@ -59,6 +61,112 @@ def test_the_gradient_is_that_of_the_formula():
     assert torch.allclose(student.grad, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 3.0])
+@pytest.mark.parametrize('padded', [False, True])
+def test_the_gradient_by_differences(temperature, padded):
+    student, teacher = (
+        random_maps(2, 3, 3, 4, seed=n).double() for n in (1, 2)
+    )
+    student.requires_grad_()
+    limit = None
+    if padded:
+        inside = weights_of([(3, 4), (2, 3)], 3, 4) > 0
+        limit = torch.where(inside, torch.inf, OUTSIDE).double().flatten(2)
+
+    def compute(maps):
+        return _ChannelKL.apply(maps, teacher, limit, temperature)
+
+    assert torch.autograd.gradcheck(compute, student)
+
+
+@pytest.mark.parametrize('numbers', [1, 60, 240])
+def test_channels_in_parts(monkeypatch, numbers):
+    """One, one and two channels of two images at once are as all four."""
+    student, teacher = (random_maps(2, 4, 5, 6, seed=n) for n in (1, 2))
+    weights = weights_of([(5, 6), (4, 4)], 5, 6)
+    student.requires_grad_()
+    results = []
+    for at_once in (10**6, numbers):
+        monkeypatch.setattr('mmkd.losses.maps.AT_ONCE', at_once)
+        loss = cwd_loss(student, teacher, weights, temperature=2.0)
+        gradient = torch.autograd.grad(loss.square().sum(), student)[0]
+        results.append((loss.detach(), gradient))
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
+def test_maps_without_images_or_channels():
+    for shape in ((0, 2, 3, 4), (2, 0, 3, 4)):
+        maps = torch.zeros(shape, requires_grad=True)
+        loss = cwd_loss(maps, maps.detach())
+        assert loss.shape == shape[:2]
+        loss.sum().backward()
+        assert maps.grad.shape == shape
+
+
+def test_channels_last():
+    student, teacher = (random_maps(2, 4, 5, 6, seed=n) for n in (1, 2))
+    last = student.to(memory_format=torch.channels_last).requires_grad_()
+    student.requires_grad_()
+    losses = [cwd_loss(maps, teacher) for maps in (student, last)]
+    torch.testing.assert_close(*losses)
+    sum(loss.sum() for loss in losses).backward()
+    torch.testing.assert_close(student.grad, last.grad)
+
+
+def test_the_gradient_can_be_asked_for_again():
+    """What is kept for it does not change by being used."""
+    student, teacher = (random_maps(1, 2, 2, 3, seed=n) for n in (1, 2))
+    student.requires_grad_()
+    loss = cwd_loss(student, teacher)
+    weight = torch.tensor([[1.0, 2.0]])
+    first, second = (
+        torch.autograd.grad(loss, student, weight, retain_graph=True)[0]
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_the_teacher_gets_no_gradient():
+    student, teacher = (
+        random_maps(1, 2, 2, 3, seed=n).requires_grad_() for n in (1, 2)
+    )
+    cwd_loss(student, teacher).sum().backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('autocast', [False, True])
+def test_half_precision_is_computed_in_single(dtype, autocast):
+    maps = [40 * random_maps(1, 2, 20, 30, seed=n).to(dtype) for n in (1, 2)]
+    losses, gradients = [], []
+    for convert in (torch.clone, torch.Tensor.float):
+        student, teacher = (convert(m) for m in maps)
+        student.requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            loss = cwd_loss(student, teacher, temperature=2.0)
+        assert loss.dtype == torch.float32
+        loss.sum().backward()
+        losses.append(loss.detach())
+        gradients.append(student.grad)
+    assert torch.equal(*losses)
+    assert gradients[0].dtype == dtype
+    assert torch.equal(gradients[0], gradients[1].to(dtype))
+
+
+@pytest.mark.parametrize('padded', [False, True])
+def test_one_map_is_kept_for_the_gradient(padded):
+    student, teacher = (random_maps(2, 4, 5, 6, seed=n) for n in (1, 2))
+    weights = weights_of([(5, 6), (4, 4)], 5, 6) if padded else None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t
+    ):
+        cwd_loss(student.requires_grad_(), teacher, weights)
+    assert kept == [student.numel()]
+
+
 def test_each_channel_of_each_image_has_its_loss():
     student, teacher = (random_maps(3, 4, 5, 6, seed=n) for n in (1, 2))
     loss = cwd_loss(student, teacher, temperature=2.0)
@@ -77,6 +185,17 @@ def test_no_weights_are_no_padding():
     assert torch.equal(
         cwd_loss(student, teacher), cwd_loss(student, teacher, weights)
     )
+
+
+def test_shares_that_are_too_small_to_matter():
+    """A teacher without doubt, a student with the opposite opinion."""
+    student = torch.tensor([0.0, 500.0, 250.0]).view(1, 1, 1, 3)
+    teacher = torch.tensor([500.0, 0.0, 0.0]).view(1, 1, 1, 3)
+    student.requires_grad_()
+    loss = cwd_loss(student, teacher)
+    assert loss.item() == pytest.approx(500.0)
+    loss.sum().backward()
+    assert student.grad.flatten().tolist() == pytest.approx([-1, 1, 0])
 
 
 def test_what_is_refused():

@@ -71,10 +71,56 @@ def test_constant_probabilities_have_a_finite_gradient():
     assert s.grad.isfinite().all()
 
 
+def official_correlation(ours, theirs):
+    """hunto/DIST_KD's pearson_correlation of the rows."""
+    a, b = (p - p.mean(1, keepdim=True) for p in (ours, theirs))
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
+
+
+@pytest.mark.parametrize('scale', [1.0, 1e-6, 1e-8, 1e-9, 1e-12])
+def test_tiny_probabilities_learn_as_in_the_official_code(
+    probabilities, scale
+):
+    """Such as those of a sigmoid head that is sure of the background."""
+    s, t = probabilities
+    s = (scale * s).requires_grad_()
+    for ours, theirs in (
+        (inter_class_loss(s, t).mean(), 1 - official_correlation(s, t).mean()),
+        (intra_class_loss(s, t), 1 - official_correlation(s.T, t.T).mean()),
+    ):
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+        found, expected = (
+            scale * torch.autograd.grad(loss, s)[0] for loss in (ours, theirs)
+        )
+        assert expected.abs().max() > 1e-6
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize('scale', [1.0, 1e-3, 1e-4])
+def test_scores_that_hardly_differ(scale):
+    """Those of background, beside the same in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    s, t = (
+        0.01 + scale * torch.rand(300, 200, generator=generator)
+        for _ in range(2)
+    )
+    s.requires_grad_()
+    exact = s.detach().double().requires_grad_()
+    values, gradients = [], []
+    for ours, theirs in ((s, t), (exact, t.double())):
+        loss = inter_class_loss(ours, theirs).mean()
+        loss = loss + intra_class_loss(ours, theirs)
+        values.append(loss.item())
+        gradients.append(*torch.autograd.grad(loss, ours))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    difference = (gradients[0] - gradients[1]).norm()
+    assert difference < 1e-3 * gradients[1].norm()
+
+
 def test_all_boxes_are_one_group_of_weight_1(probabilities):
     s, t = probabilities
     explicit = intra_class_loss(s, t, torch.ones(8), torch.zeros(8).long(), 1)
-    assert torch.equal(intra_class_loss(s, t), explicit)
+    assert intra_class_loss(s, t).item() == pytest.approx(explicit.item())
 
 
 def test_no_boxes_have_no_relations():
@@ -111,6 +157,18 @@ def test_the_module_adds_both(probabilities, use_sigmoid):
     assert loss(*logits, weight, avg_factor=3).item() == pytest.approx(
         expected, rel=1e-4
     )
+
+
+def test_maps_are_rows_of_positions(probabilities):
+    """As in the official code for detection."""
+    s, t = ((4 * p - 2).view(2, 2, 2, 5).movedim(-1, 1) for p in probabilities)
+    rows = [(4 * p - 2) for p in probabilities]
+    loss = DISTLoss(use_sigmoid=True)
+    assert torch.equal(loss(s, t), loss(*rows))
+    with pytest.raises(ShapeError, match=r'DISTLoss compares tensors of the '):
+        loss(s, t[:, :4])
+    with pytest.raises(ShapeError, match=r'\(N, C\), got \(2, 5, 4\)'):
+        loss(s.flatten(2), t.flatten(2))
 
 
 def test_the_teacher_gets_no_gradient(probabilities):

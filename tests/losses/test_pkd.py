@@ -5,6 +5,7 @@ import torch
 
 from mmkd.errors import ShapeError
 from mmkd.losses import PKDLoss, pkd_loss
+from mmkd.losses.pkd import _Anticorrelation
 from tests.helpers.feature_maps import random_maps, weights_of
 from tests.helpers.loss_references import anticorrelation
 
@@ -55,6 +56,52 @@ def test_the_official_form_is_this_but_for_the_unbiased_deviation():
     assert loss.item() == pytest.approx(
         official.item() * positions / (positions - 1), rel=1e-5
     )
+
+
+@pytest.mark.parametrize('padded', [False, True])
+@pytest.mark.parametrize('per_image', [False, True])
+def test_the_gradient_by_differences(per_image, padded):
+    student, teacher = (
+        random_maps(3, 2, 3, 4, seed=n).double() for n in (1, 2)
+    )
+    sizes = [(3, 4), (2, 3), (1, 2)] if padded else [(3, 4)] * 3
+    weights = weights_of(sizes, 3, 4).double()
+    if not per_image:
+        weights = (weights > 0) / (weights > 0).sum()
+
+    def compute(maps):
+        return _Anticorrelation.apply(maps, teacher, weights, per_image)
+
+    assert torch.autograd.gradcheck(compute, student.requires_grad_())
+
+
+@pytest.mark.parametrize('per_image', [False, True])
+def test_channels_in_parts(monkeypatch, per_image):
+    student, teacher = (random_maps(3, 4, 5, 6, seed=n) for n in (1, 2))
+    weights = weights_of(SIZES, 5, 6)
+    student.requires_grad_()
+    results = []
+    for at_once in (10**6, 180, 1):  # all four channels, two, and one
+        monkeypatch.setattr('mmkd.losses.maps.AT_ONCE', at_once)
+        loss = pkd_loss(student, teacher, weights, per_image=per_image)
+        gradient = torch.autograd.grad(loss.square().sum(), student)[0]
+        results.append((loss.detach(), gradient))
+    for parts in results[1:]:
+        torch.testing.assert_close(parts, results[0])
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+def test_half_precision_is_computed_in_single(autocast):
+    maps = [random_maps(2, 2, 9, 9, seed=n).bfloat16() for n in (1, 2)]
+    results = []
+    for convert in (torch.clone, torch.Tensor.float):
+        student, teacher = (convert(m) for m in maps)
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            loss = pkd_loss(student.requires_grad_(), teacher)
+        loss.sum().backward()
+        results.append((loss.detach(), student.grad.bfloat16()))
+        assert loss.dtype == torch.float32
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('per_image', [False, True])

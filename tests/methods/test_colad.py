@@ -1,18 +1,22 @@
 """CoLAD on real PAA detectors, against plain loops and scikit-learn."""
 
 import copy
-import itertools
-import statistics
 
 import pytest
 import torch
+from mmengine.config import Config
 
-from mmkd.benchmark.paa_reference import reference
 from mmkd.core.distiller import build_distiller
+from mmkd.detectors.assignment.colearning import std_mean
 from mmkd.detectors.record import intercepted
 from mmkd.errors import ConfigError
+from mmkd.methods import CoLAD
+from mmkd.registry import METHODS
+from mmkd.utils import build_checked
+from tests.helpers import paa_authors as authors
 from tests.helpers import tiny_dense as dense
 from tests.helpers import tiny_detectors as tiny
+from tests.helpers import toy
 
 WIDE = dict(
     backbone=dict(tiny.BACKBONE, base_channels=16),
@@ -71,60 +75,10 @@ def values(losses, prefix=''):
     }
 
 
-def stock_costs(model, batch):
-    """The candidates' costs of the head's own loop, image by image."""
-    calls = []
-    head = model.bbox_head
-    with intercepted(
-        head, 'paa_reassign', lambda result, *args: calls.append(args)
-    ):
-        tiny.seeded_loss(model, *batch)
-    return calls
-
-
-def score(costs):
-    if len(costs) == 1:
-        return -costs[0]
-    return statistics.stdev(costs) / statistics.mean(costs)
-
-
 def shared_positives(networks, batch):
     """CoLAD by loops: each image's positive anchors, and who decided."""
-    each = [stock_costs(model, batch) for model in networks.all.values()]
-    positives, decided = [], [0] * len(each)
-    for calls in zip(*each, strict=True):
-        costs = [call[0].tolist() for call in calls]
-        _, _, _, _, index, owner, anchors = calls[0]
-        starts = [0]
-        for level in anchors:
-            starts.append(starts[-1] + len(level))
-        index, owner = index.tolist(), owner.tolist()
-        chosen = set()
-        for gt in sorted(set(owner)):
-            joined = []
-            for low, high in itertools.pairwise(starts):
-                members = [
-                    i
-                    for i, (a, o) in enumerate(zip(index, owner, strict=True))
-                    if o == gt and low <= a < high
-                ]
-                if not members:
-                    continue
-                scores = [score([c[i] for i in members]) for c in costs]
-                best = scores.index(max(scores))
-                decided[best] += 1
-                pairs = sorted((costs[best][i], index[i]) for i in members)
-                joined += pairs[:9]
-            joined.sort()
-            if len(joined) < 2:
-                continue
-            mask, _ = reference([cost for cost, _ in joined])
-            chosen |= {
-                anchor
-                for (_, anchor), positive in zip(joined, mask, strict=True)
-                if positive
-            }
-        positives.append(chosen)
+    calls = [authors.stock_calls(m, batch) for m in networks.all.values()]
+    positives, decided = authors.assigned(calls)
     return positives, [count / sum(decided) for count in decided]
 
 
@@ -254,6 +208,50 @@ def test_an_object_with_one_candidate():
         losses = networks.losses((inputs, samples))
         assert (losses['loss_bbox'].item() > 0) == keep
         assert (losses['big.loss_bbox'].item() > 0) == keep
+
+
+class TestOfficialCode:
+    """Values and gradients of both networks on the shared positives."""
+
+    @pytest.mark.parametrize('single', [False, True])
+    def test_values_and_gradients(self, single):
+        networks = Networks(box_weighting='none')
+        batch = networks.batch(objects=[2, 4])
+        if single:
+            batch = authors.with_a_single_candidate(
+                list(networks.all.values()), batch
+            )
+        calls = [authors.stock_calls(m, batch) for m in networks.all.values()]
+        positives, decided = authors.assigned(calls)
+        assert min(decided) > 0 or single
+        owners = [int(owner) for owner in calls[0][-1][5]]
+        assert (owners.count(0) == 1) == single
+        losses = networks.losses(batch)
+        for (name, model), each in zip(
+            networks.all.items(), calls, strict=True
+        ):
+            prefix = '' if name == 'student' else f'{name}.'
+            own = {
+                k.removeprefix(prefix): v
+                for k, v in losses.items()
+                if k.startswith(f'{prefix}loss')
+            }
+            authors.assert_same_training(
+                model, own, *authors.losses(model, batch, each, positives)
+            )
+
+    @pytest.mark.parametrize('name', ['colad_r50_r101.py', 'bccd/colad.py'])
+    def test_the_configs_have_its_options(self, name):
+        cfg = Config.fromfile(toy.ROOT / 'configs' / name)
+        options = dict(cfg.distillation.methods.colad)
+        method = build_checked(METHODS, options, 'colad')
+        (official,) = CoLAD.official
+        assert official.options == dict(
+            indicator='std_mean', box_weighting='none', keep_single=False
+        )
+        assert method.indicator is std_mean
+        assert method.box_weighting == 'none'
+        assert method.keep_single is False
 
 
 def test_nothing_is_left_behind():

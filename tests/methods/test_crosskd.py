@@ -1,13 +1,14 @@
 """Cross-head distillation on real detectors."""
 
 import copy
+import functools
 import math
 
 import pytest
 import torch
 
 from mmkd.detectors.blank import blank_pass
-from mmkd.detectors.towers import from_layer
+from mmkd.detectors.towers import TOWERS, from_layer
 from mmkd.errors import ConfigError
 from mmkd.methods.crosskd import align_moments
 from mmkd.registry import METHODS
@@ -17,6 +18,8 @@ from tests.helpers import tiny_detectors as tiny
 from tests.helpers.logit_pair import LogitPair, seen_targets
 
 DEEP = dict(bbox_head__stacked_convs=2)
+BEFORE = dict(align='image', post_activation=False, ignore_padding=True)
+"""Features before the activation, and no padding."""
 HEADS = {
     'retinanet': (tiny.retinanet(**DEEP), 'retina_cls', 'retina_reg'),
     'fcos': (tiny.fcos(**DEEP), 'conv_cls', 'conv_reg'),
@@ -222,11 +225,244 @@ def decoded(pair, own, values):
     return torch.cat([centres - sides / 2, centres + sides / 2], -1)
 
 
+# ------------------------------------------------- the authors' own algorithm
+
+
+class Authors:
+    """What jbwang1997/CrossKD computes, level by level, in float64."""
+
+    def __init__(self, pair, name, layer):
+        _, *predictors = HEADS[name]
+        self.pair, self.name, self.layer = pair, name, layer
+        self.predictors = dict(zip(TOWERS, predictors, strict=True))
+        self.student, self.teacher = (
+            copy.deepcopy(m).double() for m in (pair.student, pair.teacher)
+        )
+        self.teacher.requires_grad_(False)
+        features = [
+            m.extract_feat(pair.inputs.double())
+            for m in (self.student, self.teacher)
+        ]
+        pairs = zip(*features, strict=True)
+        levels = [self.level(*pair) for pair in enumerate(pairs)]
+        self.own, self.crossed = zip(*levels, strict=True)
+
+    def level(self, number, features):
+        """The teacher's and the cross-head predictions of one level."""
+        own, crossed = {}, {}
+        for tower in TOWERS:
+            held_s, _ = self.through(self.student, tower, features[0])
+            held_t, last = self.through(self.teacher, tower, features[1])
+            own |= self.predicted(tower, last, number)
+            feature = aligned_by_the_authors(held_s, held_t)
+            if self.layer:
+                feature = feature.relu()
+            for conv in getattr(self.teacher.bbox_head, tower)[self.layer :]:
+                feature = before_activation([conv], feature, 1).relu()
+            crossed |= self.predicted(tower, feature, number)
+        return own, crossed
+
+    def through(self, model, tower, feature):
+        """What is held after layer i, and the last layer's output."""
+        held = feature
+        for i, conv in enumerate(getattr(model.bbox_head, tower), 1):
+            feature = before_activation([conv], feature, 1)
+            if i == self.layer:
+                held = feature
+            # In place, as in a ConvModule: what is held changes as well.
+            feature = feature.relu_()
+        return held, feature
+
+    def predicted(self, tower, feature, number):
+        head = self.teacher.bbox_head
+        name = self.predictors[tower]
+        found = {tower: getattr(head, name)(feature)}
+        if tower == 'reg_convs':
+            if hasattr(head, 'scales'):
+                found[tower] = found[tower] * head.scales[number].scale
+            if self.name == 'atss':
+                found['quality'] = head.atss_centerness(feature)
+        return found
+
+    def losses(self):
+        """The sums over the levels of the official losses."""
+        labels, weights, number = seen_targets(self.pair)
+        sizes = [self.rows(level)['cls_convs'].shape[1] for level in self.own]
+        # The boxes' weights have their own normaliser where there are bins.
+        total = dict(cls=0.0, box=0.0, quality=0.0)
+        sum_of_u = 0.0
+        for own, crossed, anchors, label, weight in zip(
+            map(self.rows, self.own),
+            map(self.rows, self.crossed),
+            self.anchors(),
+            labels.split(sizes, 1),
+            weights.split(sizes, 1),
+            strict=True,
+        ):
+            z, p = crossed['cls_convs'], own['cls_convs'].sigmoid()
+            s = z.sigmoid()
+            entropy = -p * s.log() - (1 - p) * (1 - s).log()
+            focal = (s - p).abs() * entropy * weight[..., None]
+            total['cls'] += focal.sum() / number
+            u = p.amax(-1) * (weight != 0)
+            sum_of_u += u.sum()
+            r, r_t = crossed['reg_convs'], own['reg_convs']
+            if self.name == 'gfl':
+                q, q_t = (
+                    x.unflatten(-1, (4, 17)).softmax(-1) for x in (r, r_t)
+                )
+                divergence = (q_t * (q_t / q).log()).sum((-2, -1))
+                total['box'] += (u * divergence).sum() / 4
+            else:
+                boxes = [self.decoded(anchors, x) for x in (r, r_t)]
+                total['box'] += (u * (1 - gious(*boxes))).sum() / number
+            if self.name == 'atss':
+                p, s = (x['quality'][..., 0].sigmoid() for x in (own, crossed))
+                entropy = -p * s.log() - (1 - p) * (1 - s).log()
+                positive = (label >= 0) & (label < 3)
+                total['quality'] += entropy[positive].sum() / number
+        if self.name == 'gfl':
+            total['box'] = 4 * total['box'] / sum_of_u
+        return {k: v for k, v in total.items() if torch.is_tensor(v)}
+
+    def rows(self, level):
+        """Maps as (B, priors, numbers of a prior)."""
+        classes = self.teacher.bbox_head.num_classes
+        priors = level['cls_convs'].shape[1] // classes
+        return {
+            k: v.permute(0, 2, 3, 1)
+            .flatten(1)
+            .unflatten(
+                1, (v.shape[2] * v.shape[3] * priors, v.shape[1] // priors)
+            )
+            for k, v in level.items()
+        }
+
+    def anchors(self):
+        sizes = [level['cls_convs'].shape[-2:] for level in self.own]
+        generator = self.student.bbox_head.prior_generator
+        return generator.grid_priors(sizes, dtype=torch.float64, device='cpu')
+
+    def decoded(self, anchors, values):
+        head = self.student.bbox_head
+        values = values * torch.tensor(head.bbox_coder.stds)
+        assert values[..., 2:].abs().max() < 4  # the coder would cut
+        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+        sides = anchors[:, 2:] - anchors[:, :2]
+        centres = centres + values[..., :2] * sides
+        sides = sides * values[..., 2:].exp()
+        return torch.cat([centres - sides / 2, centres + sides / 2], -1)
+
+
+def aligned_by_the_authors(ours, theirs):
+    """Over the batch, with the sample's deviation; epsilon on one side."""
+    count, channels = len(ours), ours.shape[1]
+    s, t = (x.transpose(0, 1).reshape(channels, -1) for x in (ours, theirs))
+    s = (s - s.mean(1, keepdim=True)) / (s.std(1, keepdim=True) + 1e-6)
+    s = s * t.std(1, keepdim=True) + t.mean(1, keepdim=True)
+    return s.reshape(channels, count, *ours.shape[2:]).transpose(0, 1)
+
+
+def gious(a, b):
+    """GIoU of boxes (..., 4), pair by pair."""
+    inter = (
+        torch.minimum(a[..., 2:], b[..., 2:])
+        - torch.maximum(a[..., :2], b[..., :2])
+    ).clamp(min=0)
+    hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(
+        a[..., :2], b[..., :2]
+    )
+    inter, hull = inter.prod(-1), hull.prod(-1)
+    areas = [(x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b)]
+    union = sum(areas) - inter
+    return inter / union - (hull - union) / hull
+
+
+class TestOfficialCode:
+    """Values and gradients of jbwang1997/CrossKD on equal networks."""
+
+    @pytest.mark.parametrize('name', ['gfl', 'retinanet', 'atss'])
+    @pytest.mark.parametrize(
+        ('layer', 'batch'),
+        [
+            (0, dict(objects=(1, 5))),
+            (2, dict(objects=(1, 5))),
+            (1, dict(objects=(0, 3))),  # N counts one for the empty image
+            # Both are padded to 128x128, the stock loss ends at 96 and 128.
+            (1, dict(sizes=((90, 101), (120, 70)))),
+        ],
+    )
+    def test_values_and_gradients(self, name, layer, batch):
+        options = dict(quality_weight=1.0) if name == 'atss' else {}
+        pair = LogitPair('CrossKD', HEADS[name][0], layer=layer, **options)
+        losses = pair.losses(**batch)
+        authors = Authors(pair, name, layer)
+        expected = authors.losses()
+        assert losses.keys() == expected.keys()
+        for part, loss in losses.items():
+            assert loss.item() == pytest.approx(
+                expected[part].item(), rel=1e-4
+            ), part
+            assert loss.item() > 1e-4
+        sum(losses.values()).backward()
+        sum(expected.values()).backward()
+        theirs = dict(authors.student.named_parameters())
+        grads = {k: p.grad for k, p in theirs.items() if p.grad is not None}
+        largest = max(grad.abs().max().item() for grad in grads.values())
+        assert len(grads) > 20
+        for key, parameter in pair.student.named_parameters():
+            if key not in grads:
+                assert parameter.grad is None
+                continue
+            scale = grads[key].abs().max().item()
+            torch.testing.assert_close(
+                parameter.grad.double(),
+                grads[key],
+                rtol=1e-3,
+                atol=1e-3 * scale + 1e-5 * largest,
+            )
+
+    def test_alignment_by_hand(self):
+        """Over both images: mean 2, unbiased deviation 2; 20 and 10."""
+        samples = tiny.raw_batch(sizes=((1, 2),) * 2, objects=0)[
+            'data_samples'
+        ]
+        ours = torch.tensor([0.0, 2.0, 2.0, 4.0]).view(2, 1, 1, 2)
+        theirs = torch.tensor([20.0, 30.0, 10.0, 20.0]).view(2, 1, 1, 2)
+        result = align_moments(ours, theirs, 'batch', samples)
+        expected = torch.tensor([10.0, 20.0, 20.0, 30.0]).view(2, 1, 1, 2)
+        torch.testing.assert_close(result, expected)
+
+    def test_a_channel_that_is_constant(self):
+        """The epsilon is the student's alone."""
+        samples = tiny.raw_batch(sizes=((1, 2),), objects=0)['data_samples']
+        theirs = torch.tensor([[[[1.0, 3.0]]]])
+        for ours in (torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1, 2), 7.0)):
+            ours.requires_grad_()
+            result = align_moments(ours, theirs, 'batch', samples)
+            torch.testing.assert_close(result, torch.full_like(ours, 2.0))
+            result[0, 0, 0, 0].backward()
+            assert ours.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('how', ['batch', 'image', None])
+def test_features_after_another_activation_are_not_activated_twice(how):
+    """Equal networks have nothing to learn, whatever the activation."""
+    pair = LogitPair('CrossKD', tiny.gfl(), layer=1, align=how)
+    for model in (pair.student, pair.teacher):
+        for tower in TOWERS:
+            for conv in getattr(model.bbox_head, tower):
+                conv.activate = torch.nn.SiLU(inplace=True)
+    pair.equal()
+    for loss in pair.losses().values():
+        assert loss.item() == pytest.approx(0, abs=1e-4)
+
+
 @pytest.mark.parametrize('name', HEADS)
 @pytest.mark.parametrize('layer', [1, 2])
 def test_the_cross_head_losses(name, layer):
     config, *names = HEADS[name]
-    pair = LogitPair('CrossKD', config, layer=layer)
+    pair = LogitPair('CrossKD', config, layer=layer, **BEFORE)
     losses = pair.losses()
     expected = reference(pair, names, layer)
     assert min(expected.values()) > 1e-4
@@ -243,7 +479,7 @@ def test_points_and_anchors(student, teacher):
     config, *names = HEADS[teacher]
     learner = copy.deepcopy(HEADS[student][0])
     learner.data_preprocessor = config.data_preprocessor
-    pair = LogitPair('CrossKD', learner, config, layer=1)
+    pair = LogitPair('CrossKD', learner, config, layer=1, **BEFORE)
     losses = pair.losses()
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(
         reference(pair, names, 1), rel=1e-3
@@ -255,7 +491,9 @@ def test_points_and_anchors(student, teacher):
 def test_alignments(how, layer):
     """From the neck's maps on there is no activation."""
     config, *names = HEADS['gfl']
-    pair = LogitPair('CrossKD', config, layer=layer, align=how)
+    pair = LogitPair(
+        'CrossKD', config, layer=layer, **BEFORE | dict(align=how)
+    )
     losses = pair.losses()
     expected = reference(pair, names, layer, how)
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(
@@ -278,6 +516,7 @@ def test_other_widths_and_classes():
         wide,
         layer=1,
         teacher_classes=('sky', 'cow', 'cat', 'sea'),
+        **BEFORE,
     )
     assert pair.method.adapters['cls_convs'].weight.shape == (64, 32, 1, 1)
     losses = pair.losses()
@@ -365,14 +604,19 @@ def test_the_teacher_is_tapped_where_it_is_read():
         cfg = dict(type='mmkd.CrossKD', **options)
         return set(build_checked(METHODS, cfg, 'x').teacher_paths)
 
-    parts = {
-        tower: {f'bbox_head.{tower}.2.{part}' for part in ('norm', 'conv')}
-        for tower in ('cls_convs', 'reg_convs')
-    }
-    assert paths() == parts['cls_convs'] | parts['reg_convs']
-    assert paths(cls_weight=0) == parts['reg_convs']
-    assert paths(box_weight=0) == parts['cls_convs']
-    assert paths(box_weight=0, quality_weight=1) == paths()
+    for options, ends in (
+        ({}, ('',)),
+        (dict(post_activation=False), ('.norm', '.conv')),
+    ):
+        taps = functools.partial(paths, **options)
+        parts = {
+            tower: {f'bbox_head.{tower}.2{end}' for end in ends}
+            for tower in ('cls_convs', 'reg_convs')
+        }
+        assert taps() == parts['cls_convs'] | parts['reg_convs']
+        assert taps(cls_weight=0) == parts['reg_convs']
+        assert taps(box_weight=0) == parts['cls_convs']
+        assert taps(box_weight=0, quality_weight=1) == taps()
 
 
 def test_weights_and_quality():
@@ -384,6 +628,7 @@ def test_weights_and_quality():
         cls_weight=2.0,
         box_weight=3.0,
         quality_weight=5.0,
+        **BEFORE,
     )
     losses = pair.losses()
     expected = reference(pair, names, 1)

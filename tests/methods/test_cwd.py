@@ -3,12 +3,16 @@
 import pytest
 
 from mmkd.errors import ConfigError
+from mmkd.methods import CWD
 from tests.helpers import tiny_dense
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import (
     FeaturePair,
+    check_official,
     images_of,
+    on_maps,
     pointwise,
+    random_maps,
     twin,
 )
 from tests.helpers.logit_pair import LogitPair as ClassPair
@@ -36,6 +40,46 @@ def test_on_detectors():
     ]
     assert losses.keys() == {'cwd'}
     assert losses['cwd'].item() == pytest.approx(3 * sum(each) / 2, rel=1e-4)
+
+
+class TestOfficialCode:
+    """The sums of MMRazor and of mmdetection-distiller, written plainly."""
+
+    @staticmethod
+    def maps(seed):
+        shapes = ((2, 8, 12, 16), (2, 8, 6, 8), (2, 8, 3, 4))
+        return [random_maps(*shape, seed=seed) for shape in shapes]
+
+    @staticmethod
+    def shares(maps, tau):
+        """Of positions in the channels of all images, (B C, H W)."""
+        powers = (maps.double().flatten(0, 1).flatten(1) / tau).exp()
+        return powers / powers.sum(1, keepdim=True)
+
+    @pytest.mark.parametrize('tau', [1.0, 4.0])
+    def test_of_mmrazor(self, tau):
+        student = [m.requires_grad_() for m in self.maps(1)]
+        teacher = self.maps(2)
+        own = on_maps(CWD(temperature=tau), student, teacher)
+        official = 0.0
+        for s, t in zip(student, teacher, strict=True):
+            p, q = self.shares(s, tau), self.shares(t, tau)
+            sums = (q * q.log() - q * p.log()).sum() * tau**2
+            official = official + 10.0 * sums / (8 * 2)
+        check_official(own, official, student)
+
+    def test_of_the_cited_figure(self):
+        """A cross-entropy, weight 5: the same gradient."""
+        student = [m.requires_grad_() for m in self.maps(1)]
+        teacher = self.maps(2)
+        own = on_maps(CWD(loss_weight=5.0), student, teacher)
+        official, entropy = 0.0, 0.0
+        for s, t in zip(student, teacher, strict=True):
+            p, q = self.shares(s, 1.0), self.shares(t, 1.0)
+            official = official + 5.0 * -(q * p.log()).sum() / (8 * 2)
+            entropy = entropy + 5.0 * -(q * q.log()).sum() / (8 * 2)
+        check_official(own, official - entropy, student)
+        assert entropy > own
 
 
 def test_levels_are_summed():

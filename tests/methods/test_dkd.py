@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
@@ -56,18 +57,8 @@ def test_the_positives_of_a_dense_head(name):
     assert all(p.grad is None for p in pair.teacher.parameters())
 
 
-@pytest.mark.parametrize(
-    ('teacher_classes', 'columns'),
-    [
-        (tiny.CLASSES, ([0, 1, 2, 3], [0, 1, 2, 3])),
-        (('cow', 'sky', 'cat'), ([0, 2, 3], [2, 0, 3])),
-    ],
-)
-def test_the_rois_of_a_two_stage_detector(teacher_classes, columns):
-    """The background counts; RoIs of what the teacher does not know don't."""
-    pair = LogitPair(
-        'DKD', tiny.faster_rcnn(), teacher_classes=teacher_classes
-    )
+def roi_step(pair):
+    """The method's losses, both networks' RoI logits, and the labels."""
     found, head = [], pair.student.roi_head.bbox_head
     original = head.loss_and_target
 
@@ -84,9 +75,74 @@ def test_the_rois_of_a_two_stage_detector(teacher_classes, columns):
         theirs = pair.teacher.roi_head._bbox_forward(
             pair.teacher.extract_feat(pair.inputs), call['rois']
         )['cls_score']
+    return losses, call['cls_score'], theirs, labels
+
+
+def official_dkd(student, teacher, target, alpha, beta, temperature):
+    """The official dkd_loss, from its formula: masks and logarithms."""
+    mask = torch.zeros_like(student).scatter(1, target[:, None], 1).bool()
+
+    def joined(logits):
+        p = (logits / temperature).softmax(1)
+        return torch.stack([(p * mask).sum(1), (p * ~mask).sum(1)], 1)
+
+    def divergence(log_student, p_teacher):
+        total = F.kl_div(log_student, p_teacher, reduction='sum')
+        return total * temperature**2 / len(target)
+
+    without = 1000.0 * mask
+    target_part = divergence(joined(student).log(), joined(teacher))
+    other_part = divergence(
+        (student / temperature - without).log_softmax(1),
+        (teacher / temperature - without).softmax(1),
+    )
+    return alpha * target_part + beta * other_part
+
+
+class TestOfficialCode:
+    """Values and gradients of mdistiller's rcnn_dkd_loss."""
+
+    def test_the_defaults_are_those_for_detectors(self):
+        """``KD.DKD`` in detection/model/config.py."""
+        pair = LogitPair('DKD', tiny.faster_rcnn())
+        losses, ours, theirs, labels = roi_step(pair)
+        expected = official_dkd(ours, theirs, labels, 1.0, 0.25, 1.0)
+        found = sum(losses.values())
+        assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+        head = pair.student.roi_head.bbox_head
+        parameters = [*head.fc_cls.parameters(), *head.shared_fcs.parameters()]
+        gradients, references = (
+            torch.autograd.grad(loss, parameters, retain_graph=True)
+            for loss in (found, expected)
+        )
+        for gradient, reference in zip(gradients, references, strict=True):
+            scale = reference.abs().max()
+            assert scale > 0
+            torch.testing.assert_close(
+                gradient / scale, reference / scale, rtol=1e-3, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    ('teacher_classes', 'columns'),
+    [
+        (tiny.CLASSES, ([0, 1, 2, 3], [0, 1, 2, 3])),
+        (('cow', 'sky', 'cat'), ([0, 2, 3], [2, 0, 3])),
+    ],
+)
+def test_the_rois_of_a_two_stage_detector(teacher_classes, columns):
+    """The background counts; RoIs of what the teacher does not know don't."""
+    pair = LogitPair(
+        'DKD',
+        tiny.faster_rcnn(),
+        teacher_classes=teacher_classes,
+        beta=8.0,
+        temperature=4.0,
+    )
+    losses, ours, theirs, labels = roi_step(pair)
     totals, known = [0.0, 0.0], 0
     for s, t, label in zip(
-        call['cls_score'].tolist(),
+        ours.tolist(),
         theirs.tolist(),
         labels.tolist(),
         strict=True,

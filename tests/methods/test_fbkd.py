@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from mmkd.errors import ConfigError
+from mmkd.methods import FBKD
 from mmkd.methods.fbkd import NonLocal
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import (
     FeaturePair,
+    check_official,
     images_of,
+    on_maps,
     pointwise,
     random_maps,
     randomized,
@@ -38,8 +41,10 @@ def values(module):
 
 def mixed(image, p, name):
     """A 1x1 convolution of an image (C, h, w)."""
-    weight, bias = p[f'{name}.weight'][:, :, 0, 0], p[f'{name}.bias']
-    return torch.einsum('oi,ihw->ohw', weight, image) + bias[:, None, None]
+    mixed = torch.einsum('oi,ihw->ohw', p[f'{name}.weight'][..., 0, 0], image)
+    if f'{name}.bias' in p:
+        mixed = mixed + p[f'{name}.bias'][:, None, None]
+    return mixed
 
 
 def cells_of(image, side):
@@ -178,6 +183,91 @@ def test_the_formula(options):
         assert losses[name].item() == pytest.approx(value, rel=1e-4)
 
 
+class TestOfficialCode:
+    """Sums over a batch without padding, whose maps the cells divide."""
+
+    @staticmethod
+    def related(maps, block, pool):
+        """NonLocalBlockND: W is a convolution with batch normalisation."""
+        images, _, height, width = maps.shape
+        g, phi = (pool(f(maps)).view(images, -1) for f in (block.g, block.phi))
+        g, phi = (m.view(images, block.g.out_channels, -1) for m in (g, phi))
+        theta = block.theta(maps).view(images, block.g.out_channels, -1)
+        pairwise = theta.permute(0, 2, 1) @ phi
+        pairwise = pairwise / pairwise.shape[-1]
+        y = (pairwise @ g.permute(0, 2, 1)).permute(0, 2, 1)
+        norm = torch.nn.BatchNorm2d(maps.shape[1])
+        y = block.out(y.reshape(images, -1, height, width))
+        y = torch.nn.functional.batch_norm(
+            y, None, None, block.scale.view(-1), block.shift.view(-1),
+            training=True, eps=norm.eps,
+        )  # fmt: skip
+        return maps + y
+
+    @staticmethod
+    def attention(maps, t):
+        where = maps.abs().mean(1, keepdim=True)
+        number = where[0].numel()
+        share = (where.view(len(maps), -1) / t).softmax(1) * number
+        which = maps.abs().mean((2, 3), keepdim=True)
+        channels = (which / t).softmax(1) * maps.shape[1]
+        return share.view(where.shape), channels
+
+    @pytest.mark.parametrize('form', ['mmrazor', 'two-stage', 'one-stage'])
+    def test_the_four_losses(self, form):
+        options = dict(FBKD.official[FORMS.index(form)].options)
+        options.pop('levels', None)
+        sizes = [(32, 48), (16, 24), (8, 12), (4, 8)]
+        if form != 'mmrazor':
+            sizes.append((2, 4))
+        student, teacher = (
+            [random_maps(2, 8, *size, seed=n) for size in sizes]
+            for n in (1, 2)
+        )
+        for maps in student:
+            maps.requires_grad_()
+        method = FBKD(**options)
+        own = on_maps(method, student, teacher)
+        t, factor = (0.1, 6) if form == 'one-stage' else (0.5, 1)
+        official = 0.0
+        for level, (s, x) in enumerate(zip(student, teacher, strict=True)):
+            layers = method.layers[level]
+            stride = [8, 4, 2, 2, 2][level]
+            pool = torch.nn.MaxPool2d(stride)
+            if form == 'mmrazor':  # NonLocal2d pools before
+                pool = torch.nn.Sequential(torch.nn.MaxPool2d(2), pool)
+            (where_s, which_s), (where_t, which_t) = (
+                self.attention(m, t) for m in (s, x)
+            )
+            squares = (x - layers.feature(s)) ** 2
+            squares = squares * ((where_t + where_s) / 2).detach()
+            if form == 'one-stage':
+                squares = squares * ((which_t + which_s) / 2).detach()
+            official = official + 7e-5 * factor * squares.sum() ** 0.5
+            channels = layers.channel(s.mean((2, 3)))
+            spatial = layers.spatial(s.mean(1, keepdim=True))
+            official = official + 4e-3 * factor * (
+                torch.dist(x.mean((2, 3)), channels)
+                + torch.dist(x.mean(1, keepdim=True), spatial)
+            )
+            related_s, related_t = (
+                self.related(m, block, pool)
+                for m, block in (
+                    (s, layers.student_block),
+                    (x, layers.teacher_block),
+                )
+            )
+            official = official + 7e-5 * factor * torch.dist(
+                related_t, layers.relation(related_s)
+            )
+            hidden = [64, 64, 128, 128, 128][level] * 8 // 256
+            assert layers.student_block.g.out_channels == hidden
+        check_official(own, official, student, method.parameters())
+
+
+FORMS = ['mmrazor', 'two-stage', 'one-stage']
+
+
 # --------------------------------------------------------------- by hand
 
 
@@ -191,12 +281,23 @@ def test_norms_by_hand():
     assert norms == [5.0, 3.5]
 
 
+@pytest.mark.parametrize('per_image', [False, True])
+def test_norms_of_large_maps(per_image):
+    """A plain sum of so many squares is off by one per cent."""
+    method = FBKD(per_image=per_image)
+    differences = torch.full((1, 256, 200, 336), 0.3)
+    norm = method._norm(differences).item()
+    expected = 0.3 * math.sqrt(differences.numel())
+    assert norm == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_block_by_hand():
     """Two positions of 1 and 3, one channel, all layers the identity."""
-    block = NonLocal(1, pooling=1, per_image=False)
+    block = NonLocal(1, pooling=1, reduction=2, per_image=False)
     for layer in (block.theta, block.phi, block.g, block.out):
         torch.nn.init.ones_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            torch.nn.init.zeros_(layer.bias)
     torch.nn.init.ones_(block.scale)
     maps = torch.tensor([1.0, 3.0]).view(1, 1, 1, 2)
     # Mean of g * phi is (1 + 9) / 2; times theta 5 and 15; normalised -1, 1.
@@ -205,7 +306,7 @@ def test_a_block_by_hand():
 
 
 def test_a_block_starts_as_the_identity():
-    block = NonLocal(6, pooling=2, per_image=False)
+    block = NonLocal(6, pooling=2, reduction=2, per_image=False)
     maps = random_maps(2, 6, 4, 5)
     weights = weights_of([(4, 5), (2, 3)], 4, 5)
     assert torch.equal(block(maps, weights), maps)
@@ -220,7 +321,7 @@ def test_memory_is_linear_in_the_number_of_positions():
             total += tensor.numel()
             return tensor
 
-        block = NonLocal(4, pooling=1, per_image=False)
+        block = NonLocal(4, pooling=1, reduction=2, per_image=False)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             block(
                 random_maps(1, 4, side, side),
@@ -266,7 +367,7 @@ def test_the_mask_gets_no_gradient():
 def test_the_last_pooling_holds_for_what_follows():
     pair = FeaturePair('FBKD', tiny.faster_rcnn())
     blocks = [layers.student_block for layers in pair.method.layers]
-    assert [block.pooling for block in blocks] == [8, 4, 2, 2, 2]
+    assert [block.pooling for block in blocks] == [16, 8, 4, 4, 4]
     hidden = [block.theta.out_channels for block in blocks]
     assert hidden == [4, 4, 8, 8, 8]
 
@@ -281,6 +382,8 @@ def test_the_last_pooling_holds_for_what_follows():
         (dict(pooling=[]), r'FBKD\.pooling must be a list .*got \[\]'),
         (dict(pooling=[8, 0]), r'pooling must be a list of sides .*got \[8'),
         (dict(pooling=2), r'pooling must be a list of sides .*got 2'),
+        (dict(reduction=[]), r'FBKD\.reduction must be a list of divisors'),
+        (dict(reduction=[4, 0]), r'reduction must be a list .*got \[4, 0\]'),
         (dict(adapt=True), r'no option "adapt"'),
         (
             dict(channel_mask=True, teacher=pointwise(24)),

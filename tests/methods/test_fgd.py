@@ -9,16 +9,19 @@ from mmengine.structures import InstanceData
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.errors import ConfigError
+from mmkd.methods import FGD
+from mmkd.methods.feature_base import channel_attention
 from mmkd.methods.fgd import (
     AT_ONCE,
     ContextBlock,
-    channel_attention,
     paint_boxes,
     relative_boxes,
 )
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import (
     FeaturePair,
+    check_official,
+    on_maps,
     pointwise,
     random_maps,
     randomized,
@@ -150,6 +153,80 @@ def test_many_boxes_that_reach_out_of_the_image():
         assert losses[f'kd.loss_{name}'].item() == pytest.approx(
             value, rel=1e-4
         )
+
+
+class TestOfficialCode:
+    """FeatureLoss of yzd-v/FGD, where nothing is padded."""
+
+    @staticmethod
+    def attention(maps):
+        images, channels, height, width = maps.shape
+        where = maps.abs().mean(1).view(images, -1) / 0.5
+        which = maps.abs().mean(2).mean(2) / 0.5
+        return (
+            (height * width * where.softmax(1)).view(images, height, width),
+            channels * which.softmax(1),
+        )
+
+    @staticmethod
+    def masks(boxes, shape):
+        foreground, background = torch.zeros(2, *shape).unbind()
+        for x1, y1, x2, y2 in boxes.tolist():
+            left, right = math.floor(x1 * shape[1]), math.ceil(x2 * shape[1])
+            top, below = math.floor(y1 * shape[0]), math.ceil(y2 * shape[0])
+            share = 1 / (below + 1 - top) / (right + 1 - left)
+            part = foreground[top : below + 1, left : right + 1]
+            part.clamp_(min=share)
+        background[foreground == 0] = 1
+        return foreground, background / max(background.sum(), 1)
+
+    @staticmethod
+    def related(maps, block):
+        share = block.mask(maps).view(len(maps), 1, -1).softmax(2)
+        context = (maps.view(*maps.shape[:2], -1) * share).sum(2)
+        added = block.expand(block.norm(block.reduce(context)).relu())
+        return maps + added[:, :, None, None]
+
+    def test_the_four_losses(self):
+        student, teacher = (
+            [random_maps(2, 8, *size, seed=n) for size in ((12, 16), (6, 8))]
+            for n in (1, 2)
+        )
+        for maps in student:
+            maps.requires_grad_()
+        boxes = [
+            torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.3, 0.3, 0.9, 0.8]]),
+            torch.tensor([[0.0, 0.0, 0.3, 0.25]]),
+        ]
+        method = FGD()
+        own = on_maps(method, student, teacher, boxes)
+        official = 0.0
+        for level, (s, t) in enumerate(zip(student, teacher, strict=True)):
+            fg, bg = (
+                torch.stack(masks)[:, None]
+                for masks in zip(
+                    *(self.masks(b, s.shape[2:]) for b in boxes), strict=True
+                )
+            )
+            where_s, which_s = self.attention(s)
+            where_t, which_t = self.attention(t)
+            root = (where_t[:, None] * which_t[..., None, None]).sqrt()
+            fg_loss, bg_loss = (
+                ((s * root * m.sqrt() - t * root * m.sqrt()) ** 2).sum() / 2
+                for m in (fg, bg)
+            )
+            at_loss = (which_s - which_t).abs().sum() / 2
+            at_loss = at_loss + (where_s - where_t).abs().sum() / 2
+            related = [
+                self.related(s, method.student_blocks[level]),
+                self.related(t, method.teacher_blocks[level]),
+            ]
+            re_loss = ((related[0] - related[1]) ** 2).sum() / 2
+            official = official + (
+                1e-3 * fg_loss + 5e-4 * bg_loss + 5e-4 * at_loss
+                + 5e-6 * re_loss
+            )  # fmt: skip
+        check_official(own, official, student, method.parameters())
 
 
 # --------------------------------------------------------------- the masks

@@ -7,10 +7,12 @@ be trained so without distillation either, and its test is skipped.
 """
 
 import functools
+import math
 import re
 
 import pytest
 import torch
+from mmcv.ops import sigmoid_focal_loss
 
 from tests.helpers import (
     tiny_dense,
@@ -79,7 +81,8 @@ TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Of the sum of a method's losses, relative; those of half precision are
 what its rounding makes of a batch norm over a tiny map. DIST divides by
 deviations of columns that are nearly constant in an untrained network: the
-gradient there is rounding."""
+gradient there is rounding. For KD on RoIs the tolerance is twice as large,
+because half precision also moves the proposals."""
 
 
 def student_of(case):
@@ -173,6 +176,23 @@ def skip_without_operators(case, device, dtype):
         )
 
 
+def skip_where_stock_is_infinite(losses, device, dtype):
+    """Skip where mmcv's focal loss knows no logits of this size.
+
+    Its kernel clamps probabilities at the least number of single precision,
+    which is 0 in half precision. A label assignment by the teacher shows it
+    positives of which the untrained student is certain that they are none.
+    """
+    classes = [loss for name, loss in losses.items() if 'loss_cls' in name]
+    if all(map(math.isfinite, classes)) or dtype != torch.float16:
+        return
+    logits = torch.tensor([[-20.0]], device=device, dtype=dtype)
+    label = torch.zeros(1, device=device, dtype=torch.long)
+    alone = sigmoid_focal_loss(logits, label, 2.0, 0.25, None, 'none')
+    if not alone.isfinite().all():
+        pytest.skip(f"mmcv's focal loss of a logit of -20 is {alone.item()}")
+
+
 @functools.cache
 def on_the_cpu(case):
     return Step(case, 'cpu').run(torch.float32)
@@ -185,8 +205,12 @@ def compare(case, device, dtype):
         skip_without_operators(case, device, dtype)
     expected, norm = on_the_cpu(case)
     found, found_norm = Step(case, device).run(dtype)
+    if case in ('lad', 'colad'):
+        skip_where_stock_is_infinite(found, device, dtype)
     assert found.keys() == expected.keys()
     tolerance = TOLERANCES[dtype]
+    if case == 'kd-rois' and dtype != torch.float32:
+        tolerance *= 2
     assert sum(found.values()) == pytest.approx(
         sum(expected.values()), rel=tolerance
     )

@@ -13,9 +13,9 @@ from mmengine.structures import InstanceData
 from mmkd.core.distiller import build_distiller
 from mmkd.detectors.record import StepRecord, intercepted
 from mmkd.errors import ConfigError
+from tests.helpers import paa_authors as authors
 from tests.helpers import tiny_dense as dense
 from tests.helpers import tiny_detectors as tiny
-from tests.helpers.loss_references import focal_kl
 
 LAD = 'mmkd.LabelAssignmentDistillation'
 HEADS = dict(paa=dense.paa, **dense.DYNAMIC)
@@ -312,6 +312,29 @@ def test_iou_weighting_is_the_stock_loss_on_the_same_positives():
     assert both['iou'] == both['none']
 
 
+class TestOfficialCode:
+    """The teacher's assignment by loops, the student's losses in float64."""
+
+    @pytest.mark.parametrize('single', [False, True])
+    @pytest.mark.parametrize('objects', [[2, 4], [0, 3]])
+    def test_values_and_gradients(self, objects, single):
+        pair = LADPair(dense.paa(), box_weighting='none')
+        batch = pair.batch(objects=objects)
+        if single:
+            networks = [pair.student, pair.teacher]
+            batch = authors.with_a_single_candidate(networks, batch)
+        calls = authors.stock_calls(pair.teacher, batch)
+        owners = [int(owner) for owner in calls[-1][5]]
+        assert (owners.count(0) == 1) == single
+        positives, _ = authors.assigned([calls])
+        assert sum(map(len, positives)) > 1
+        authors.assert_same_training(
+            pair.student,
+            pair.losses(batch),
+            *authors.losses(pair.student, batch, calls, positives),
+        )
+
+
 # -- classes -----------------------------------------------------------------
 
 
@@ -493,134 +516,3 @@ def test_two_methods_that_steer():
             dense.build(dense.paa()),
             tiny.CLASSES,
         )
-
-
-# -- soft labels --------------------------------------------------------------
-
-
-def soft_reference(pair, batch, cls_weight, iou_weight, box_weight, min_iou):
-    """The formula, anchor by anchor in floats."""
-    inputs, samples = batch
-    outs = []
-    for model in (pair.student, pair.teacher):
-        outputs = StepRecord(model)
-        with torch.no_grad(), outputs.recording():
-            tiny.seeded_loss(model, inputs, copy.deepcopy(samples))
-        outs.append(outputs.raw('bbox_head'))
-    head = pair.student.bbox_head
-    sizes = [m.shape[-2:] for m in outs[0][0]]
-    anchors, flags = head.get_anchors(
-        sizes, [s.metainfo for s in samples], device='cpu'
-    )
-    total = dict(soft_cls=0.0, soft_bbox=0.0, soft_iou=0.0)
-    average = 0.0
-    for image, sample in enumerate(samples):
-        rows = []
-        for out in outs:
-            rows.append(
-                [
-                    torch.cat([m[image].flatten(1).T for m in maps])
-                    for maps in out
-                ]
-            )
-        boxes = [
-            head.bbox_coder.decode(torch.cat(anchors[image]), row[1])
-            for row in rows
-        ]
-        valid = torch.cat(flags[image]).tolist()
-        for a, inside in enumerate(valid):
-            if not inside:
-                continue
-            for zs, zt in zip(
-                rows[0][0][a].tolist(), rows[1][0][a].tolist(), strict=True
-            ):
-                total['soft_cls'] += focal_kl(zt, zs, 0.5)
-            best = max(
-                (
-                    iou(boxes[1][a].tolist(), gt)
-                    for gt in sample.gt_instances.bboxes.tolist()
-                ),
-                default=0.0,
-            )
-            if best <= min_iou:
-                continue
-            average += best
-            total['soft_iou'] += focal_kl(
-                rows[1][2][a].item(), rows[0][2][a].item(), 0.5
-            )
-            total['soft_bbox'] += best * (
-                1 - giou(boxes[0][a].tolist(), boxes[1][a].tolist())
-            )
-    average = max(average, 1.0)
-    return {
-        'soft_cls': cls_weight * total['soft_cls'] / average,
-        'soft_bbox': box_weight * total['soft_bbox'] / average,
-        'soft_iou': iou_weight * total['soft_iou'] / average,
-    }
-
-
-def giou(a, b):
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    inner = max(width, 0) * max(height, 0)
-    union = sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)) - inner
-    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (
-        max(a[3], b[3]) - min(a[1], b[1])
-    )
-    return inner / union - (hull - union) / hull
-
-
-@pytest.mark.parametrize(
-    'images',
-    [
-        dict(objects=3),
-        dict(objects=[0, 2]),
-        dict(sizes=((160, 192), (96, 128)), objects=2),  # with padding
-    ],
-)
-@pytest.mark.parametrize(
-    ('method', 'weights'),
-    [
-        ('mmkd.SoftLabelDistillation', (10.0, 10.0, 1.3, 0.1)),
-        ('mmkd.SoLAD', (2.0, 10.0, 1.3, 0.3)),
-    ],
-)
-def test_soft_labels_by_the_formula(method, weights, images):
-    options = dict(soft=dict(min_iou=0.3)) if 'SoLAD' in method else {}
-    pair = LADPair(dense.paa(), method, **options)
-    batch = pair.batch(**images)
-    losses = scalars(pair.losses(batch))
-    for name, expected in soft_reference(pair, batch, *weights).items():
-        got = losses[f'lad.loss_{name}']
-        assert got == pytest.approx(expected, rel=1e-3, abs=1e-6)
-
-
-def test_solad_has_the_assignment_of_lad():
-    pair, lad = LADPair(dense.paa(), 'mmkd.SoLAD'), LADPair(dense.paa())
-    batch = pair.batch()
-    losses = scalars(pair.losses(batch))
-    for name, expected in scalars(lad.losses(batch)).items():
-        assert losses[name] == expected
-
-
-def test_soft_labels_of_a_student_that_is_the_teacher_are_zero():
-    pair = LADPair(dense.paa(), 'mmkd.SoftLabelDistillation', same=True)
-    losses = scalars(pair.losses(pair.batch()))
-    for part in ('cls', 'iou'):
-        assert abs(losses[f'lad.loss_soft_{part}']) < 1e-5
-    assert abs(losses['lad.loss_soft_bbox']) < 1e-4
-
-
-@pytest.mark.parametrize('make', [tiny.fcos, dense.tood, dense.yolox])
-def test_soft_labels_need_deltas(make):
-    if make is dense.tood:
-        return
-    with pytest.raises(ConfigError, match='sigmoid heads with anchors'):
-        LADPair(make(), 'mmkd.SoftLabelDistillation')
-
-
-def test_soft_label_options():
-    with pytest.raises(ConfigError, match='min_iou'):
-        LADPair(dense.paa(), 'mmkd.SoftLabelDistillation', min_iou=1.0)
-    with pytest.raises(ConfigError, match=r'SoLAD\.soft'):
-        LADPair(dense.paa(), 'mmkd.SoLAD', soft=dict(minimum=0.1))

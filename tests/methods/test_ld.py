@@ -7,8 +7,11 @@ import statistics
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from mmdet.models.dense_heads import LDHead
 
+from mmkd.detectors.dense import read_dense
+from mmkd.detectors.facts import read_facts
 from mmkd.errors import ConfigError
 from mmkd.methods.ld import valuable_region
 from mmkd.registry import METHODS
@@ -16,11 +19,17 @@ from mmkd.utils import build_checked
 from tests.helpers import tiny_dense, toy
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.logit_pair import LogitPair, rows, seen_targets
+from tests.helpers.loss_references import kl, softmax
 
 
 @pytest.fixture(autouse=True)
 def untrained(recwarn):
     """Teachers here have random weights, of which a warning tells."""
+
+
+def small_anchors():
+    """Objects are assigned on several levels: anchors of 2 strides, not 8."""
+    return tiny.gfl(bbox_head__anchor_generator__octave_base_scale=2)
 
 
 def outputs(model, inputs):
@@ -69,28 +78,33 @@ def divergence(student, teacher, temperature):
     return temperature**2 * total
 
 
-def iou_and_diou(a, b):
-    """Of two xyxy boxes, as in the paper of DIoU."""
+def iou_and_diou(a, b, overlap):
+    """Of an anchor and an object, xyxy, as in the paper of DIoU.
+
+    With the overlap 'iof', the intersection is divided by the anchor's area,
+    as in the official code of LD.
+    """
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     inter = width * height
-    area = sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
-    iou = inter / (area - inter)
+    areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
+    iou = inter / (sum(areas) - inter)
+    first = iou if overlap == 'iou' else inter / areas[0]
     centre = (a[0] + a[2] - b[0] - b[2]) ** 2 + (
         a[1] + a[3] - b[1] - b[3]
     ) ** 2
     diagonal = (max(a[2], b[2]) - min(a[0], b[0])) ** 2 + (
         max(a[3], b[3]) - min(a[1], b[1])
     ) ** 2
-    return iou, iou - centre / 4 / diagonal
+    return iou, first - centre / 4 / diagonal
 
 
-def naive_region(anchors, valid, level_sizes, boxes, gamma, topk):
+def naive_region(anchors, valid, level_sizes, boxes, gamma, topk, overlap):
     """Object by object and anchor by anchor."""
     weights = [0.0] * len(anchors)
     for box in boxes:
         x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        pairs = [iou_and_diou(anchor, box) for anchor in anchors]
+        pairs = [iou_and_diou(anchor, box, overlap) for anchor in anchors]
         looked_at, start = [], 0
         for size in level_sizes:
             level = [i for i in range(start, start + size) if valid[i]]
@@ -110,8 +124,9 @@ def naive_region(anchors, valid, level_sizes, boxes, gamma, topk):
     return weights
 
 
+@pytest.mark.parametrize('overlap', ['iof', 'iou'])
 @pytest.mark.parametrize(('gamma', 'topk'), [(0.25, 9), (0.6, 3)])
-def test_the_valuable_region(gamma, topk):
+def test_the_valuable_region(gamma, topk, overlap):
     """Distances without ties, and anchors that lie in the padding."""
     generator = torch.Generator().manual_seed(0)
     corners = 100 * torch.rand(60, 2, generator=generator)
@@ -120,32 +135,59 @@ def test_the_valuable_region(gamma, topk):
     valid = torch.rand(60, generator=generator) > 0.2
     boxes = anchors[[3, 30, 55]] + torch.tensor([3.0, -2.0, 6.0, 1.0])
     result = valuable_region(
-        anchors, valid, [40, 15, 5], boxes, gamma=gamma, topk=topk
-    )
-    expected = naive_region(
-        anchors.double().tolist(),
-        valid.tolist(),
+        anchors,
+        valid,
         [40, 15, 5],
-        boxes.double().tolist(),
-        gamma,
-        topk,
+        boxes,
+        overlap=overlap,
+        gamma=gamma,
+        topk=topk,
     )
+    both = {
+        each: naive_region(
+            anchors.double().tolist(),
+            valid.tolist(),
+            [40, 15, 5],
+            boxes.double().tolist(),
+            gamma,
+            topk,
+            each,
+        )
+        for each in ('iof', 'iou')
+    }
+    expected = both[overlap]
+    assert both['iof'] != both['iou']
     assert sum(weight > 0 for weight in expected) > 3
     torch.testing.assert_close(result, torch.tensor(expected))
 
 
-def test_the_valuable_region_by_hand():
-    """One object, four anchors that are shifted copies of its box."""
+@pytest.mark.parametrize(
+    ('overlap', 'expected'),
+    [('iou', [0.0, 0.0, 1 / 3]), ('iof', [0.0, 0.16, 1 / 3])],
+)
+def test_the_valuable_region_by_hand(overlap, expected):
+    """The object's box, a small anchor in its corner, and a shifted copy.
+
+    IoU: 1, .16, .333 with the mean .498 and the standard deviation .443; the
+    threshold is .941, its quarter .235. The squared distances of the centres
+    are 0, 18 of 200 and 25 of 325, so that the DIoU is 1, .07, .256. Of the
+    anchors, 1, 1 and .5 lie in the object; that minus the distances is 1,
+    .91, .423.
+    """
     box = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
-    shifts = torch.tensor([0.0, 2.0, 5.0, 10.0])
-    anchors = box.repeat(4, 1)
-    anchors[:, [0, 2]] += shifts[:, None]
-    # IoU 1, 8/12, 5/15, 0: mean .5, standard deviation .430; the threshold
-    # is .930, its quarter .233. DIoU: 1, .667 - 4/244, .333 - 25/325, < 0.
-    result = valuable_region(
-        anchors, torch.ones(4).bool(), [4], box, gamma=0.25, topk=9
+    anchors = torch.tensor(
+        [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 4.0, 4.0], [5.0, 0.0, 15.0, 10.0]]
     )
-    torch.testing.assert_close(result, torch.tensor([0.0, 2 / 3, 1 / 3, 0.0]))
+    result = valuable_region(
+        anchors,
+        torch.ones(3).bool(),
+        [3],
+        box,
+        overlap=overlap,
+        gamma=0.25,
+        topk=9,
+    )
+    torch.testing.assert_close(result, torch.tensor(expected))
 
 
 def test_no_objects_have_no_region():
@@ -155,6 +197,7 @@ def test_no_objects_have_no_region():
         torch.ones(5).bool(),
         [5],
         torch.zeros(0, 4),
+        overlap='iof',
         gamma=0.2,
         topk=9,
     )
@@ -184,6 +227,7 @@ def regions(pair):
                 sample.gt_instances.bboxes.tolist(),
                 0.25,
                 9,
+                pair.method.vlr_overlap,
             )
             for image, sample in enumerate(pair.samples)
         ]
@@ -200,9 +244,10 @@ def weighted(weights, bins, bins_t):
     return total
 
 
-def test_both_regions():
+@pytest.mark.parametrize('overlap', ['iof', 'iou'])
+def test_both_regions(overlap):
     """The official sums: divided by 4 sides, and by 16 in the VLR."""
-    pair = LogitPair('LD', tiny.gfl(), loss_weight=2.0)
+    pair = LogitPair('LD', tiny.gfl(), loss_weight=2.0, vlr_overlap=overlap)
     losses = pair.losses()
     main, vlr, *bins = regions(pair)
     assert main.count_nonzero() > 2
@@ -217,6 +262,175 @@ def test_both_regions():
     assert pair.student.bbox_head.gfl_reg.weight.grad.abs().sum() > 0
     assert pair.student.bbox_head.gfl_cls.weight.grad is None
     assert all(p.grad is None for p in pair.teacher.parameters())
+
+
+def official_kl(pred, soft_label, temperature):
+    """The official KL of rows of logits, the mean over their columns."""
+    target = (soft_label / temperature).softmax(1)
+    log = (pred / temperature).log_softmax(1)
+    return F.kl_div(log, target, reduction='none').mean(1) * temperature**2
+
+
+def official_losses(pair):
+    """The three losses as the official head adds them up, level by level."""
+    _, vlr, *_ = regions(pair)
+    labels, weights, _ = seen_targets(pair)
+    head = pair.student.bbox_head
+    maps = head(pair.student.extract_feat(pair.inputs))
+    sizes = [level.shape[2] * level.shape[3] for level in maps[0]]
+    levels = zip(
+        *maps,
+        *outputs(pair.teacher, pair.inputs),
+        *(part.split(sizes, 1) for part in (labels, weights, vlr)),
+        strict=True,
+    )
+    total = dict(main=0.0, vlr=0.0, kd=0.0)
+    for scores, reg, soft_label, soft_reg, label, weight, valuable in levels:
+        scores, reg, soft_label, soft_reg = (
+            part.double().permute(0, 2, 3, 1).reshape(-1, part.shape[1])
+            for part in (scores, reg, soft_label, soft_reg)
+        )
+        label, weight, valuable = (
+            part.reshape(-1) for part in (label, weight, valuable)
+        )
+        positive = ((label >= 0) & (label < 3)).nonzero()[:, 0]
+        remaining = (valuable > 0).nonzero()[:, 0]
+        main = scores.detach().sigmoid().amax(1)
+        for name, chosen, importance, divisor in (
+            ('main', positive, main, 4),
+            ('vlr', remaining, valuable, 16),
+        ):
+            divergence = official_kl(
+                reg[chosen].reshape(-1, 17),
+                soft_reg[chosen].reshape(-1, 17),
+                10,
+            )
+            importance = importance[chosen].repeat_interleave(4)
+            total[name] += 0.25 * (importance * divergence).sum() / divisor
+        if len(positive):
+            divergence = official_kl(scores[positive], soft_label[positive], 2)
+            divergence = (weight[positive] * divergence).sum()
+            total['kd'] += 10 * divergence / len(positive)
+    return total
+
+
+class TestOfficialCode:
+    """Values and gradients of HikariTJU/LD's ``LDHead.loss_single``."""
+
+    # 8 and 12 of 32 pixels are padding: anchors there are assigned as well.
+    SIZES = ((88, 116), (88, 116))
+
+    @pytest.mark.parametrize('name', ['main', 'vlr', 'kd'])
+    def test_values_and_gradients(self, name):
+        pair = LogitPair('LD', small_anchors(), kd_weight=10.0)
+        loss = pair.losses(sizes=self.SIZES)[name]
+        expected = official_losses(pair)[name]
+        assert expected > 0.01
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        parameters = [
+            p
+            for name, p in pair.student.named_parameters()
+            if name.startswith(('bbox_head.', 'neck.'))
+        ]
+        ours, theirs = (
+            torch.autograd.grad(
+                value, parameters, retain_graph=True, allow_unused=True
+            )
+            for value in (loss, expected)
+        )
+        assert sum(gradient is not None for gradient in theirs) > 8
+        for gradient, reference in zip(ours, theirs, strict=True):
+            if reference is None:
+                assert gradient is None or not gradient.any()
+            else:
+                torch.testing.assert_close(
+                    gradient, reference, rtol=1e-3, atol=1e-5
+                )
+
+    def test_anchors_in_the_padding_count(self):
+        """They are assigned, and ATSS' threshold is taken from them."""
+        pair = LogitPair('LD', tiny.gfl(), main_weight=0)
+        loss = pair.losses(sizes=self.SIZES)['vlr']
+        expected = official_losses(pair)['vlr'].item()
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+        _, vlr, *_ = regions(pair)
+        facts = read_facts(pair.student).dense
+        dense = read_dense(facts, outputs(pair.student, pair.inputs))
+        assert (vlr * ~dense.inside(pair.samples)).any()
+
+
+@pytest.mark.parametrize(
+    ('teacher_classes', 'columns'),
+    [
+        (tiny.CLASSES, ([0, 1, 2], [0, 1, 2])),
+        (tiny.CLASSES[::-1], ([0, 1, 2], [2, 1, 0])),
+        (('cow', 'sky', 'cat'), ([0, 2], [2, 0])),
+    ],
+)
+def test_the_classes_of_the_positives(teacher_classes, columns):
+    """Level by level, over the classes that both networks have."""
+    pair = LogitPair(
+        'LD',
+        small_anchors(),
+        kd_weight=3.0,
+        kd_temperature=4.0,
+        teacher_classes=teacher_classes,
+    )
+    losses = pair.losses()
+    labels, *_ = seen_targets(pair)
+    ours, theirs = (
+        rows(model, pair.inputs) for model in (pair.student, pair.teacher)
+    )
+    expected, parts = 0.0, []
+    for label, s, t in zip(
+        labels.split([level.shape[1] for level in ours], 1),
+        ours,
+        theirs,
+        strict=True,
+    ):
+        divergences = []
+        for image, prior in (label < 3).nonzero().tolist():
+            if label[image, prior].item() in columns[0]:
+                q, q_t = (
+                    softmax(z[image, prior][index].tolist(), 4.0)
+                    for z, index in zip((s, t), columns, strict=True)
+                )
+                divergences.append(4.0**2 * kl(q_t, q) / len(q))
+        if divergences:
+            parts.append(len(divergences))
+            expected += statistics.fmean(divergences)
+    assert len(parts) > 1
+    assert len(set(parts)) > 1
+    assert losses['kd'].item() == pytest.approx(3 * expected, rel=1e-4)
+    losses['kd'].backward()
+    assert pair.student.bbox_head.gfl_cls.weight.grad.abs().sum() > 0
+    assert pair.student.bbox_head.gfl_reg.weight.grad is None
+    assert all(p.grad is None for p in pair.teacher.parameters())
+
+
+def test_normalizing_leaves_the_classes_alone():
+    losses = [
+        LogitPair('LD', tiny.gfl(), kd_weight=10.0, normalize=value).losses()
+        for value in (True, False)
+    ]
+    assert losses[0]['main'] != losses[1]['main']
+    assert losses[0]['kd'] == losses[1]['kd'] > 0
+
+
+@pytest.mark.parametrize('images', [2, 3, 4])
+def test_by_images(images):
+    """The official sums at 2 images, and an average over any number."""
+    ours, official = (
+        LogitPair('LD', tiny.gfl(), kd_weight=10.0, **options).losses(
+            sizes=((96, 128),) * images
+        )
+        for options in ({}, dict(normalize=False))
+    )
+    for name in ('main', 'vlr'):
+        assert official[name] > 0
+        expected = official[name].item() * 2 / images
+        assert ours[name].item() == pytest.approx(expected, rel=1e-5)
+    assert ours['kd'] == official['kd']
 
 
 def test_normalized():
@@ -251,15 +465,15 @@ def test_classes_do_not_matter():
 
 
 def test_an_equal_student_has_nothing_to_learn():
-    pair = LogitPair('LD', tiny.gfl())
+    pair = LogitPair('LD', tiny.gfl(), kd_weight=10.0)
     pair.equal()
-    assert [loss.item() for loss in pair.losses().values()] == [0, 0]
+    assert [loss.item() for loss in pair.losses().values()] == [0, 0, 0]
 
 
 def test_images_without_objects():
-    pair = LogitPair('LD', tiny.gfl())
+    pair = LogitPair('LD', tiny.gfl(), kd_weight=10.0)
     losses = pair.losses(objects=(0, 0))
-    assert [loss.item() for loss in losses.values()] == [0, 0]
+    assert [loss.item() for loss in losses.values()] == [0, 0, 0]
     sum(losses.values()).backward()
     assert pair.student.bbox_head.gfl_reg.weight.grad is not None
 
@@ -278,6 +492,13 @@ def test_zero_weight_is_the_stock_loss():
         (dict(temperature=0), r'LD.temperature must be above 0, got 0'),
         (dict(main_weight=-1), r'LD.main_weight must be at least 0, got -1'),
         (dict(vlr_weight=-1), r'LD.vlr_weight must be at least 0, got -1'),
+        (dict(kd_weight=-1), r'LD.kd_weight must be at least 0, got -1'),
+        (dict(kd_temperature=0), r'LD.kd_temperature must be above 0, got 0'),
+        (
+            dict(vlr_overlap='diou'),
+            r"LD.vlr_overlap must be one of 'iof', 'iou', got 'diou'",
+        ),
+        (dict(normalize='mean'), r"LD.normalize must be one of 'images', "),
         (dict(gamma=1.5), r'LD.gamma must be between 0 and 1, got 1.5'),
         (dict(topk=0), r'LD.topk must be at least 1, got 0'),
         (dict(topk=9.5), r'LD.topk must be a whole number, got 9.5'),
@@ -329,3 +550,15 @@ def test_numbers_of_numpy_are_numbers():
 def test_pairs_that_do_not_fit(student, teacher, message):
     with pytest.raises(ConfigError, match=message):
         LogitPair('LD', student, teacher)
+
+
+def test_one_shared_class():
+    """Its softmax is constant; boxes are distilled all the same."""
+    with pytest.warns(UserWarning, match=r'share only one \(cat\). Set kd_w'):
+        pair = LogitPair(
+            'LD',
+            tiny.gfl(),
+            teacher_classes=('cat', 'sky', 'sea'),
+            kd_weight=10.0,
+        )
+    assert pair.losses().keys() == {'main', 'vlr'}

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from mmkd.errors import ConfigError
+from mmkd.methods import MGD
 from mmkd.methods.mgd import draw_mask, squared_error
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers import toy
 from tests.helpers.feature_maps import (
     FeaturePair,
+    check_official,
     images_of,
+    on_maps,
     pointwise,
+    random_maps,
     randomized,
 )
 
@@ -87,6 +91,31 @@ def test_the_formula(ratio):
             total += reference(a, b, generator, m)
     assert losses.keys() == {'mgd'}
     assert losses['mgd'].item() == pytest.approx(0.5 * total / 2, rel=1e-4)
+
+
+class TestOfficialCode:
+    def test_the_loss_of_the_masks(self):
+        """Sum of squares over the batch by its size, two padded 3x3 layers."""
+        student, teacher = (
+            [random_maps(2, 6, *size, seed=n) for size in ((9, 12), (5, 6))]
+            for n in (1, 2)
+        )
+        for maps in student:
+            maps.requires_grad_()
+        method = MGD()
+        own = on_maps(method, student, teacher)
+        stream = method.stream(0)
+        official = 0.0
+        for s, t, layers in zip(
+            student, teacher, method.generators, strict=True
+        ):
+            drawn = torch.rand(2, 1, *s.shape[2:], generator=stream)
+            mask = torch.where(drawn < 0.65, 0, 1)
+            generated = torch.nn.Sequential(
+                layers.conv1, torch.nn.ReLU(), layers.conv2
+            )(s * mask)
+            official = official + 2e-5 * ((generated - t) ** 2).sum() / 2
+        check_official(own, official, student, method.parameters())
 
 
 def test_masks_hide_their_share():

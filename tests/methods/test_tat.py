@@ -11,7 +11,9 @@ from mmkd.methods.tat import Embedding, group_patches, pool_cells
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import (
     FeaturePair,
+    check_official,
     images_of,
+    on_maps,
     pointwise,
     random_maps,
     randomized,
@@ -194,6 +196,72 @@ def test_the_formula(form, per_image, theta, softmax):
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(2 * value, rel=1e-4)
+
+
+class TestOfficialCode:
+    """The distiller of sihaoevery/TaT-seg, an image at a time.
+
+    Its maps are divided by its patches and cells, so that it drops nothing.
+    """
+
+    @staticmethod
+    def embedded(image, layer):
+        norm = torch.nn.BatchNorm2d(layer.conv.out_channels)
+        return torch.nn.functional.batch_norm(
+            layer.conv(image), None, None, layer.scale.view(-1),
+            layer.shift.view(-1), training=True, eps=norm.eps,
+        )  # fmt: skip
+
+    @staticmethod
+    def loss(q, k, v, target, heads):
+        """q, k, v, target (C, h, w); C is split into the heads."""
+        q, k, v = (m.reshape(heads, -1, m[0].numel()).mT for m in (q, k, v))
+        out = (q @ k.mT).softmax(-1) @ v
+        return torch.nn.functional.mse_loss(
+            out.mT.reshape(target.shape), target
+        )
+
+    @staticmethod
+    def patches(image, n, m):
+        """Stacked along the channels, patch by patch, (n m C, h, w)."""
+        rows = image.unflatten(1, (n, -1)).unflatten(3, (m, -1))
+        stacked = rows.permute(1, 3, 0, 2, 4)  # n, m, C, h, w
+        return stacked.flatten(0, 2)
+
+    def test_both_losses(self):
+        student, teacher = (random_maps(3, 6, 8, 12, seed=n) for n in (1, 2))
+        student.requires_grad_()
+        options = dict(TaT.official[0].options)
+        method = TaT(**options, patch_size=[2, 3], anchor_grid=[4, 6])
+        own = on_maps(method, [student], [teacher])
+        embed = method.embeddings[0]
+        total = 0.0
+        for s, t in zip(student, teacher, strict=True):
+            q = self.embedded(s[None], embed.gamma)[0]
+            k = self.embedded(t[None], embed.theta)[0]
+            v = self.embedded(s[None], embed.phi)[0]
+            n, m = 4, 4  # patches of 2x3, two of them a head
+            patches = [self.patches(x, n, m) for x in (q, k, v, t)]
+            patch = self.loss(*patches, heads=n * m // 2)
+            cells = [
+                torch.nn.functional.avg_pool2d(x, 2) for x in (q, k, v, t)
+            ]
+            total = total + patch + self.loss(*cells, heads=1)
+        check_official(own, 0.6 * total / 3, [student], method.parameters())
+
+    def test_an_image_does_not_depend_on_its_company(self):
+        student, teacher = (random_maps(3, 6, 8, 12, seed=n) for n in (1, 2))
+        method = TaT()
+        together = on_maps(method, [student], [teacher])
+        alone = [
+            on_maps(method, [s[None]], [t[None]])
+            for s, t in zip(student, teacher, strict=True)
+        ]
+        torch.testing.assert_close(together, sum(alone) / 3)
+        method.per_image = False
+        for part in method.modules():
+            part.per_image = False
+        assert (on_maps(method, [student], [teacher]) - together).abs() > 1e-4
 
 
 def test_levels_are_averaged():

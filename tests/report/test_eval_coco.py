@@ -447,6 +447,159 @@ def test_bad_files(write, fails, tmp_path):
     fails(good, labels, '--type', 'segm', match='masks, got 3 without one')
 
 
+# ------------------------------------------------------------ hostile files
+
+
+def mask(counts, size=(200, 200), image=5):
+    row = detection(1, [0, 0, 1, 1], 0.5, image)
+    return [{**row, 'segmentation': {'size': [*size], 'counts': counts}}]
+
+
+def with_masks(content=None):
+    labels = truth()
+    for row in labels['annotations']:
+        x, y, w, h = row['bbox']
+        polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+        row['segmentation'] = content or [polygon]
+    return labels
+
+
+def runs(*lengths):
+    """COCO's compressed encoding of runs, written anew."""
+    text = ''
+    for i, run in enumerate(lengths):
+        x = run - lengths[i - 2] if i > 2 else run
+        more = True
+        while more:
+            code, x = x & 0x1F, x >> 5
+            more = x != (-1 if code & 0x10 else 0)
+            text += chr(48 + code + 0x20 * more)
+    return text
+
+
+def test_a_mask_by_hand(write, report):
+    """The first 20 rows of the first 20 columns: the first cat."""
+    found = [0]
+    for _ in range(20):
+        found += [20, 180]
+    found[-1] += 200 * 180
+    result = write(mask(runs(*found)), 'x.json')
+    labels = write(with_masks(), 'truth.json')
+    scores, _, _ = report(result, labels, '--type', 'segm')
+    assert scores['result']['classes'][0]['AP50'] == pytest.approx(51 / 101)
+
+
+@pytest.mark.parametrize(
+    ('counts', 'match'),
+    [
+        (runs(2**31, 2**31), 'a mask of 4,294,967,296 pixels'),
+        (runs(1, 40_000), 'a mask of 40,001 pixels'),
+        (runs(10, 20), 'a mask of 30 pixels'),
+        (runs(40_000, *[0] * 50_000), 'in 50,001 runs'),
+        (runs(-5, 40_005), 'which is no RLE'),
+        (runs(40_000)[:-1] + 'o', 'which is no RLE'),  # it reads on
+        ('o' * 20 + '0', 'which is no RLE'),
+        ('\u00e9', 'which is no RLE'),
+        ('\x7f', 'which is no RLE'),
+        ('', 'a mask of 0 pixels'),
+        ([40_000], 'no compressed RLE'.replace('no', 'not a', 1)),
+    ],
+)
+def test_masks_that_are_not_of_their_image(write, fails, counts, match):
+    result = write(mask(counts), 'x.json')
+    labels = write(with_masks(), 'truth.json')
+    fails(result, labels, '--type', 'segm', match=match)
+
+
+@pytest.mark.parametrize('size', [(200, 201), (True, 200), (2e2, 200), (1,)])
+def test_sizes_of_masks(write, fails, size):
+    result = write(mask(runs(40_000), size), 'x.json')
+    labels = write(with_masks(), 'truth.json')
+    fails(result, labels, '--type', 'segm', match='a mask of size')
+
+
+@pytest.mark.parametrize(
+    ('segmentation', 'match'),
+    [
+        ([[0, 0, 1e9, 0, 1e9, 1e9]], 'with the coordinate 1000000000.0'),
+        ([[0, 0, float('nan'), 0, 1, 1]], 'with the coordinate nan'),
+        ([[0, 0, True, 0, 1, 1]], 'with the coordinate True'),
+        ([[0, 0, 1, 1]], 'a polygon of 2 points'),
+        ([[0, 0, 1, 1, 2]], 'the polygon [0, 0, 1, 1, 2]'),
+        ([0, 0, 1, 1, 2, 2], 'the polygon 0'),
+        ([[0, 0, 400, 400, 0, 400] * 6000], 'pixels around one object'),
+        ({'size': [200, 200], 'counts': [40_000.0]}, 'counts=[40000.0]'),
+        ({'size': [200, 200], 'counts': [-1, 40_001]}, 'counts=[-1, 40001]'),
+        ({'size': [200, 200], 'counts': [2**40]}, 'a mask of 1,099,511'),
+        ({'size': [200, 200]}, 'counts=None'),
+        ('x', "segmentation='x'"),
+    ],
+)
+def test_annotations_with_odd_masks(write, fails, segmentation, match):
+    labels = write(with_masks(segmentation), 'truth.json')
+    good = write(mask(runs(40_000)), 'x.json')
+    fails(good, labels, '--type', 'segm', match=match)
+
+
+@pytest.mark.parametrize(
+    ('key', 'text', 'match'),
+    [
+        ('score', 'true', 'True in its score'),
+        ('score', 'NaN', 'nan in its score'),
+        ('score', '1e999', 'inf in its score'),
+        ('score', '9' * 5000, 'a number of more than 4,300 digits'),
+        ('score', '9' * 4000, 'a huge number in its score'),
+        ('score', '[' * 9000 + ']' * 9000, 'too deep in one another'),
+        ('score', '"0.5"', "'0.5' in its score"),
+        ('bbox', '[1, 2, 3, true]', 'True in its score or box'),
+        ('bbox', '[1, 2, -3, 4]', 'which is less than nothing'),
+        ('bbox', '[1, 2, 3, 1e200]', '1e+200 in its score or box'),
+        ('image_id', 'true', 'image_id=True'),
+        ('image_id', '5.0', 'image_id=5.0'),
+        ('category_id', 'null', 'category_id=None'),
+        ('category_id', '9' * 4000, 'category_id=a huge number'),
+    ],
+)
+def test_values_that_are_no_numbers(write, fails, key, text, match):
+    rows = json.dumps([{**detections()[0], key: '@'}]).replace('"@"', text)
+    labels = write(truth(), 'truth.json')
+    fails(write(rows, 'x.json'), labels, match=match)
+
+
+@pytest.mark.parametrize(
+    ('table', 'key', 'value'),
+    [
+        ('images', 'id', True),
+        ('images', 'width', -5),
+        ('images', 'width', True),
+        ('images', 'height', float('inf')),
+        ('images', 'id', '5'),
+        ('annotations', 'bbox', [1, 2, -3, 4]),
+        ('annotations', 'bbox', [1, 2, 10**400, 4]),
+        ('annotations', 'area', float('nan')),
+        ('annotations', 'area', -1),
+        ('annotations', 'iscrowd', 'no'),
+        ('annotations', 'id', 2**60),
+        ('categories', 'id', '2'),
+        ('categories', 'name', None),
+    ],
+)
+def test_annotations_that_are_no_numbers(write, fails, table, key, value):
+    labels = truth()
+    labels[table][-1][key] = value
+    good = write(detections(), 'x.json')
+    fails(good, write(labels, 'truth.json'), match='truth.json')
+
+
+def test_objects_whose_ids_are_texts(write, report):
+    labels = truth()
+    for row in labels['annotations']:
+        row['id'] = f'object {row["id"]}'
+    result = write(detections(), 'x.json')
+    found, _, _ = report(result, write(labels, 'a.json'))
+    assert found == report(result, write(truth(), 'b.json'))[0]
+
+
 def test_a_report_that_cannot_be_written(write, fails, tmp_path):
     paths = write(detections(), 'x.json'), write(truth(), 'truth.json')
     (tmp_path / 'file').touch()

@@ -18,8 +18,7 @@ def test_a_study_is_killed_resumed_and_not_repeated(
     path, folder = study.write(), tmp_path / 'study'
     first = start(path, code)
     wait_for(first, reached(hold))
-    kill(first, folder)
-    hold.unlink()
+    kill(first, folder, hold)
     kept = (folder / 'student-seed0' / 'result.json').read_bytes()
 
     status, output = run_all(path, code, '--jobs', '2')
@@ -94,5 +93,6 @@ def test_a_failing_run_leaves_the_others(study, code, configs, tmp_path, hold):
     third = start(study.write(), code)
     wait_for(third, reached(hold))
     third.send_signal(signal.SIGTERM)
+    hold.unlink()
     third.communicate()
     assert third.returncode == 143

@@ -301,8 +301,7 @@ def test_a_real_run_and_its_rows(study, code, together, tmp_path, hold):
     path = study.write()
     first = start(path, code)
     wait_for(first, reached(hold))
-    kill(first, folder)
-    hold.unlink()
+    kill(first, folder, hold)
     assert not (folder / 'both-seed0' / 'result.json').exists()
     status, output = run_all(path, code, '--dry-run')
     assert status == 0

@@ -1,13 +1,16 @@
 """The file of a study: what it describes, and what is refused."""
 
+import codecs
+import datetime
 import shutil
 
 import pytest
 
 from mmkd.cli import main
 from mmkd.detectors.source import load_config
-from mmkd.errors import ConfigError
+from mmkd.errors import ConfigError, DataError, MMKDError
 from mmkd.study.file import read_yaml
+from mmkd.study.step import locked, read_json, write_json
 from mmkd.study.study import read_study
 from tests.helpers import toy
 from tests.helpers.studies import a_checkpoint
@@ -54,6 +57,13 @@ def test_the_written_config_has_the_options_and_the_teacher(study, tmp_path):
         (dict(sedes=[1]), r'no option "sedes". Did you mean "seeds"\?'),
         (dict(seeds=[1, 1]), r'different whole numbers.*got \[1, 1\]'),
         (dict(seeds=[True]), r'different whole numbers'),
+        (dict(seeds=[-1]), r'whole numbers from 0 to 4294901759'),
+        (dict(seeds=[2**32]), r'whole numbers from 0 to 4294901759'),
+        (dict(seeds=['1']), r'different whole numbers'),
+        (dict(name=7), 'name must be a text of one line'),
+        (dict(work_dir=['x']), 'work_dir must be a text of one line'),
+        (dict(work_dir='a\0'), 'work_dir must be a text of one line'),
+        (dict(baseline=[1]), 'baseline must be the name of a run'),
         (dict(baseline='studnet'), r'baseline.*Did you mean "student"\?'),
         (dict(metrics=['AP']), 'yaml: metrics must map a heading to a metric'),
         (dict(runs={}), 'runs must map a name to its config'),
@@ -120,6 +130,154 @@ def test_options_shared_by_an_anchor(tmp_path):
     path.write_text('a: &a {x: 1}\nb:\n  <<: *a\n  <<: *a\n')
     with pytest.raises(ConfigError, match='"<<" is given twice'):
         read_yaml(path)
+
+
+def test_a_study_s_name_is_no_way_out(study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    del study.content['work_dir']
+    for name in ('../../out', '/tmp/out', '..', '.git', 'a/b', 'C:\\x'):
+        study.content['name'] = name
+        with pytest.raises(ConfigError, match='becomes that of the folder'):
+            study.read()
+    study.content['name'] = 'BCCD, all of it'
+    folder = tmp_path / 'work_dirs' / 'studies' / 'BCCD, all of it'
+    assert study.read().work_dir == folder
+    study.content |= dict(name='../x', work_dir='here')  # only a title then
+    assert study.read().work_dir == tmp_path / 'here'
+    study.content['name'] = 'x' * 201
+    del study.content['work_dir']
+    with pytest.raises(ConfigError, match='more than 200 bytes'):
+        study.read()
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['../x', '/x', 'a/b', '.x', 'a\\b', 'C:x', 'a\n', 'a\0', '', 7, True],
+)
+@pytest.mark.parametrize('axis', ['runs', 'each', 'data'])
+def test_names_become_folders(study, name, axis):
+    plain = study.networks['student']
+    if axis == 'runs':
+        study.networks[name] = plain
+    elif axis == 'each':
+        plain['each'] = {name: {}}
+    else:
+        study.content['data'] = {name: {}}
+    with pytest.raises(ConfigError, match='becomes that of a folder'):
+        study.read()
+
+
+def test_names_of_rows_that_no_file_system_takes(study):
+    study.networks['x' * 120] = dict(study.networks['teacher'])
+    study.networks['x' * 120]['each'] = {'y' * 120: {}}
+    with pytest.raises(ConfigError, match='more than 200 bytes'):
+        study.read()
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'default_hooks.checkpoint.out_dir': '../elsewhere'},
+        {'default_hooks': {'checkpoint': {'out_dir': '/tmp/elsewhere'}}},
+        {'val_evaluator.outfile_prefix': 'elsewhere/x'},
+        {'visualizer.vis_backends': [dict(type='A', save_dir='~/x')]},
+    ],
+)
+def test_runs_write_into_the_work_dir(study, options, tmp_path):
+    student = study.networks['student']
+    student['options'] = options
+    with pytest.raises(ConfigError, match='is out of the work dir'):
+        study.read()
+    inside = str(tmp_path / 'study' / 'x')
+    student['options'] = {'default_hooks.checkpoint.out_dir': inside}
+    runs = study.runs()
+    assert runs['student'].config.default_hooks.checkpoint.out_dir == inside
+
+
+def test_links_in_a_work_dir_are_not_followed(tmp_path):
+    """Neither that of the lock nor that of a temporary file."""
+    mine = tmp_path / 'mine'
+    mine.write_text('mine')
+    folder = tmp_path / 'study'
+    folder.mkdir()
+    (folder / '.lock').symlink_to(mine)
+    with pytest.raises(OSError, match='symbolic link'), locked(folder):
+        pass
+    (folder / 'x.json.tmp').symlink_to(mine)
+    write_json(folder / 'x.json', {'a': 1})
+    assert mine.read_text() == 'mine'
+    assert read_json(folder / 'x.json') == {'a': 1}
+
+
+@pytest.mark.parametrize(
+    'content', [b'', b'{"a', b'[1]', b'\xff', b'9' * 5000]
+)
+def test_notes_that_are_damaged(tmp_path, content):
+    path = tmp_path / 'train.json'
+    path.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r'train\.json: expected .*to run that'
+    ):
+        read_json(path)
+
+
+LAUGHS = 'a: &a [x, x]\n' + ''.join(
+    f'{new}: &{new} [{", ".join([f"*{old}"] * 9)}]\n'
+    for old, new in zip('abcdefgh', 'bcdefghi', strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (LAUGHS, 'holds more than 100,000 values'),
+        (LAUGHS.replace('[', '{<<: [').replace(']', ']}'), r'no YAML'),
+        ('a: &a [*a]', 'one that holds itself'),
+        ('a: &a {b: *a}', 'one that holds itself'),
+        ('a: &a {<<: *a}', 'one that holds itself'),
+        ('a: ' + '[' * 3000 + ']' * 3000, 'too deep in one another'),
+        ('a: ' + '9' * 5000, 'no YAML: Exceeds the limit'),
+        ('a: 2026-13-45', 'no YAML: month must be in'),
+        ('a: !!int ""', 'no YAML'),
+        ('a: !!timestamp x', 'no YAML'),
+        ('a: !!python/object/apply:os.system [ls]', 'no YAML'),
+        ('a: \0', 'no YAML'),
+        ('a: [', 'no YAML'),
+        ('', 'must hold name'),
+        ('[1]', 'must hold name'),
+        ('x: ' + 'y' * (1 << 20), 'more than 1,048,576 bytes'),
+    ],
+)
+def test_files_that_are_no_study(tmp_path, text, message):
+    path = tmp_path / 'study.yaml'
+    path.write_text(text)
+    with pytest.raises(MMKDError, match=message):
+        read_study(path)
+    path.write_bytes(b'\xff\xfe\xfa' + text.encode())
+    with pytest.raises(MMKDError):
+        read_study(path)
+
+
+def test_marks_and_line_ends_of_other_systems(study):
+    content = study.write().read_bytes().replace(b'\n', b'\r\n')
+    study.path.write_bytes(codecs.BOM_UTF8 + content)
+    assert len(read_study(study.path).runs) == 3
+
+
+@pytest.mark.parametrize(
+    'value', [float('nan'), 2**70, {1: 2}, b'x', datetime.date(2026, 1, 1)]
+)
+def test_options_that_no_config_can_hold(study, value):
+    options = study.networks['student']['options']
+    options['train_cfg.max_epochs'] = value
+    with pytest.raises(ConfigError, match='options must map keys'):
+        study.read()
+
+
+def test_options_that_do_not_fit(study):
+    study.networks['distilled']['options'] = {'distillation': 3}
+    with pytest.raises(ConfigError, match=r'distilled.* do not fit .*3'):
+        study.read()
 
 
 def test_hooks_are_added_to_a_run(study):

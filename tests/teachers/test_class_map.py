@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mmdet.datasets import CocoDataset, VOCDataset
 
 from mmkd.errors import ConfigError
 from mmkd.teachers.class_map import ClassMap
@@ -97,3 +98,62 @@ def test_teacher_sees_its_own_preprocessing(of_student, of_teacher):
 def test_other_padding_granularity_needs_no_conversion():
     ours, theirs = preprocessor('pytorch', 32), preprocessor('pytorch', 1)
     assert not Renormalize(ours, theirs).needed
+
+
+class TestSpellings:
+    VOC = VOCDataset.METAINFO['classes']
+    COCO = CocoDataset.METAINFO['classes']
+
+    def test_a_coco_teacher_teaches_all_of_voc(self):
+        mapped = ClassMap(self.VOC, self.COCO)
+        assert mapped.shared == list(self.VOC)
+        assert not mapped.unmatched
+        assert len(mapped.unused) == 60
+        assert mapped.renamed == dict(
+            aeroplane='airplane',
+            diningtable='dining table',
+            motorbike='motorcycle',
+            pottedplant='potted plant',
+            sofa='couch',
+            tvmonitor='tv',
+        )
+        sofa, couch = self.VOC.index('sofa'), self.COCO.index('couch')
+        assert mapped.to_teacher[sofa] == couch
+        assert mapped.to_student[couch] == sofa
+        assert 'sofa (couch)' in str(mapped)
+
+    def test_the_same_classes_in_other_spellings_are_identical(self):
+        mapped = ClassMap(['sofa', 'Cat'], ['couch', 'cat'])
+        assert mapped.identical
+        assert mapped.renamed == dict(sofa='couch', Cat='cat')
+        assert not ClassMap(['sofa', 'cat'], ['cat', 'couch']).identical
+        assert not ClassMap(['sofa'], ['couch', 'cat']).identical
+
+    def test_what_is_given_by_hand_wins(self):
+        by_hand = {'sofa': 'bed', 'cat': None, 'pony': 'horse'}
+        mapped = ClassMap(
+            ['sofa', 'cat', 'pony', 'dog', 'yak'],
+            ['couch', 'bed', 'cat', 'horse', 'dog'],
+            by_hand,
+        )
+        assert mapped.shared == ['sofa', 'pony', 'dog']
+        assert mapped.teacher_index.tolist() == [1, 3, 4]
+        assert mapped.unmatched == ['yak']  # but not the cat
+        assert mapped.unused == ['couch', 'cat']
+
+    def test_a_class_that_is_taken_by_hand_is_taken(self):
+        mapped = ClassMap(['van', 'car'], ['car', 'bus'], {'van': 'car'})
+        assert mapped.shared == ['van']
+        assert mapped.unmatched == ['car']
+
+    @pytest.mark.parametrize(
+        ('by_hand', 'message'),
+        [
+            ({'yak': 'cat'}, "the student has no class 'yak'. It has: dog, b"),
+            ({'dog': 'yak'}, "the teacher has no class 'yak'. It has: cat, b"),
+            ({'dog': 'cat', 'b': 'cat'}, r'two of the student \(cat\)'),
+        ],
+    )
+    def test_wrong_names_by_hand(self, by_hand, message):
+        with pytest.raises(ConfigError, match=message):
+            ClassMap(['dog', 'b'], ['cat', 'b'], by_hand)

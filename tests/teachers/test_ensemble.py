@@ -441,7 +441,7 @@ def test_the_doctor_looks_at_each(tmp_path):
         teachers.append(dict(config=config, checkpoint=str(path)))
     cfg.distillation.teacher = dict(mean=teachers)
     report = diagnose(cfg)
-    assert not report.findings
+    assert not report.stops
     text = report.text()
     assert "teacher_2's order of classes is free" in text
     assert re.search(r"teacher_1  .* the student's, as it is", text)

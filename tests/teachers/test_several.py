@@ -424,7 +424,7 @@ class TestTraining:
         cfg = several(tmp_path, images=2)
         cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
         report = diagnose(copy.deepcopy(cfg))
-        assert not report.findings
+        assert not report.stops
         text = report.text()
         assert "teacher_turned's order of classes is free" in text
         for name in ('teacher_turned', 'teacher_2'):
@@ -433,5 +433,5 @@ class TestTraining:
             )
             assert f'hint, {name}' in text
         cfg.runner_type = 'SpoilsSecond'
-        (finding,) = diagnose(cfg).findings
+        (finding,) = diagnose(cfg).stops
         assert 'the teacher_2 was initialised again after' in finding

@@ -15,13 +15,13 @@ import pytest
 
 from mmkd.errors import MMKDError
 from mmkd.report import summary
-from mmkd.report.evaluation import Objects, Picture
+from mmkd.report.evaluation import Evaluation, Objects, Picture
 from mmkd.report.work_dir import read_aps
 from mmkd.study.step import Step, locked
 from tools import demo
 
 ROOT = Path(__file__).resolve().parents[2]
-NEON = ROOT / 'data' / 'neon'
+DATA = ROOT / 'data'
 BOX = np.array([[1.0, 1.0, 6.0, 6.0]])
 
 
@@ -61,17 +61,19 @@ def test_table():
 
 
 @pytest.mark.parametrize(
-    ('distilled', 'gain'),
-    [(0.125, '+2.5 AP'), (0.08, '-2.0 AP'), (0.1 - 1e-9, '+0.0 AP')],
+    ('distilled', 'said'),
+    [(0.125, '+2.5 AP (10.0 → 12.5)'), (0.08, '-2.0 AP (10.0 → 8.0)')],
 )
-def test_remarks_tell_gain_and_loss_alike(distilled, gain):
-    tiles = [Picture(n, Path('x'), tree(count=n)) for n in (3, 4)]
-    text = summary.remarks(
-        {'student': measured(0.1), 'distilled': measured(distilled)}, tiles
+def test_the_verdict_tells_gain_and_loss_alike(distilled, said):
+    aps = {'teacher': 0.3, 'student': 0.1, 'distilled': distilled}
+    networks = {name: measured(ap) for name, ap in aps.items()}
+    evaluation = Evaluation({}, [], hits={'student': [], 'distilled': []})
+    found = summary.judge(evaluation, networks, seed=3)
+    assert said in found.headline
+    assert 'One seed each' in found.text()
+    assert 'leads the plain student by 20.0 AP' in ' '.join(
+        found.text().split()
     )
-    assert f'Distilled - student: {gain}.' in text
-    assert 'only 2 validation tiles (7 trees) and one seed' in text
-    assert 'the spread is wide' in text
 
 
 def test_curves_are_drawn(tmp_path):
@@ -82,16 +84,53 @@ def test_curves_are_drawn(tmp_path):
         assert cv2.imread(str(tmp_path / name)).std() > 1
 
 
-def test_pictures_are_at_even_distances(tmp_path):
+@pytest.fixture
+def tile(tmp_path):
+    """Make a tile with trees, and how many of them each student finds."""
     cv2.imwrite(str(tmp_path / 'tile.png'), np.full((8, 8, 3), 99, np.uint8))
-    tiles = []
-    for i in range(7):
-        path = tmp_path / f'tile{i}.png'
+
+    def tile(number, trees=1, **found):
+        path = tmp_path / f'tile{number}.png'
         path.symlink_to('tile.png')
-        tiles.append(Picture(i, path, tree(), {'student': tree(0.9)}))
-    summary.draw_pictures(tiles, tmp_path / 'pictures', count=3)
-    drawn = sorted(path.stem for path in (tmp_path / 'pictures').iterdir())
+        objects = {name: tree(0.4, count) for name, count in found.items()}
+        return Picture(number, path, tree(count=trees), objects)
+
+    return tile
+
+
+def test_pictures_are_at_even_distances(tile, tmp_path):
+    tiles = [tile(number, student=1) for number in range(7)]
+    folder = tmp_path / 'pictures'
+    summary.draw_pictures(tiles, {'student': 0.3}, folder, count=3)
+    drawn = sorted(path.stem for path in folder.iterdir())
     assert drawn == ['tile0', 'tile3', 'tile6']
+
+
+def test_before_and_after_is_the_tile_that_gained_most(tile):
+    tiles = [
+        tile(0, 5, student=0, distilled=2),  # less than half of them
+        tile(1, 5, student=2, distilled=4),
+        tile(2, 5, student=5, distilled=5),
+        tile(3, 1, student=0, distilled=9),  # eight of them find none
+    ]
+    scores = {'student': 0.3, 'distilled': 0.3}
+    assert summary.most_gained(tiles, scores) is tiles[1]
+    assert summary.most_gained(tiles[:1], scores) is tiles[0]
+    # Below its score nothing is drawn, so nothing is gained.
+    scores['distilled'] = 0.5
+    assert summary.most_gained(tiles, scores) in (tiles[0], tiles[3])
+
+
+def test_a_picture_has_a_panel_for_each_network(tile, tmp_path):
+    first = tile(0, 1, student=0, distilled=1, teacher=1)
+    path = tmp_path / 'drawn.png'
+    summary.draw_tile(first, dict.fromkeys(first.found, 0.3), path)
+    drawn = cv2.imread(str(path)).astype(int)
+    # The trees are found in the last two of four panels.
+    blue, green, red = (drawn[..., channel] for channel in range(3))
+    found = (blue > 200) & (abs(green - 180) < 20) & (red < 110)
+    quarters = [part.sum() > 20 for part in np.array_split(found, 4, axis=1)]
+    assert quarters == [False, False, True, True]
 
 
 # --------------------------------------------------------------- its study
@@ -131,14 +170,31 @@ def test_a_failure_shows_the_end_of_its_log(study, tmp_path):
 # ---------------------------------------------------------- from end to end
 
 
+def test_without_an_index_it_says_what_to_do(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(demo, 'ROOT', tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PIP_CONFIG_FILE', os.devnull)
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    status = demo.main(['--work-dir', str(tmp_path / 'demo')])
+    error = capfd.readouterr().err
+    assert status == 1
+    assert 'put it into data/downloads, and run this again' in error
+    assert error.endswith(
+        'error: data/neon could not be prepared (see above).\n'
+    )
+    assert not (tmp_path / 'demo').exists()
+
+
 def prepared_data():
-    if not NEON.exists():
-        command = [sys.executable, 'tools/prepare_data.py', 'neon']
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            pytest.skip(f'needs data/neon: {done.stderr.strip()}')
+    for name in demo.NEEDS:
+        if not (DATA / name).exists():
+            command = [sys.executable, 'tools/prepare_data.py', name]
+            done = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                pytest.skip(f'needs data/{name}: {done.stderr.strip()}')
 
 
 def start(work_dir, *options):
@@ -161,7 +217,8 @@ def test_demo_is_interrupted_continued_and_reused(tmp_path, hold):
     prepared_data()
     tiny = (
         'train_cfg.max_epochs=2',
-        'train_dataloader.dataset.indices=64',
+        'train_dataloader.dataset.indices=24',
+        'model.test_cfg.score_thr=0.0',  # they have hardly learnt anything
         'default_hooks.timer.type=tests.helpers.hold.Timer',
     )
     first = start(tmp_path, *tiny)
@@ -170,10 +227,10 @@ def test_demo_is_interrupted_continued_and_reused(tmp_path, hold):
         assert first.poll() is None, first.stdout.read()
         time.sleep(0.1)
     first.send_signal(signal.SIGINT)
+    hold.unlink()
     output, _ = first.communicate()
     assert first.returncode == 130
     assert 'Run the same command again to continue' in output
-    hold.unlink()
 
     second = start(tmp_path, *tiny)
     output, _ = second.communicate()
@@ -196,9 +253,18 @@ def test_demo_is_interrupted_continued_and_reused(tmp_path, hold):
     assert distilled['parameters'] == student['parameters']
     assert len(list((tmp_path / 'pictures').glob('*.png'))) == 6
     assert (tmp_path / 'table.md').read_text() in output
+    verdict = results['verdict']
+    change = f'({100 * student["AP"]:.1f} → {100 * distilled["AP"]:.1f})'
+    assert change in ' '.join(verdict.split())
+    # The picture, the verdict and the next step come last, in this order.
+    ends = ['before_after.png\n', verdict, demo.NEXT]
+    assert sorted(map(output.rindex, ends)) == [*map(output.rindex, ends)]
+    assert output.endswith(f'{demo.NEXT}\n')
+    assert cv2.imread(str(tmp_path / 'before_after.png')).std() > 1
 
     third = start(tmp_path, *tiny)
     output, _ = third.communicate()
     assert third.returncode == 0
     assert output.count('-seed0') == output.count('done') == 3
     assert 'results: reused' in output
+    assert verdict in output

@@ -1,4 +1,5 @@
-# DIST (Huang et al., NeurIPS 2022): narrow GFL on BCCD.
+# DIST (Huang et al., NeurIPS 2022): narrow GFL on BCCD, with the options of
+# the authors' code for detection.
 # Train the teacher first: mmkd train mmkd::bccd/gfl_teacher.py
 # --work-dir work_dirs/bccd/gfl_teacher
 _base_ = ['../gfl_student.py']

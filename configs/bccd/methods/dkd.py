@@ -8,8 +8,8 @@ distillation = dict(
         config='mmkd::bccd/gfl_teacher.py',
         checkpoint='work_dirs/bccd/gfl_teacher/epoch_16.pth',
     ),
-    # the paper's values for classifiers
+    # from the official code for detectors, which distils RoI heads
     methods=dict(
-        dkd=dict(type='mmkd.DKD', alpha=1.0, beta=8.0, temperature=4.0)
+        dkd=dict(type='mmkd.DKD', alpha=1.0, beta=0.25, temperature=1.0)
     ),
 )

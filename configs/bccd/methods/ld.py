@@ -16,6 +16,7 @@ distillation = dict(
             temperature=10.0,
             main_weight=0.05,
             vlr_weight=0.05,
+            normalize=False,
         )
     ),
 )

@@ -8,5 +8,6 @@ distillation = dict(
         config='mmkd::bccd/gfl_teacher.py',
         checkpoint='work_dirs/bccd/gfl_teacher/epoch_16.pth',
     ),
+    # the weight of Faster R-CNN; none is published for GFL
     methods=dict(pkd=dict(type='mmkd.PKD', loss_weight=6.0)),
 )

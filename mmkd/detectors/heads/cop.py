@@ -1,17 +1,19 @@
 """Conditional objectness prediction (COP) for PAA."""
 
-import torch
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch.nn.functional as F
 from mmdet.models.dense_heads import PAAHead
 from mmengine.model import normal_init
 from torch import Tensor, nn
 
+from mmkd.detectors.logit import logit
 from mmkd.errors import ConfigError
 from mmkd.registry import MODELS
+from mmkd.utils import Official
 
 WINDOW = 3
-FLOOR = 1e-6
-"""Probabilities that are closer to 0 or 1 are clamped."""
 
 
 @MODELS.register_module()
@@ -26,20 +28,31 @@ class COPHead(PAAHead):
     3x3 convolution on the regression tower. The head returns
     :math:`\mathrm{logit}(p)`. The stock focal loss is therefore that of the
     probability, the stock score is :math:`\sqrt{p \cdot IoU}`, and LAD, CoLAD
-    and every method on class logits work as on ``PAAHead``.
+    and every method on class logits work as on ``PAAHead``. The gradient is
+    that of the official loss, which takes the probability itself, however
+    small it is.
 
     A stock config switches to it by ``bbox_head=dict(type='mmkd.COPHead')``.
     The weights of a trained ``PAAHead`` fit, except for the new convolution.
 
     Source: Nguyen et al., "Improving Object Detection by Label Assignment
     Distillation", WACV 2022, https://arxiv.org/abs/2108.10520. The official
-    code also has a convolution that nothing uses, and sets the logits beyond
-    the border to 0, which is a probability of 0.5. Here the probability there
-    is 0.
+    code (cybercore-co-ltd/CoLAD_paper) sets the logits beyond the border to 0,
+    which is a probability of 0.5. Here the probability there is 0.
 
     Raises:
         ConfigError: If there are several anchors per position.
     """
+
+    official: ClassVar[Sequence[Official]] = (
+        Official(
+            code='https://github.com/cybercore-co-ltd/CoLAD_paper',
+            compared='tests/detectors/heads/test_cop.py::TestOfficialCode',
+            differs=(
+                'The probability beyond the border is 0; there it is 0.5.'
+            ),
+        ),
+    )
 
     def _init_layers(self) -> None:
         super()._init_layers()
@@ -70,7 +83,7 @@ class COPHead(PAAHead):
             self.atss_cls(classes), self.cop_coefficients(boxes)
         )
         return (
-            torch.logit(probability, eps=FLOOR),
+            logit(probability),
             scale(self.atss_reg(boxes)).float(),
             self.atss_centerness(boxes),
         )

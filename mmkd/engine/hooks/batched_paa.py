@@ -26,9 +26,8 @@ class BatchedPAAHook(Hook):
     object's costs are close together.
 
     Args:
-        keep_single: Make the only candidate of an object positive, as the
-            official code of LAD does. MMDetection leaves such an object
-            without a positive.
+        keep_single: Make the only candidate of an object positive.
+            MMDetection leaves such an object without a positive.
 
     Raises:
         ConfigError: If the detector's head is not PAA's.

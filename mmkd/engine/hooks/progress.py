@@ -22,8 +22,9 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from mmkd.engine.checkpoint import latest_checkpoint
+from mmkd.engine.checkpoint import checkpoint_folders
 from mmkd.engine.logs import main_metric, validations
+from mmkd.engine.next_steps import next_steps
 from mmkd.errors import ConfigError
 from mmkd.registry import HOOKS
 
@@ -142,19 +143,16 @@ class ProgressHook(Hook):
             lines.append(f'{metric}: {_best_and_last(values)}')
             if self.compare_with is not None:
                 lines.append(self._gain(metric, list(values.values())[-1]))
-        checkpoint = latest_checkpoint(runner.work_dir)
-        if checkpoint is not None:
-            config = 'CONFIG'
-            if runner.cfg.filename:  # MMEngine wrote a copy there
-                name = Path(runner.cfg.filename).name
-                config = str(Path(runner.work_dir, name))
-            dirs = [*filter(None, [self.compare_with]), runner.work_dir]
-            lines += [
-                'Next:',
-                f'  mmkd test {config} {checkpoint}',
-                f'  mmkd report {" ".join(dirs)}',
-            ]
-        return lines
+        config = 'CONFIG'
+        if runner.cfg.filename:  # it lies there, or MMEngine wrote a copy
+            name = Path(runner.cfg.filename).name
+            config = str(Path(runner.work_dir, name))
+        return lines + next_steps(
+            config,
+            runner.work_dir,
+            *checkpoint_folders(runner.hooks),
+            compare_with=self.compare_with,
+        )
 
     def _gain(self, metric: str, last: float) -> str:
         theirs = [

@@ -3,13 +3,16 @@
 import os.path as osp
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from mmkd.data.checkpoint_file import write_atomically
+from mmkd.data.files import write_text
+from mmkd.errors import ConfigError
 from mmkd.registry import HOOKS
+from mmkd.utils import nearest
 
 
 @HOOKS.register_module()
@@ -26,10 +29,47 @@ class SafeCheckpointHook(CheckpointHook):
     """
 
     keep_ckpt_ids: deque[int]
+    last_ckpt: str | None
+    _judging = False
+    _again: tuple[Any, ...] | None = None
+    not_resumed = ('_former',)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._former: list[str] = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Know what the run that is resumed has saved last, and not removed.
+
+        MMEngine knows of no checkpoint until this process has saved one. It
+        would not save it again when the validation that comes first is the
+        best.
+        """
+        super().before_train(runner)
+        if runner._resume:
+            known = runner.message_hub.runtime_info
+            self.last_ckpt = self.last_ckpt or known.get('last_ckpt')
+            self._former = list(known.get('former_best', ()))
+            self._remove_former(runner)
+
+    def after_val(self, runner: Runner) -> None:
+        """Save again what was saved before a validation that was the best.
+
+        By now all hooks know the result. The former best goes last, because
+        until then the latest checkpoint names it.
+        """
+        if self._again is not None:
+            again, self._again = self._again, None
+            runner.message_hub.update_info('former_best', self._former)
+            self._save_checkpoint_with_step(runner, *again)
+        self._remove_former(runner)
 
     def _save_checkpoint_with_step(
         self, runner: Runner, step: int, meta: dict
     ) -> None:
+        if self._judging:
+            self._again = step, meta
+            return
         kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
         if step not in kept:
             kept.append(step)
@@ -51,10 +91,8 @@ class SafeCheckpointHook(CheckpointHook):
             **self.args,
         )
         if is_main_process():
-            write_atomically(
-                osp.join(runner.work_dir, 'last_checkpoint'),
-                lambda path: Path(path).write_text(str(self.last_ckpt)),
-            )
+            pointer = Path(runner.work_dir, 'last_checkpoint')
+            write_text(pointer, str(self.last_ckpt))
         if self.max_keep_ckpts > 0:
             if is_main_process():
                 for outdated in kept[: -self.max_keep_ckpts]:
@@ -66,21 +104,63 @@ class SafeCheckpointHook(CheckpointHook):
             runner.message_hub.update_info('keep_ckpt_ids', kept)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        former: list[str] = []
-        self.file_backend.remove = former.append
+        if self.save_best:
+            metrics = self._judged(runner, metrics)
+            if not metrics:
+                return
+        self.file_backend.remove = self._former.append
+        self._judging = True
         try:
             super()._save_best_checkpoint(runner, metrics)
         finally:
+            self._judging = False
             del self.file_backend.remove
-        if not self.save_best:
-            return
+        if self._again is None:
+            self._remove_former(runner)
+
+    def _judged(self, runner: Runner, metrics: dict) -> dict:
+        """Add None for what is to be judged and was not measured.
+
+        A metric gives nothing for a network that has detected nothing, and
+        MMEngine's hook would end the training with a ``KeyError``.
+
+        Raises:
+            ConfigError: If ``save_best`` names a metric that is misspelt:
+                others of the same network and kind are there.
+        """
+        metrics = dict(metrics)
+        others = (*peers_of(runner), 'ensemble')
+        own = [n for n in metrics if n.partition('/')[0] not in others]
+        for key in self.key_indicators:
+            if key in metrics or (key == 'auto' and own):
+                continue
+            kind = key.rpartition('/')[0]
+            same = [n for n in metrics if n.rpartition('/')[0] == kind]
+            if kind and same:
+                raise ConfigError(
+                    f'save_best: the validation gives no "{key}". '
+                    f'{nearest(key, metrics)}'
+                )
+            runner.logger.warning(
+                f'save_best: this validation gave no "{key}", as of a '
+                'network that detects nothing; no best checkpoint is saved. '
+                f'It gave {", ".join(metrics) or "nothing"}.'
+            )
+            if key == 'auto':  # it would choose a metric of another network
+                return {}
+            metrics[key] = None
+        return metrics
+
+    def _remove_former(self, runner: Runner) -> None:
+        """Remove what was the best, in the folder of this run alone."""
+        former, self._former = self._former, []
         many = getattr(self, 'best_ckpt_path_dict', {})
         best = (getattr(self, 'best_ckpt_path', None), *many.values())
-        for path in former:
-            if path not in best:
-                folder, name = osp.split(path)
-                for network in ('', *peers_of(runner)):
-                    self._remove(osp.join(folder, network, name))
+        kept = {osp.basename(path) for path in best if path}
+        for name in {osp.basename(path) for path in former} - kept:
+            for network in ('', *peers_of(runner)):
+                self._remove(osp.join(self.out_dir, network, name))
+        runner.message_hub.update_info('former_best', [])
 
     def _remove(self, path: str) -> None:
         if self.file_backend.isfile(path):

@@ -1,12 +1,15 @@
 """Evaluate the teachers on the student's own validation data."""
 
 import copy
+from typing import Any
 
 import torch
 from mmdet.evaluation import CocoMetric
+from mmdet.evaluation.evaluator import MultiDatasetsEvaluator
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
+from torch.utils.data import Dataset
 
 from mmkd.engine.distilled import distiller_of
 from mmkd.errors import ConfigError
@@ -82,17 +85,18 @@ def evaluate_teacher(
     Returns:
         The metrics by name.
     """
-    cfg = copy.deepcopy(runner.cfg.val_dataloader)
-    cfg.update(num_workers=0, persistent_workers=False)
-    cfg.dataset.indices = list(range(images))
+    dataset = FirstImages(runner.val_dataloader.dataset, images)
+    cfg = copy.deepcopy(dict(runner.cfg.val_dataloader))
+    cfg.update(num_workers=0, persistent_workers=False, dataset=dataset)
     loader = Runner.build_dataloader(cfg)
-    dataset = loader.dataset
     evaluator = runner.build_evaluator(copy.deepcopy(runner.cfg.val_evaluator))
     evaluator.dataset_meta = dataset.metainfo
-    ids = [dataset.get_data_info(i)['img_id'] for i in range(len(dataset))]
-    for metric in evaluator.metrics:
+    # MMDetection's evaluator of several sets has a metric for each.
+    apart = isinstance(evaluator, MultiDatasetsEvaluator)
+    for number, metric in enumerate(evaluator.metrics):
         if isinstance(metric, CocoMetric):
-            metric.img_ids = ids  # objects in other images are not counted
+            # Objects in other images are not counted.
+            metric.img_ids = dataset.image_ids(number if apart else None)
     for batch in loader:
         results = teacher.model.test_step(batch)
         for sample in results:
@@ -101,6 +105,51 @@ def evaluate_teacher(
             )
         evaluator.process(data_samples=results, data_batch=batch)
     return evaluator.evaluate(len(dataset))
+
+
+class FirstImages(Dataset):
+    """The first images of a built data set.
+
+    Of one that joins others, it has the first ones of each, in proportion to
+    their sizes, and at least one.
+
+    Args:
+        dataset: The data set.
+        count: How many images, at most.
+    """
+
+    def __init__(self, dataset: Any, count: int) -> None:
+        self.dataset = dataset
+        total = len(dataset)
+        ends = getattr(dataset, 'cumulative_sizes', [total])
+        self.indices: list[int] = []
+        self.ends: list[int] = []
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            share = max(1, count * (end - start) // total)
+            self.indices += range(start, min(start + share, end))
+            self.ends.append(len(self.indices))
+        self.metainfo = copy.deepcopy(dataset.metainfo)
+        metas = self.metainfo
+        for meta in metas if isinstance(metas, list) else [metas]:
+            if 'cumulative_sizes' in meta:
+                meta['cumulative_sizes'] = self.ends
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]
+
+    def get_data_info(self, index: int) -> dict[str, Any]:
+        """Return the annotations of an image."""
+        return self.dataset.get_data_info(self.indices[index])
+
+    def image_ids(self, part: int | None = None) -> list[Any]:
+        """Return the ids of the images, or of those of one part."""
+        start, end = 0, len(self)
+        if part is not None:
+            start, end = ([0, *self.ends])[part : part + 2]
+        return [self.get_data_info(i)['img_id'] for i in range(start, end)]
 
 
 def in_student_classes(

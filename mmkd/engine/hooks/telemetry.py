@@ -8,11 +8,11 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmkd.core.distiller import Losses
+from mmkd.core.gradients import gradient, student_parameters
 from mmkd.detectors.record import tensors_in
 from mmkd.engine.distilled import distiller_of
 from mmkd.errors import ConfigError
 from mmkd.registry import HOOKS
-from mmkd.utils import ATTACHED
 
 
 @HOOKS.register_module()
@@ -43,13 +43,13 @@ class TelemetryHook(Hook):
                 f'TelemetryHook.interval must be at least 1, got {interval}.'
             )
         self.interval = interval
-        self._parameters: Sequence[Tensor] = ()
+        self._student: nn.Module = nn.Module()
         self._due = False
         self._report: dict[str, Tensor] = {}
 
     def before_train(self, runner: Runner) -> None:
         distiller = distiller_of(runner)
-        self._parameters = student_parameters(distiller.student)
+        self._student = distiller.student
         distiller.observers.append(self.observe)
 
     def before_train_iter(
@@ -69,16 +69,20 @@ class TelemetryHook(Hook):
         if not self._due:
             return
         counted = [v for k, v in task.items() if 'loss' in k]
-        task_gradient = gradient(tensors_in(counted), self._parameters)
+        task_gradient = self._gradient(tensors_in(counted))
         report = {'task/grad_norm': norm(task_gradient)}
         for name, losses in distilled.items():
-            own = gradient(tuple(losses.values()), self._parameters)
+            own = self._gradient(losses.values())
             report[f'{name}/loss'] = torch.stack(
                 [loss.detach() for loss in losses.values()]
             ).sum()
             report[f'{name}/grad_norm'] = norm(own)
             report[f'{name}/cosine'] = cosine(task_gradient, own)
         self._report = report
+
+    def _gradient(self, losses: Iterable[Tensor]) -> list[Tensor | None]:
+        parameters = student_parameters(self._student)
+        return gradient(losses, parameters, self._student)
 
     def after_train_iter(
         self, runner: Runner, *_: object, **__: object
@@ -95,37 +99,6 @@ class TelemetryHook(Hook):
         )
         runner.visualizer.add_scalars(values, step=runner.iter + 1)
         self._report, self._due = {}, False
-
-
-def student_parameters(student: nn.Module) -> list[nn.Parameter]:
-    """Return the student's own trainable parameters, without adapters."""
-    return [
-        parameter
-        for name, parameter in student.named_parameters()
-        if parameter.requires_grad and not name.startswith(f'{ATTACHED}.')
-    ]
-
-
-def gradient(
-    losses: Iterable[Tensor], parameters: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Compute the gradient of the sum of losses.
-
-    Args:
-        losses: Losses of any shape, of which the means are added.
-        parameters: What the gradient is taken with respect to.
-
-    Returns:
-        The gradient of each parameter; None for those it does not reach.
-    """
-    total = sum(loss.mean() for loss in losses)
-    if not isinstance(total, Tensor) or not total.requires_grad:
-        return [None] * len(parameters)
-    return list(
-        torch.autograd.grad(
-            total, parameters, retain_graph=True, allow_unused=True
-        )
-    )
 
 
 def norm(gradients: Iterable[Tensor | None]) -> Tensor:

@@ -3,7 +3,7 @@ import pytest
 from mmkd.cli import main
 
 
-@pytest.mark.parametrize('command', ['', 'coco', 'voc', 'bccd', 'neon'])
+@pytest.mark.parametrize('command', ['', 'coco', 'voc', 'bccd', 'neon', 'own'])
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as info:
         main(['prepare', *command.split(), '--help'])

@@ -15,6 +15,7 @@ import pytest
 from mmkd.data.download import RemoteFile
 from mmkd.data.prepare import neon as module
 from tests.helpers.layouts import voc_xml
+from tests.helpers.wheels import pack_wheel
 
 ROOT = Path(__file__).resolve().parents[3]
 PHOTOS = {'LARGE': 'large', 'SMALL': 'small'}
@@ -53,24 +54,13 @@ def wheel(tmp_path, photos):
     """A wheel that pip takes, with the files that the tool reads."""
     path = tmp_path / 'links' / module.NEON_WHEEL.name
     path.parent.mkdir()
-    info = 'deepforest-2.1.0.dist-info'
-    with zipfile.ZipFile(path, 'w') as packed:
-        for name, (width, height, boxes) in photos.items():
-            png = cv2.imencode('.png', photo(width, height))[1].tobytes()
-            packed.writestr(f'deepforest/data/{name}.png', png)
-            xml = photo_xml(width, height, boxes)
-            packed.writestr(f'deepforest/data/{name}.xml', xml)
-        packed.writestr(
-            f'{info}/METADATA',
-            'Metadata-Version: 2.1\nName: deepforest\nVersion: 2.1.0\n'
-            'Requires-Python: >=99\n',
-        )
-        packed.writestr(
-            f'{info}/WHEEL',
-            'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n',
-        )
-        packed.writestr(f'{info}/RECORD', '')
-        packed.writestr(f'{info}/licenses/LICENSE', 'Do as you like')
+    files = {'{info}/licenses/LICENSE': 'Do as you like'}
+    for name, (width, height, boxes) in photos.items():
+        png = cv2.imencode('.png', photo(width, height))[1].tobytes()
+        files[f'deepforest/data/{name}.png'] = png
+        xml = photo_xml(width, height, boxes)
+        files[f'deepforest/data/{name}.xml'] = xml
+    pack_wheel(path, 'deepforest', '2.1.0', files, 'Requires-Python: >=99')
     return path
 
 

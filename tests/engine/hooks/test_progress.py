@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -119,6 +120,17 @@ def test_no_terminal(tmp_path, capfd):
     assert f'mmkd report {tmp_path}/run' in text
     assert re.search(f'mmkd test .* {tmp_path}/run/epoch_2.pth', text)
     assert sum(isinstance(h, ProgressHook) for h in runner.hooks) == 1
+
+
+def test_commands_can_be_pasted(tmp_path):
+    """Though paths have blanks, quotes and more in them."""
+    folder = tmp_path / "it's $HOME; here"
+    toy.train(config(folder))
+    lines = log(folder / 'run').partition('Next:\n')[2].splitlines()
+    found = [shlex.split(line) for line in lines[:2]]
+    assert found[0][:2] == ['mmkd', 'test']
+    assert found[0][-1] == f'{folder}/run/epoch_2.pth'
+    assert found[1] == ['mmkd', 'report', f'{folder}/run']
 
 
 def test_gain(tmp_path):

@@ -192,6 +192,77 @@ class TestMetrics:
             assert scalars.seen[f'teacher/{key}'] == pytest.approx(value), key
 
 
+class TestJoinedData:
+    """Two sets in one: as MMDetection tests the teacher on both."""
+
+    def config(self, tmp_path, counts, palette):
+        cfg = toy.distilled(tmp_path, toy.RETINANET, images=2)
+        teacher, path = teacher_of(tmp_path, toy.RETINANET, 'Oracle')
+        cfg.distillation.teacher = dict(
+            config=toy.teacher_config(teacher), checkpoint=str(path)
+        )
+        sets, metrics = [], []
+        for number, count in enumerate(counts):
+            split = ('val2017', 'train2017')[number]
+            dataset = copy.deepcopy(cfg.val_dataloader.dataset)
+            root = dataset.data_root
+            dataset.ann_file = self.cut(tmp_path, root, split, count)
+            dataset.data_root = None
+            dataset.data_prefix = dict(img=f'{root}{split}/')
+            dataset.indices = None
+            if palette and number:
+                dataset.metainfo = dict(palette=[(0, 0, 0)] * 80)
+            sets.append(dataset)
+            metrics.append(
+                dict(cfg.val_evaluator.to_dict(), ann_file=dataset.ann_file)
+            )
+        cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=sets)
+        cfg.val_evaluator = dict(
+            type='MultiDatasetsEvaluator',
+            metrics=metrics,
+            dataset_prefixes=['first', 'second'],
+        )
+        cfg.test_dataloader = copy.deepcopy(cfg.val_dataloader)
+        cfg.test_evaluator = copy.deepcopy(cfg.val_evaluator)
+        return cfg, path
+
+    def cut(self, tmp_path, root, split, count):
+        """The annotations of the first images alone."""
+        path = Path(f'{root}annotations/instances_{split}.json')
+        content = json.loads(path.read_text())
+        content['images'] = content['images'][:count]
+        ids = {image['id'] for image in content['images']}
+        content['annotations'] = [
+            a for a in content['annotations'] if a['image_id'] in ids
+        ]
+        own = tmp_path / f'{split}_{count}.json'
+        own.write_text(json.dumps(content))
+        return str(own)
+
+    @pytest.mark.parametrize('palette', [False, True])
+    def test_metrics_of_each(self, tmp_path, palette):
+        cfg, path = self.config(tmp_path, (6, 3), palette)
+        cfg.custom_hooks = [dict(type='mmkd.TeacherCheckHook', evaluate=6)]
+        scalars = Scalars()
+        toy.train(cfg, scalars)
+        # In proportion: 4 of 6 and 2 of 3.
+        alone, _ = self.config(tmp_path, (4, 2), palette)
+        alone.model.type = 'OracleInOrder'
+        alone.load_from = str(path)
+        for name in ('runner_type', 'distillation'):
+            alone.pop(name)
+        expected = toy.build(alone).test()
+        found = {
+            k.removeprefix('teacher/'): v
+            for k, v in scalars.seen.items()
+            if k.startswith('teacher/')
+        }
+        assert found == pytest.approx(expected)
+        for prefix in ('first', 'second'):
+            assert found[f'{prefix}/coco/bbox_mAP'] > 0.05
+        assert found['first/coco/bbox_mAP'] != found['second/coco/bbox_mAP']
+
+
 def test_without_validation_data(tmp_path):
     cfg = toy.distilled(tmp_path, images=2)
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None

@@ -51,10 +51,11 @@ class Independent(Hook):
         self.expected.append(values)
 
 
-def run(tmp_path, *hooks, interval=2, **options):
+def run(tmp_path, *hooks, interval=2, backbone=None, **options):
     cfg = toy.distilled(
         tmp_path, methods={'hint': toy.HINT, 'kd': toy.FRCNN}, **options
     )
+    cfg.model.backbone.update(backbone or {})
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     cfg.optim_wrapper.clip_grad = None
     if interval:
@@ -105,9 +106,31 @@ def test_against_an_independent_backward_pass(tmp_path):
     )
 
 
-def test_training_is_not_changed(tmp_path):
-    with_it, record = run(tmp_path / 'a', interval=1)
-    without, other = run(tmp_path / 'b', interval=None)
+CHECKPOINTED = dict(with_cp=True, norm_eval=False, frozen_stages=0)
+
+
+def test_checkpointed_blocks(tmp_path):
+    """The gradients are those of the same network without checkpoints.
+
+    Within reentrant checkpoints, ``torch.autograd.grad`` fails.
+    """
+    found = []
+    for with_cp in (True, False):
+        # Norms that do not count how often a block has run.
+        backbone = dict(with_cp=with_cp, norm_eval=True, frozen_stages=0)
+        folder = tmp_path / str(with_cp)
+        found.append(scalars(run(folder, backbone=backbone)[0]))
+    ours, expected = found
+    assert list(ours) == list(expected) == [2, 4]
+    for step, values in expected.items():
+        assert ours[step] == pytest.approx(values, rel=1e-3)
+        assert values['hint/grad_norm'] > 0
+
+
+@pytest.mark.parametrize('backbone', [{}, CHECKPOINTED], ids=['', 'with_cp'])
+def test_training_is_not_changed(tmp_path, backbone):
+    with_it, record = run(tmp_path / 'a', interval=1, backbone=backbone)
+    without, other = run(tmp_path / 'b', interval=None, backbone=backbone)
     assert record.losses == other.losses
     assert toy.same(record.gradients, other.gradients)
     assert toy.same(with_it.model.state_dict(), without.model.state_dict())

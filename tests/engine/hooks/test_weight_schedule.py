@@ -62,6 +62,7 @@ class Watch(Hook):
     """The methods' factors, and how often the teacher's backbone has run."""
 
     priority = 'LOWEST'
+    not_resumed = ('factors', 'runs')
 
     def before_train(self, runner):
         self.factors, self.runs = [], []

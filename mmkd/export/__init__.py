@@ -1,0 +1,1 @@
+"""Writes a detector as a file for onnxruntime, and checks it."""
