@@ -97,3 +97,7 @@ def as_json(document: Any) -> bytes:
     text = json.dumps(document)
     text = text.replace(f'"{DEEP}"', '[' * 5000 + ']' * 5000)
     return text.replace(f'"{LONG}"', '9' * 5000).encode()
+
+
+def as_text(value: Any) -> str:
+    return {DEEP: '[' * 5000, LONG: '9' * 5000}.get(str(value), str(value))

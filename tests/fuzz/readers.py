@@ -41,6 +41,7 @@ from mmkd.report.eval_coco import FIGURES, evaluate, load_results, load_truth
 from mmkd.study.study import read_study
 from mmkd.teachers.disk_cache import DiskCache
 
+from . import own_data
 from .mutations import DEEP, LONG, as_json
 
 register_all_modules()
@@ -520,5 +521,26 @@ READERS = {
     'archives': Reader(
         'x.zip', read_archive, files=[archive(k) for k in ('zip', '', 'gz')]
     ),
+    'YAML files of YOLO': Reader(
+        'x.yaml', own_data.read_yolo_yaml, own_data.DATA, as_yaml
+    ),
+    "Darknet's files": Reader(
+        'x.data', own_data.read_darknet, files=[own_data.DARKNET]
+    ),
+    'labels of YOLO': Reader(
+        'x.txt', own_data.read_yolo_labels, files=[own_data.LABELS]
+    ),
+    'COCO files of other tools': Reader(
+        'x.json', own_data.read_own_coco, own_data.ANNOTATIONS
+    ),
+    'VOC annotations without lists': Reader(
+        'x.xml', own_data.read_loose_voc, files=[VOC, ENTITIES]
+    ),
+    'tables of boxes': Reader(
+        'x.csv',
+        own_data.read_table,
+        [own_data.HEAD, *own_data.ROWS],
+        own_data.as_csv,
+    ),
 }
-"""mmkd itself reads no YOLO labels, no CSV and no ONNX files."""
+"""mmkd reads no ONNX files but those that it has written itself."""
