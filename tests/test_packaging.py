@@ -224,23 +224,26 @@ def installed(built, tmp_path_factory):
 
 
 def write_photos(folder: Path) -> None:
-    """Four photos of a bright box, in the layout of VOC."""
+    """Four photos of a bright box for each split, in the layout of VOC."""
     for name in ('Annotations', 'JPEGImages', 'ImageSets/Main'):
         (folder / name).mkdir(parents=True)
-    for number in range(4):
+    for number in range(12):
+        left, top = 20 * (number % 4), 24 * (number // 4)
         pixels = np.random.default_rng(number).integers(0, 99, (96, 128, 3))
-        pixels[24:72, 32:96] += 120
+        pixels[top : top + 48, left : left + 64] += 120
         image = Image.fromarray(pixels.astype(np.uint8))
         image.save(folder / 'JPEGImages' / f'{number}.jpg')
         (folder / 'Annotations' / f'{number}.xml').write_text(
             '<annotation><size><width>128</width><height>96</height>'
             '<depth>3</depth></size><object><name>RBC</name><difficult>0'
-            '</difficult><bndbox><xmin>32</xmin><ymin>24</ymin><xmax>96'
-            '</xmax><ymax>72</ymax></bndbox></object></annotation>'
+            f'</difficult><bndbox><xmin>{left}</xmin><ymin>{top}</ymin><xmax>'
+            f'{left + 64}</xmax><ymax>{top + 48}</ymax></bndbox></object>'
+            '</annotation>'
         )
-    for split in ('train', 'val', 'test'):
+    for index, split in enumerate(('train', 'val', 'test')):
         path = folder / 'ImageSets' / 'Main' / f'{split}.txt'
-        path.write_text('0\n1\n2\n3\n')
+        numbers = range(4 * index, 4 * index + 4)
+        path.write_text(''.join(f'{number}\n' for number in numbers))
 
 
 DELTA = """
@@ -276,9 +279,11 @@ class TestInstalled:
         (installed.user / 'my.py').write_text(DELTA)
         done = installed('mmkd', 'doctor', 'my.py')
         assert done.returncode == 1, done.stderr[-3000:]
-        findings = done.stdout.partition('  1. ')[2]
-        assert findings.startswith('the teacher is untrained')
-        assert '  2. ' not in findings
+        findings = done.stdout.partition('\nNotes\n')[0]
+        first, *others = re.findall(r'^  \d+\. (.*)', findings, re.M)
+        assert first.startswith('the teacher is untrained')
+        # four photos of one class are few
+        assert all(re.match('(train|val|test): ', line) for line in others)
 
         done = installed('mmkd', 'train', 'my.py')
         assert done.returncode == 0, done.stderr[-3000:]
