@@ -427,9 +427,10 @@ class TestTraining:
         assert not report.stops
         text = report.text()
         assert "teacher_turned's order of classes is free" in text
+        pixels = '\n'.join(report.sections['Pixels'])
         for name in ('teacher_turned', 'teacher_2'):
             assert re.search(
-                f"{name}  .* (the student's, as it is|converted)", text
+                f"{name}  .* (the student's, as it is|converted)", pixels
             )
             assert f'hint, {name}' in text
         cfg.runner_type = 'SpoilsSecond'
