@@ -162,7 +162,7 @@ class TestCommand:
         monkeypatch.setattr(zero_weight, 'stock_config', explosive)
         assert main(self.OPTIONS) == 1
         text = capsys.readouterr().out
-        assert 'stock training fails: RuntimeError: loss_bbox' in text
+        assert 'stock training fails: RuntimeError: loss, loss_bbox' in text
         assert '0 of 0 are equal' in text
         assert '1 more do not train here without mmkd either' in text
 

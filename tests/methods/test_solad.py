@@ -425,7 +425,7 @@ class TestSoftLabelsAlone:
         pair = self.pair()
         kd = LADPair(dense.paa(), 'mmkd.KD')
         pair.distiller.methods['kd'] = kd.distiller.methods['lad']
-        pair.distiller.scales['kd'] = 1.0
+        pair.distiller.scales['kd'] = pair.distiller.balances['kd'] = 1.0
         with pytest.raises(TapError, match=r'with task_loss=False leaves it'):
             pair.losses(pair.batch())
 
