@@ -23,6 +23,10 @@ from tests.helpers import made_data
 from tests.helpers.hold import VARIABLE
 
 torch.set_num_threads(1)
+# Whatever a shell starts in the background ignores SIGINT, and so would the
+# trainings that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_HOSTS = ('localhost', '::1', '0.0.0.0', '::')

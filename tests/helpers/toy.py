@@ -169,7 +169,7 @@ def write(cfg: Config, path: Path) -> Path:
 
 def build(cfg: Config) -> Runner:
     """What the command line builds, each with a name of its own."""
-    gc.freeze()
+    gc.collect()  # earlier runs, and with them the workers of their loaders
     cfg.experiment_name = cfg.visualizer.name = uuid.uuid4().hex
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
