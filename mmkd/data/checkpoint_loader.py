@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import mmengine
 from mmengine.fileio import get_file_backend
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import (
@@ -24,8 +25,11 @@ from mmkd.utils import ATTACHED
 
 from .checkpoint_file import download_checkpoint, local_checkpoint
 from .checkpoint_reader import read_checkpoint
+from .files import read_json
 
 OPT_IN = 'in the config (--cfg-options trust_checkpoint=True)'
+MODELS_OF_TORCHVISION = 'hub/torchvision_0.12.json'
+"""MMEngine's list of models and their URLs."""
 PRETRAINED = 'backbone.'
 """The start of the names in classifiers of which MMEngine takes backbones."""
 
@@ -93,7 +97,7 @@ def _schemes(trust: bool) -> dict[str, Callable[..., Any]]:
             return load_from_local(str(path), map_location)
 
     def load_from_torchvision(name: str, map_location: Any = None) -> Any:
-        url = _known(name, get_torchvision_models())
+        url = _known(name, _torchvision_models(name))
         return load_from_http(url, map_location)
 
     def load_from_openmmlab(name: str, map_location: Any = None) -> Any:
@@ -161,10 +165,30 @@ def _checked(content: Any, name: str) -> dict[str, Any]:
 def _downloaded(url: str) -> str:
     """Return the file of a URL, which MMEngine may have downloaded before."""
     name = os.path.basename(urlparse(url).path)
-    path = Path(get_dir()).parent / 'checkpoints' / name
+    path = Path(get_dir(), 'checkpoints', name)
     if path.is_file():
         return str(path)
     return download_checkpoint(url, verified=False)
+
+
+def _torchvision_models(name: str) -> Mapping[str, str]:
+    """Return the URLs of torchvision's models, one of which is wanted.
+
+    MMEngine imports torchvision even for the models whose URLs it has itself,
+    and torchvision may be absent or made for another PyTorch.
+    """
+    known = read_json(Path(mmengine.__file__).parent / MODELS_OF_TORCHVISION)
+    if name.partition('://')[2] in known:
+        return known
+    try:
+        return get_torchvision_models()
+    except (ImportError, RuntimeError) as error:
+        raise CheckpointError(
+            f'{name} is not among the checkpoints whose URLs MMEngine has, '
+            'and torchvision, which may know it, cannot be imported '
+            f'({error}). Correct the name, or download the file and give its '
+            'path.'
+        ) from error
 
 
 def _known(name: str, sources: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -262,12 +263,26 @@ def test_addresses(tmp_path, site, evil, monkeypatch, scheme):
 
 def test_what_mmengine_has_downloaded_is_used(tmp_path, site):
     """On a machine without a network, say."""
-    place = tmp_path / 'home' / 'checkpoints' / 'net-12345678.pth'
+    place = tmp_path / 'home' / 'hub' / 'checkpoints' / 'net-12345678.pth'
     place.parent.mkdir(parents=True)
     hostile.checkpoint(place)
     with safe_checkpoints():
         found = CheckpointLoader.load_checkpoint(f'{site}/no/{place.name}')
     assert found['state_dict']['w'].tolist() == [1, 1]
+
+
+def test_models_of_torchvision_without_it(tmp_path, site, monkeypatch):
+    """MMEngine would import it, for a URL that MMEngine itself has."""
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    folder = tmp_path / 'home' / 'hub' / 'checkpoints'
+    folder.mkdir(parents=True)
+    hostile.checkpoint(folder / 'resnet50-0676ba61.pth')
+    with safe_checkpoints():
+        found = CheckpointLoader.load_checkpoint('torchvision://resnet50')
+        assert found['state_dict']['w'].tolist() == [1, 1]
+        words = r'torchvision://new_net is not among .* cannot be imported'
+        with pytest.raises(CheckpointError, match=words):
+            CheckpointLoader.load_checkpoint('torchvision://new_net')
 
 
 @pytest.mark.parametrize(
