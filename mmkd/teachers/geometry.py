@@ -1,0 +1,183 @@
+"""Where an image's pixels are after the pipeline, and what lies on them.
+
+MMDetection's transforms multiply what they do to an image into a
+``homography_matrix``. Boxes on the original file are brought into the batch by
+it, as the ground truth has been.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mmcv.transforms as mmcv_transforms
+import mmdet.datasets.transforms as transforms
+import numpy as np
+from mmdet.models.data_preprocessors import BatchFixedSizePad
+from mmengine.dataset import Compose
+
+from mmkd.data.class_names import layers
+from mmkd.data.errors import some
+from mmkd.errors import ConfigError
+
+HOMOGRAPHY = 'homography_matrix'
+TOLD = ('img_path', 'img_id', 'ori_shape', 'img_shape', HOMOGRAPHY)
+"""The meta data that each packed image has to have."""
+
+Names = tuple[str, ...]
+
+RECORDED: Names = (
+    *('Resize', 'FixShapeResize', 'FixScaleResize', 'RandomFlip'),
+    *('RandomFlip_GLIP', 'RandomCrop', 'RandomAffine'),
+    *('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY'),
+)
+"""Transforms of MMDetection that note how they move pixels."""
+STILL: Names = (
+    *('Pad', 'PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'Corrupt'),
+    *('CutOut', 'RandomErasing', 'SegRescale'),
+    *('ColorTransform', 'Color', 'Brightness', 'Contrast', 'Sharpness'),
+    *('Solarize', 'SolarizeAdd', 'Posterize', 'Equalize', 'AutoContrast'),
+    *('Invert', 'FilterAnnotations', 'PackDetInputs', 'LoadAnnotations'),
+    *('LoadEmptyAnnotations', 'LoadImageFromNDArray', 'LoadProposals'),
+    *('LoadMultiChannelImageFromFiles', 'LoadPanopticAnnotations'),
+    *(
+        'FilterRandomTextAnnotations',
+        'LoadTextAnnotations',
+        'RandomSamplingNegPos',
+    ),
+)
+"""Transforms of MMDetection that move no pixels; they may add some at the
+right and at the bottom, or paint over some."""
+AROUND: Names = (
+    *('AutoAugment', 'RandAugment', 'RandomOrder', 'ResizeShortestEdge'),
+)
+"""Transforms of MMDetection that only choose and call others."""
+STILL_MMCV: Names = ('LoadImageFromFile', 'LoadAnnotations', 'Pad', 'ToTensor')
+AROUND_MMCV: Names = (
+    *('Compose', 'RandomChoice', 'RandomApply'),
+    *('RandomResize', 'RandomChoiceResize'),
+)
+
+
+def _classes(module: Any, names: Names) -> frozenset[type]:
+    found = (getattr(module, name, None) for name in names)
+    return frozenset(kind for kind in found if isinstance(kind, type))
+
+
+FOLLOWED = _classes(transforms, RECORDED + STILL) | _classes(
+    mmcv_transforms, STILL_MMCV
+)
+WRAPPERS = (
+    _classes(transforms, AROUND)
+    | _classes(mmcv_transforms, AROUND_MMCV)
+    | {Compose}
+)
+
+
+# --------------------------------------------------------------------- before
+
+
+def follow(
+    dataset: Any,
+    preprocessor: Any,
+    where: str,
+    trusted: Sequence[str] = (),
+) -> None:
+    """Let the images of a data set tell how their pixels were moved.
+
+    What packs an image gets further keys of meta data. Nothing else changes,
+    and no random number is drawn.
+
+    Args:
+        dataset: The built data set, with all that it wraps.
+        preprocessor: The student's data preprocessor.
+        where: What asks for it, for the message.
+        trusted: Names of transforms that are not known here, and of which the
+            user says that they move no pixels, or note it as MMDetection's do.
+
+    Raises:
+        ConfigError: If a transform moves pixels without noting it, or is not
+            known.
+    """
+    steps = [
+        step
+        for layer in layers(dataset)
+        for step in _steps(getattr(layer, 'pipeline', None))
+    ]
+    batch_steps = getattr(preprocessor, 'batch_augments', None) or []
+    lost = [
+        type(step).__name__ for step in steps if type(step) not in FOLLOWED
+    ] + [
+        type(step).__name__
+        for step in batch_steps
+        if type(step) is not BatchFixedSizePad
+    ]
+    lost = [name for name in dict.fromkeys(lost) if name not in trusted]
+    if lost:
+        raise ConfigError(
+            f'{where} looks at the original files (sees="file"), and its '
+            'boxes follow the pixels through the training pipeline. '
+            f'{some(lost, 9)} may move pixels without a record. Set '
+            'sees="batch" where the teacher can look at the student\'s '
+            'pixels, remove the transform, or name it in trusted_transforms '
+            'if it moves no pixels.'
+        )
+    for step in steps:
+        if hasattr(step, 'meta_keys'):
+            step.meta_keys = tuple(dict.fromkeys((*step.meta_keys, *TOLD)))
+
+
+def _steps(pipeline: Any) -> Iterator[Any]:
+    """Yield the transforms of a pipeline, those in others included."""
+    if isinstance(pipeline, list | tuple):
+        for step in pipeline:
+            yield from _steps(step)
+    elif type(pipeline) in WRAPPERS:
+        inner = getattr(pipeline, 'transforms', None)
+        yield from _steps(inner or [pipeline.resize])
+    elif pipeline is not None:
+        yield pipeline
+
+
+# ------------------------------------------------------------------- boxes
+
+
+def moved(boxes: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
+    """Bring boxes to where a homography brings their pixels.
+
+    Args:
+        boxes: (N, 4), xyxy in pixels of the original image.
+        matrix: (3, 3); None where nothing has moved.
+
+    Returns:
+        (N, 4), the smallest upright boxes around the moved corners, as
+        MMDetection moves the ground truth.
+    """
+    if matrix is None or not len(boxes):
+        return boxes
+    corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2)
+    homogeneous = np.hstack([corners, np.ones((len(corners), 1))])
+    points = homogeneous @ np.asarray(matrix, np.float64).T
+    points = (points[:, :2] / points[:, 2:]).reshape(-1, 4, 2)
+    return np.hstack([points.min(1), points.max(1)])
+
+
+def clipped(
+    boxes: np.ndarray, shape: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clip boxes to an image.
+
+    Args:
+        boxes: (N, 4), xyxy in pixels.
+        shape: Its height and width.
+
+    Returns:
+        The boxes (N, 4), and the share of each one's area that is left (N,).
+    """
+    height, width = shape[:2]
+    inside = np.clip(boxes, 0, [width, height, width, height])
+    area = _areas(boxes)
+    return inside, _areas(inside) / np.maximum(area, 1e-9)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
+    return sides[:, 0] * sides[:, 1]
