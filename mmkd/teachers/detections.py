@@ -208,7 +208,8 @@ class DetectionsView(TeacherView):
 
 def _has_moved(sample: Any) -> bool:
     """Tell from other meta data whether a transform must have noted it."""
-    return sample.get('scale_factor') is not None or bool(sample.get('flip'))
+    scale = np.ravel(sample.get('scale_factor', 1.0))
+    return bool((scale != 1).any() or sample.get('flip'))
 
 
 def as_instances(found: Found, device: torch.device) -> InstanceData:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ def find_function(name: str, where: str) -> Callable[..., Any]:
         ConfigError: If there is none.
     """
     module, _, path = name.partition(':')
+    if os.getcwd() not in sys.path:  # as for `python -m`
+        sys.path.append(os.getcwd())
     try:
         found: Any = importlib.import_module(module)
         for part in path.split('.'):

@@ -26,23 +26,19 @@ Names = tuple[str, ...]
 
 RECORDED: Names = (
     *('Resize', 'FixShapeResize', 'FixScaleResize', 'RandomFlip'),
-    *('RandomFlip_GLIP', 'RandomCrop', 'RandomAffine'),
+    *('RandomFlip_GLIP', 'RandomCrop'),
     *('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY'),
 )
 """Transforms of MMDetection that note how they move pixels."""
 STILL: Names = (
-    *('Pad', 'PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'Corrupt'),
+    *('Pad', 'PhotoMetricDistortion', 'YOLOXHSVRandomAug'),
     *('CutOut', 'RandomErasing', 'SegRescale'),
     *('ColorTransform', 'Color', 'Brightness', 'Contrast', 'Sharpness'),
     *('Solarize', 'SolarizeAdd', 'Posterize', 'Equalize', 'AutoContrast'),
     *('Invert', 'FilterAnnotations', 'PackDetInputs', 'LoadAnnotations'),
     *('LoadEmptyAnnotations', 'LoadImageFromNDArray', 'LoadProposals'),
     *('LoadMultiChannelImageFromFiles', 'LoadPanopticAnnotations'),
-    *(
-        'FilterRandomTextAnnotations',
-        'LoadTextAnnotations',
-        'RandomSamplingNegPos',
-    ),
+    *('LoadTextAnnotations', 'RandomSamplingNegPos', 'GTBoxSubOne_GLIP'),
 )
 """Transforms of MMDetection that move no pixels; they may add some at the
 right and at the bottom, or paint over some."""
@@ -62,8 +58,31 @@ def _classes(module: Any, names: Names) -> frozenset[type]:
     return frozenset(kind for kind in found if isinstance(kind, type))
 
 
-FOLLOWED = _classes(transforms, RECORDED + STILL) | _classes(
-    mmcv_transforms, STILL_MMCV
+class FollowedAffine(transforms.RandomAffine):
+    """MMDetection's ``RandomAffine``, which notes how it moves pixels."""
+
+    def _get_random_homography_matrix(
+        self, height: int, width: int
+    ) -> np.ndarray:
+        warp = super()._get_random_homography_matrix(height, width)
+        self._warp: np.ndarray = warp
+        return warp
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        before = results.get(HOMOGRAPHY)
+        results = super().transform(results)
+        warp = self._warp
+        results[HOMOGRAPHY] = warp if before is None else warp @ before
+        return results
+
+
+MADE_TO_FOLLOW = {transforms.RandomAffine: FollowedAffine}
+"""Transforms that note nothing, and subclasses that do and are otherwise the
+same."""
+FOLLOWED = (
+    _classes(transforms, RECORDED + STILL)
+    | _classes(mmcv_transforms, STILL_MMCV)
+    | {*MADE_TO_FOLLOW, *MADE_TO_FOLLOW.values()}
 )
 WRAPPERS = (
     _classes(transforms, AROUND)
@@ -83,8 +102,8 @@ def follow(
 ) -> None:
     """Let the images of a data set tell how their pixels were moved.
 
-    What packs an image gets further keys of meta data. Nothing else changes,
-    and no random number is drawn.
+    What packs an image gets further keys of meta data, and a random affinity
+    notes what it does. Nothing else changes, and no random number is drawn.
 
     Args:
         dataset: The built data set, with all that it wraps.
@@ -121,6 +140,7 @@ def follow(
             'if it moves no pixels.'
         )
     for step in steps:
+        step.__class__ = MADE_TO_FOLLOW.get(type(step), type(step))
         if hasattr(step, 'meta_keys'):
             step.meta_keys = tuple(dict.fromkeys((*step.meta_keys, *TOLD)))
 
