@@ -1,4 +1,4 @@
-"""What labels: a detector of MMDetection, or a teacher that needs no student."""
+"""What labels: a detector of MMDetection, or a teacher without a student."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -73,7 +73,7 @@ class Comparison:
         return '\n\n'.join(
             [
                 head,
-                figure_table({'labels': self.scores}),
+                figure_table({'result': self.scores}),
                 f'calibration error {self.calibration_error:.3f} (IoU .50)',
                 table(['scores', 'boxes', 'mean', 'right'], bins, 'plain'),
                 'the score of the best F1 of each class (IoU .50)',

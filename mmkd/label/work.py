@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import torch
 
-from mmkd.errors import ConfigError, MMKDError
+from mmkd.errors import MMKDError
 
 from .detector import Detector, build_detector
 from .journal import Journal, line_of
@@ -102,7 +102,7 @@ def _listen(workers: Sequence[Any], news: Any, tell: Tell) -> None:
         except queue.Empty:
             dead = [w for w in workers if w.exitcode]
             if dead:
-                raise ConfigError(
+                raise MMKDError(
                     f'a process of mmkd label has ended with the status '
                     f'{dead[0].exitcode}; the system may have run out of '
                     'memory. What was found is kept: give the same command, '

@@ -3,6 +3,10 @@
 MMDetection's transforms multiply what they do to an image into a
 ``homography_matrix``. Boxes on the original file are brought into the batch by
 it, as the ground truth has been.
+
+A warp (``RandomAffine``, ``Rotate``, a shear or a translation) that follows a
+crop is the one exception: it may show the place of what the crop has cut off,
+and boxes reach into it, where those of the ground truth end at the cut.
 """
 
 from collections.abc import Iterator, Sequence

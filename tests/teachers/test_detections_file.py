@@ -147,11 +147,12 @@ def test_boxes_on_images_of_another_size(student, tmp_path, truth):
 
 
 def test_what_is_left_out_is_said_once(student, tmp_path, truth, logged):
-    for row in truth['annotations'][:2]:
+    objects = [row for row in truth['annotations'] if not row['iscrowd']]
+    for row in objects[:2]:
         row['bbox'] = [9000, 0, 5, 5]
     teacher_of(student, written(tmp_path, truth))
-    (said,) = [text for text in logged if 'are left out' in text]
-    assert '2 boxes without area inside of their image' in said
+    what = '2 boxes without area inside of their image are left out'
+    assert len([text for text in logged if what in text]) == 1
 
 
 def test_classes_of_something_else(student, tmp_path, truth):

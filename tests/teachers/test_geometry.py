@@ -62,7 +62,7 @@ PIPELINES = {
     'resize': [RESIZE],
     'all, clipped last': [RESIZE, FLIP, WARP, CROP],
     'all, upright': [
-        *(CROP, FLIP, SHIFT, RESIZE),
+        *(FLIP, SHIFT, CROP, RESIZE),
         dict(type='Pad', size_divisor=32),
     ],
     'in one another': [CHOICE, FLIP],

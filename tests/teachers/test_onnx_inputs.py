@@ -80,7 +80,7 @@ def test_boxes_of_any_picture_come_back():
         step = Preprocessing((96, 128), resize=resize)
         for height, width in rng.integers(20, 300, (5, 2)):
             _, frame = step(photo(height, width))
-            boxes = rng.uniform(0, 1, (7, 4)) * [width, height] * 2
+            boxes = rng.uniform(0, 1, (7, 4)) * [width, height, width, height]
             there = boxes * (frame.scale * 2) + frame.offset * 2
             np.testing.assert_allclose(frame.back(there), boxes, rtol=1e-5)
 

@@ -185,15 +185,54 @@ def test_options():
 
 DETR = """
 import torch
-from PIL import Image
-from transformers import (
-    DetrConfig,
-    DetrForObjectDetection,
-    DetrImageProcessorPil as Processor,
+from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+torch.manual_seed(0)
+backbone = ResNetConfig(
+    embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1],
+    out_features=['stage4'],
 )
+config = DetrConfig(
+    use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+    backbone_config=backbone, num_queries=6, d_model=16, encoder_layers=1,
+    decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+    encoder_ffn_dim=16, decoder_ffn_dim=16, num_labels=2,
+)
+model = DetrForObjectDetection(config).eval()
+
+
+def detect(image):
+    height, width = image.shape[:2]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    found = model(pixel_values=pixels)
+    scores, labels = found.logits.softmax(-1)[0, :, :-1].max(-1)
+    x, y, w, h = found.pred_boxes[0].unbind(-1)
+    boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1)
+    boxes = boxes * torch.tensor([width, height, width, height])
+    return dict(boxes=boxes, scores=scores, labels=labels)
 """
 
 
 def test_a_detr_of_transformers(tmp_path, monkeypatch):
+    """A real model of another library, with random weights."""
     pytest.importorskip('transformers')
-    pytest.skip('written below')
+    (tmp_path / 'hf_detr.py').write_text(DETR)
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = dict(
+        type='mmkd.PythonDetector',
+        function='hf_detr:detect',
+        classes=['cat', 'dog'],
+        score_thr=0.0,
+    )
+    teacher = build_teacher(cfg, ALONE)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 96, 3), np.uint8)
+    found = teacher.detect([image], ['x'])[0]
+    with torch.no_grad():
+        expected = sys.modules['hf_detr'].detect(image)
+    order = expected['scores'].argsort(descending=True, stable=True)
+    assert found.boxes.shape == (6, 4)
+    np.testing.assert_allclose(
+        found.boxes, expected['boxes'][order].numpy(), rtol=1e-4
+    )
+    assert found.labels.tolist() == expected['labels'][order].tolist()
