@@ -14,7 +14,7 @@ from mmkd.detectors.pixels import flips, mean_std
 from mmkd.errors import ConfigError
 
 from .class_map import ClassMap
-from .geometry import HOMOGRAPHY, clipped, follow, moved
+from .geometry import HOMOGRAPHY, areas, clipped, follow, landed
 from .view import DETECTIONS, Teacher, TeacherContext, TeacherView
 
 WHERE = 'distillation.teacher'
@@ -147,10 +147,8 @@ class DetectionsTeacher(Teacher):
             found: Boxes in pixels of the original file, or of the batch.
             sample: The data sample of the image.
         """
-        matrix = None
         if self.sees == 'file':
-            matrix = sample.get(HOMOGRAPHY)
-            if matrix is None and _has_moved(sample):
+            if sample.get(HOMOGRAPHY) is None and _has_moved(sample):
                 raise ConfigError(
                     f'{WHERE} ({type(self).__name__}) follows the pixels of '
                     'its images, and the data sample of '
@@ -158,7 +156,10 @@ class DetectionsTeacher(Teacher):
                     'prepare_data(dataset) of the teacher before the images '
                     'are read, as the runner does.'
                 )
-        boxes, left = clipped(moved(found.boxes, matrix), sample.img_shape)
+            boxes, left = landed(found.boxes, sample)
+        else:
+            boxes = clipped(found.boxes, sample.img_shape)
+            left = areas(boxes) / np.maximum(areas(found.boxes), 1e-9)
         seen = (left > 0) & (left >= self.min_visible)
         return found._replace(boxes=boxes).at(seen)
 

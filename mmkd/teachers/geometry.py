@@ -2,11 +2,9 @@
 
 MMDetection's transforms multiply what they do to an image into a
 ``homography_matrix``. Boxes on the original file are brought into the batch by
-it, as the ground truth has been.
-
-A warp (``RandomAffine``, ``Rotate``, a shear or a translation) that follows a
-crop is the one exception: it may show the place of what the crop has cut off,
-and boxes reach into it, where those of the ground truth end at the cut.
+it, as the ground truth has been. Transforms that cut off a part of the image
+note, in addition, where: padding or a warp that follows may show the place of
+what is gone, and boxes must not reach into it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,17 +21,18 @@ from mmkd.data.errors import some
 from mmkd.errors import ConfigError
 
 HOMOGRAPHY = 'homography_matrix'
-TOLD = ('img_path', 'img_id', 'ori_shape', 'img_shape', HOMOGRAPHY)
+CUTS = 'cuts'
+"""For each cut, the homography up to it, and the height and width after it."""
+TOLD = ('img_path', 'img_id', 'ori_shape', 'img_shape', HOMOGRAPHY, CUTS)
 """The meta data that each packed image has to have."""
 
 Names = tuple[str, ...]
 
 RECORDED: Names = (
     *('Resize', 'FixShapeResize', 'FixScaleResize', 'RandomFlip'),
-    *('RandomFlip_GLIP', 'RandomCrop'),
-    *('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY'),
+    *('RandomFlip_GLIP',),
 )
-"""Transforms of MMDetection that note how they move pixels."""
+"""Transforms of MMDetection that note how they move pixels, and cut none."""
 STILL: Names = (
     *('Pad', 'PhotoMetricDistortion', 'YOLOXHSVRandomAug'),
     *('CutOut', 'RandomErasing', 'SegRescale'),
@@ -62,8 +61,22 @@ def _classes(module: Any, names: Names) -> frozenset[type]:
     return frozenset(kind for kind in found if isinstance(kind, type))
 
 
-class FollowedAffine(transforms.RandomAffine):
-    """MMDetection's ``RandomAffine``, which notes how it moves pixels."""
+class NotesCuts:
+    """Notes where an image ends after a transform that cuts it."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        done = super().transform(results)  # type: ignore[misc]
+        if done is not None and done.get(HOMOGRAPHY) is not None:
+            cut = done[HOMOGRAPHY], tuple(done['img'].shape[:2])
+            done[CUTS] = (*done.get(CUTS, ()), cut)
+        return done
+
+
+class NotesWarp(transforms.RandomAffine):
+    """Notes how ``RandomAffine`` moves pixels, which MMDetection's does not.
+
+    It has the place of MMDetection's in a pipeline, and draws the same.
+    """
 
     def _get_random_homography_matrix(
         self, height: int, width: int
@@ -80,9 +93,45 @@ class FollowedAffine(transforms.RandomAffine):
         return results
 
 
-MADE_TO_FOLLOW = {transforms.RandomAffine: FollowedAffine}
-"""Transforms that note nothing, and subclasses that do and are otherwise the
-same."""
+class FollowedAffine(NotesCuts, NotesWarp):
+    pass
+
+
+class FollowedCrop(NotesCuts, transforms.RandomCrop):
+    pass
+
+
+class FollowedRotate(NotesCuts, transforms.Rotate):
+    pass
+
+
+class FollowedShearX(NotesCuts, transforms.ShearX):
+    pass
+
+
+class FollowedShearY(NotesCuts, transforms.ShearY):
+    pass
+
+
+class FollowedTranslateX(NotesCuts, transforms.TranslateX):
+    pass
+
+
+class FollowedTranslateY(NotesCuts, transforms.TranslateY):
+    pass
+
+
+MADE_TO_FOLLOW: dict[type, type] = {
+    transforms.RandomAffine: FollowedAffine,
+    transforms.RandomCrop: FollowedCrop,
+    transforms.Rotate: FollowedRotate,
+    transforms.ShearX: FollowedShearX,
+    transforms.ShearY: FollowedShearY,
+    transforms.TranslateX: FollowedTranslateX,
+    transforms.TranslateY: FollowedTranslateY,
+}
+"""Transforms that cut an image, and the same ones that note it. They are named
+classes, so that the workers of a loader can be handed their objects."""
 FOLLOWED = (
     _classes(transforms, RECORDED + STILL)
     | _classes(mmcv_transforms, STILL_MMCV)
@@ -106,8 +155,8 @@ def follow(
 ) -> None:
     """Let the images of a data set tell how their pixels were moved.
 
-    What packs an image gets further keys of meta data, and a random affinity
-    notes what it does. Nothing else changes, and no random number is drawn.
+    What packs an image gets further keys of meta data, and what cuts it notes
+    where. Nothing else changes, and no random number is drawn.
 
     Args:
         dataset: The built data set, with all that it wraps.
@@ -164,6 +213,29 @@ def _steps(pipeline: Any) -> Iterator[Any]:
 # ------------------------------------------------------------------- boxes
 
 
+def landed(boxes: np.ndarray, sample: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Bring boxes on an original image to where a data sample shows them.
+
+    Args:
+        boxes: (N, 4), xyxy in pixels of the original image.
+        sample: The data sample, whose meta data :func:`follow` has asked for.
+
+    Returns:
+        The boxes (N, 4) in pixels of the sample's image, clipped to what is
+        left of the original, and the share of each one's area that is left
+        (N,).
+    """
+    matrix = sample.get(HOMOGRAPHY)
+    whole, done = moved(boxes, matrix), np.eye(3)
+    for until, shape in sample.get(CUTS) or ():
+        boxes = clipped(moved(boxes, until @ np.linalg.inv(done)), shape)
+        done = np.asarray(until, np.float64)
+    if matrix is not None:
+        boxes = moved(boxes, matrix @ np.linalg.inv(done))
+    boxes = clipped(boxes, sample.img_shape)
+    return boxes, areas(boxes) / np.maximum(areas(whole), 1e-9)
+
+
 def moved(boxes: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
     """Bring boxes to where a homography brings their pixels.
 
@@ -184,24 +256,13 @@ def moved(boxes: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
     return np.hstack([points.min(1), points.max(1)])
 
 
-def clipped(
-    boxes: np.ndarray, shape: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Clip boxes to an image.
-
-    Args:
-        boxes: (N, 4), xyxy in pixels.
-        shape: Its height and width.
-
-    Returns:
-        The boxes (N, 4), and the share of each one's area that is left (N,).
-    """
+def clipped(boxes: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Clip boxes (N, 4), xyxy in pixels, to an image of (height, width)."""
     height, width = shape[:2]
-    inside = np.clip(boxes, 0, [width, height, width, height])
-    area = _areas(boxes)
-    return inside, _areas(inside) / np.maximum(area, 1e-9)
+    return np.clip(boxes, 0, [width, height, width, height])
 
 
-def _areas(boxes: np.ndarray) -> np.ndarray:
+def areas(boxes: np.ndarray) -> np.ndarray:
+    """Return the areas (N,) of boxes (N, 4), xyxy; 0 for what is none."""
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
     return sides[:, 0] * sides[:, 1]

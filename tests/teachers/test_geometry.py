@@ -12,9 +12,10 @@ from mmdet.models.data_preprocessors import (
     BatchSyncRandomResize,
     DetDataPreprocessor,
 )
+from mmdet.structures import DetDataSample
 
 from mmkd.errors import ConfigError
-from mmkd.teachers.geometry import clipped, follow, moved
+from mmkd.teachers.geometry import follow, landed, moved
 from tests.helpers.teaching import dataset_of, raw_boxes
 
 RESIZE = dict(type='Resize', scale=(200, 150), keep_ratio=True)
@@ -65,6 +66,7 @@ PIPELINES = {
         *(FLIP, SHIFT, CROP, RESIZE),
         dict(type='Pad', size_divisor=32),
     ],
+    'cut, then shown again': [CROP, SHIFT, RESIZE],
     'in one another': [CHOICE, FLIP],
     'by chance': [FLIP, AUGMENT],
     'shortest edge': [dict(type='ResizeShortestEdge', scale=90, max_size=150)],
@@ -92,13 +94,12 @@ def test_the_ground_truth_is_where_its_raw_boxes_are_moved_to(name, photos):
         seeded(index)
         sample = dataset[index]['data_samples']
         expected = sample.gt_instances.bboxes.tensor.numpy()
-        matrix = sample.get('homography_matrix')
-        boxes, left = clipped(moved(raw, matrix), sample.img_shape)
+        boxes, left = landed(raw, sample)
         inside = boxes[left > 0]
         assert len(inside) == len(expected)
         np.testing.assert_allclose(inside, expected, atol=0.01)
         count += len(expected)
-    assert count > 8
+    assert count > 3
 
 
 def test_random_numbers_and_images_stay_as_they_were():
@@ -117,7 +118,7 @@ def test_random_numbers_and_images_stay_as_they_were():
         assert torch.equal(got['inputs'], expected['inputs'])
         keys = set(got['data_samples'].metainfo_keys())
         more = keys - set(expected['data_samples'].metainfo_keys())
-        assert more == {'homography_matrix'}
+        assert more == {'homography_matrix', 'cuts'}
 
 
 def test_worked_out_by_hand():
@@ -134,14 +135,29 @@ def test_worked_out_by_hand():
     np.testing.assert_allclose(moved(boxes, deep), expected)
 
 
+def sample_of(shape, **meta):
+    return DetDataSample(metainfo=dict(img_shape=shape, **meta))
+
+
 def test_the_share_that_is_left():
     boxes = np.array(
         [[0, 0, 10, 10], [-5, 0, 5, 10], [30, 0, 40, 5], [18, 8, 22, 12]],
         np.float32,
     )
-    inside, left = clipped(boxes, (10, 20))
+    inside, left = landed(boxes, sample_of((10, 20)))
     assert inside[:2].tolist() == [[0, 0, 10, 10], [0, 0, 5, 10]]
     np.testing.assert_allclose(left, [1, 0.5, 0, 0.25])
+
+
+def test_what_was_cut_off_does_not_come_back():
+    """Cut to 20 columns, halved, padded to 40: 10 columns are the image's."""
+    half = np.diag([0.5, 0.5, 1.0])
+    sample = sample_of(
+        (40, 40), homography_matrix=half, cuts=[(np.eye(3), (40, 20))]
+    )
+    boxes, left = landed(np.array([[10.0, 0, 30, 20], [24, 0, 30, 9]]), sample)
+    assert boxes[0].tolist() == [5, 0, 10, 10]
+    np.testing.assert_allclose(left, [0.5, 0])
 
 
 CENTRE = dict(
