@@ -64,7 +64,7 @@ def _classes(module: Any, names: Names) -> frozenset[type]:
 class NotesCuts:
     """Notes where an image ends after a transform that cuts it."""
 
-    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+    def transform(self, results: Any) -> Any:
         done = super().transform(results)  # type: ignore[misc]
         if done is not None and done.get(HOMOGRAPHY) is not None:
             cut = done[HOMOGRAPHY], tuple(done['img'].shape[:2])

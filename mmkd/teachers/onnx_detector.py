@@ -16,6 +16,7 @@ from mmkd.errors import ConfigError, PackageError
 from .detections import WHERE, Found, check_choices
 from .disk_cache import fast_hash
 from .foreign import ForeignDetector
+from .functions import source_hash
 from .onnx_decoders import Decoder, Setting, chosen, find_decoder
 from .onnx_inputs import DTYPES, Frame, Preprocessing
 from .view import TeacherContext
@@ -49,7 +50,8 @@ class OnnxDetector(ForeignDetector):
         resize: ``'letterbox'``, ``'fit'`` or ``'stretch'``; see
             :class:`~mmkd.teachers.onnx_inputs.Preprocessing`.
         mean: What is subtracted from each channel, in the input's order.
-        std: What each channel is divided by after that.
+        std: What each channel is divided by after that. A file that takes
+            bytes gets the pixels as they are.
         to_rgb: Whether the input is RGB; else BGR.
         pad_value: The value of padding before normalisation.
         score_thr: Boxes of a lower score are left out.
@@ -97,6 +99,8 @@ class OnnxDetector(ForeignDetector):
             resize = 'fit' if about['keep_ratio'] else 'stretch'
             mean, std, pad_value = (0.0,) * 3, (1.0,) * 3, 0
             to_rgb, decoder = False, 'mmkd'
+        elif self.session.get_inputs()[0].type == 'tensor(uint8)':
+            mean, std = (0.0,) * 3, (1.0,) * 3
         self._shape = _input_shape(self.session, file, self._own)
         self._preprocess = Preprocessing(
             _size(self._shape, size, file),
@@ -113,8 +117,10 @@ class OnnxDetector(ForeignDetector):
             nms_iou=nms_iou if self._decoder.suppress else None,
             max_per_image=max_per_image,
         )
+        reader = source_hash(decoder) if ':' in decoder else ''
         self.identify(
-            _content_hash(file), self._preprocess, decoder, self._choice
+            *(_content_hash(file), self._preprocess),
+            *(decoder, reader, self._choice),
         )
 
     def detect(
@@ -183,6 +189,14 @@ class OnnxDetector(ForeignDetector):
             blank = np.zeros((fixed - count, *batch.shape[1:]), batch.dtype)
             batch = np.concatenate([batch, blank])
         outputs = self._outputs(**{given.name: batch})
+        for name, value in outputs.items():
+            if value.ndim == 0 or len(value) != len(batch):
+                raise ConfigError(
+                    f'{WHERE}: {self.file} answers {len(batch)} images with '
+                    f'the output {name} of shape {value.shape}, which does '
+                    'not tell them apart. Export it for one image, or wrap '
+                    'it in a function (type="mmkd.PythonDetector").'
+                )
         return [
             {name: value[row] for name, value in outputs.items()}
             for row in range(count)

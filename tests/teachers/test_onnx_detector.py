@@ -27,7 +27,6 @@ from tests.helpers.teaching import ReadBoxes
 
 ALONE = TeacherContext(None, (), named=False)
 COCO = CocoDataset.METAINFO['classes']
-PLAIN = dict(mean=[0, 0, 0], std=[1, 1, 1])
 
 
 def detector(file, **options):
@@ -90,7 +89,9 @@ def test_half_precision_and_bytes(tmp_path):
         file = onnx_files.constant(
             tmp_path / f'{kind}.onnx', dict(o=box), kind=kind
         )
-        teacher = detector(file, classes=['a', 'b'], **PLAIN)
+        teacher = detector(file, classes=['a', 'b'])
+        std = 1 if kind == onnx.TensorProto.UINT8 else 255
+        assert teacher._preprocess.std.tolist() == [std] * 3
         assert len(teacher.detect([grey(9)], ['x'])[0].scores) == 1
 
 
@@ -149,6 +150,13 @@ def test_a_file_that_is_no_detector(tmp_path):
     other = onnx_files.brightness(tmp_path / 'b.onnx', (1, 1, 64, 64))
     with pytest.raises(ConfigError, match=r'takes image \[1, 1, 64, 64\]'):
         detector(other, classes=['a'])
+
+
+def test_outputs_that_do_not_tell_images_apart(tmp_path):
+    rows = np.zeros((7, 6), np.float32)
+    file = onnx_files.constant(tmp_path / 'a.onnx', dict(rows=rows))
+    with pytest.raises(ConfigError, match=r'output rows of shape \(7, 6\)'):
+        detector(file, classes=['a', 'b'])
 
 
 def test_labels_that_the_classes_lack(tmp_path):
