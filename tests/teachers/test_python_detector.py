@@ -177,8 +177,8 @@ def test_options():
             dict(type='mmkd.PythonDetector', function='f', classes=['a']),
             ALONE,
         )
-    with pytest.raises(ConfigError, match='has no option "fucntion"'):
-        build_teacher(dict(type='mmkd.PythonDetector', fucntion=''), ALONE)
+    with pytest.raises(ConfigError, match='has no option "func"'):
+        build_teacher(dict(type='mmkd.PythonDetector', func=''), ALONE)
 
 
 # -------------------------------------------------- a model of transformers
