@@ -227,13 +227,16 @@ def landed(boxes: np.ndarray, sample: Any) -> tuple[np.ndarray, np.ndarray]:
     """
     matrix = sample.get(HOMOGRAPHY)
     whole, done = moved(boxes, matrix), np.eye(3)
+    there = np.ones(len(boxes), bool)
     for until, shape in sample.get(CUTS) or ():
         boxes = clipped(moved(boxes, until @ np.linalg.inv(done)), shape)
+        there &= areas(boxes) > 0  # which rounding would bring back
         done = np.asarray(until, np.float64)
     if matrix is not None:
         boxes = moved(boxes, matrix @ np.linalg.inv(done))
     boxes = clipped(boxes, sample.img_shape)
-    return boxes, areas(boxes) / np.maximum(areas(whole), 1e-9)
+    left = areas(boxes) / np.maximum(areas(whole), 1e-9)
+    return boxes, np.where(there, left, 0.0)
 
 
 def moved(boxes: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
