@@ -127,10 +127,11 @@ def changed(cfg: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
     if isinstance(cfg, list | tuple):
         return [changed(each, change) for each in cfg]
     options = dict(name=cfg) if isinstance(cfg, str) else dict(cfg)
-    for key in ('mean', 'teachers'):
-        if key in options:
-            return {**options, key: changed(options[key], change)}
-    return change(options) if kind_of(cfg) == 'FrozenDetector' else options
+    kind = kind_of(cfg)
+    if kind in ('SeveralTeachers', 'EnsembleTeacher'):
+        key = 'teachers' if 'teachers' in options else 'mean'
+        return {**options, key: changed(options[key], change)}
+    return change(options) if kind == 'FrozenDetector' else options
 
 
 # ---------------------------------------------------------- kinds of teachers

@@ -213,6 +213,22 @@ def _has_moved(sample: Any) -> bool:
     return bool((scale != 1).any() or sample.get('flip'))
 
 
+def path_of(sample: Any) -> str:
+    """Return the file of a data sample's image.
+
+    Raises:
+        ConfigError: If it has none, as images that were made up.
+    """
+    path = sample.get('img_path')
+    if path is None:
+        raise ConfigError(
+            f'{WHERE}: a teacher of boxes knows images by their files, and a '
+            'data sample has no img_path. Give it images of a data set, and '
+            'let PackDetInputs pack img_path.'
+        )
+    return path
+
+
 def as_instances(found: Found, device: torch.device) -> InstanceData:
     """Return detections as MMDetection has them, on a device."""
     return InstanceData(

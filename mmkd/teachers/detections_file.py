@@ -20,6 +20,7 @@ from .detections import (
     DetectionsTeacher,
     Found,
     check_choices,
+    path_of,
 )
 from .view import TeacherContext
 
@@ -95,7 +96,7 @@ class DetectionsFile(DetectionsTeacher):
 
     def find(self, batch: Batch, log: dict[str, float]) -> list[Found]:
         return [
-            self._found(sample.img_path, sample.img_id)
+            self._found(path_of(sample), sample.get('img_id'))
             for sample in batch.data_samples
         ]
 

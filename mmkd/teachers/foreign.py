@@ -15,7 +15,7 @@ from mmkd.data.pictures import too_large
 from mmkd.errors import PictureError
 
 from .cache import check_cache_options, open_cache
-from .detections import NOTHING, WHERE, DetectionsTeacher, Found
+from .detections import NOTHING, WHERE, DetectionsTeacher, Found, path_of
 from .disk_cache import fast_hash
 from .frozen import frozen_pass
 
@@ -85,7 +85,7 @@ class ForeignDetector(DetectionsTeacher):
         self.identity = fast_hash(text.encode()).digest()
 
     def find(self, batch: Batch, log: dict[str, float]) -> list[Found]:
-        paths = [sample.img_path for sample in batch.data_samples]
+        paths = [path_of(sample) for sample in batch.data_samples]
         if self.sees == 'file':
             keys = [self._key_of(path) for path in paths]
             images: Sequence[np.ndarray] | None = None

@@ -15,6 +15,7 @@ from mmkd.teachers.detections import (
     Found,
     check_choices,
     class_list,
+    path_of,
 )
 from mmkd.teachers.view import TeacherContext
 from tests.helpers import tiny_detectors as tiny
@@ -102,6 +103,13 @@ def test_a_sample_without_the_record_is_refused(meta):
     view = teacher_of().view(Batch(torch.zeros(1, 3, 64, 64), [sample]))
     with pytest.raises(ConfigError, match=r'of a\.jpg has no homography'):
         view.detections  # noqa: B018
+
+
+def test_an_image_without_a_file_is_refused():
+    """As the made-up images that `mmkd benchmark` measures with."""
+    assert path_of(sample_of((9, 9), img_path='a.jpg')) == 'a.jpg'
+    with pytest.raises(ConfigError, match='a data sample has no img_path'):
+        path_of(sample_of((9, 9)))
 
 
 def test_pixels_are_what_the_pipeline_has_made():

@@ -17,7 +17,7 @@ from mmkd.export.canvas import Canvas
 from mmkd.export.check import detect as by_torch
 from mmkd.export.command import describe, finish
 from mmkd.report.eval_coco import evaluate, load_truth
-from mmkd.teachers.build import build_teacher
+from mmkd.teachers.build import build_teacher, changed
 from mmkd.teachers.foreign import read_image
 from mmkd.teachers.view import TeacherContext
 from tests.helpers import onnx_files, toy
@@ -190,6 +190,14 @@ def test_onnxruntime_is_imported_when_it_is_needed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     with pytest.raises(PackageError, match=r"pip install 'mmkd\[onnx\]'"):
         detector(file, classes=['a'])
+
+
+def test_its_mean_is_that_of_pixels():
+    """It is no ensemble of teachers, whose key is called the same."""
+    own = dict(type='mmkd.OnnxDetector', file='a.onnx', mean=[1.0, 2.0, 3.0])
+    other = dict(config='a.py', checkpoint='a.pth')
+    marked = changed([own, other], lambda options: {**options, 'marked': 1})
+    assert marked == [own, dict(other, marked=1)]
 
 
 # ------------------------------------------------------------- a real detector
