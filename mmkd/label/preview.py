@@ -7,8 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mmkd.report.figures import PALETTE
-
+from .charts import figures
 from .source import Item, Source
 
 WIDEST = 1280
@@ -67,9 +66,10 @@ def draw(
     scale = min(WIDEST / max(image.shape[:2]), 1.0)
     canvas = cv2.resize(image[..., ::-1], None, fx=scale, fy=scale)
     canvas = np.ascontiguousarray(canvas)
+    palette = figures().PALETTE
     for row in sorted(rows, key=lambda each: each['score']):
         left, top, width, height = (round(v * scale) for v in row['bbox'])
-        color = _bgr(PALETTE[row['category_id'] % len(PALETTE)])
+        color = _bgr(palette[row['category_id'] % len(palette)])
         corner = left + width, top + height
         cv2.rectangle(canvas, (left, top), corner, color, 2)
         text = f'{names[row["category_id"]]} {row["score"]:.2f}'

@@ -18,8 +18,9 @@ from mmkd.report.eval_coco import (
     load_truth,
     scores_of,
 )
-from mmkd.report.figures import line_chart
 from mmkd.report.tables import table
+
+from .charts import figures
 
 BINS = 10
 """The bins of the calibration, from score 0 to 1."""
@@ -91,7 +92,7 @@ class Comparison:
                 if count
             },
         }
-        figure = line_chart(
+        figure = figures().line_chart(
             lines, 'score in per cent', 'right in per cent', (0, 100)
         )
         figure.savefig(path)

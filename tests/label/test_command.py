@@ -1,13 +1,19 @@
 """`mmkd label` writes down what a detector finds."""
 
 import json
+import sys
 
 import cv2
 import numpy as np
 import pytest
 
 from mmkd.data.detections import read_detections
-from mmkd.errors import ConfigError, DataError, WorkDirError
+from mmkd.errors import (
+    ConfigError,
+    DataError,
+    PackageError,
+    WorkDirError,
+)
 from mmkd.label.command import main, parse_args
 from mmkd.teachers.onnx_detector import OnnxDetector
 from tests.label.conftest import VALUES
@@ -172,6 +178,14 @@ def test_pictures_to_look_at(folder, label, tmp_path):
     drawn = cv2.imread(str(pictures[0])).astype(int)
     assert abs(drawn - 60).max() > 50  # the box
     assert abs(drawn[40:, 40:] - 60).max() < 20
+
+
+def test_what_draws_is_asked_for_when_it_draws(folder, label, monkeypatch):
+    monkeypatch.delitem(sys.modules, 'mmkd.report.figures', raising=False)
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    label(folder)
+    with pytest.raises(PackageError, match=r"pip install 'mmkd\[report\]'"):
+        label(folder, '--preview', 1)
 
 
 def test_against_ground_truth(folder, label, tmp_path, capsys):
