@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+import mmkd.report
 from mmkd.data.detections import read_detections
 from mmkd.errors import (
     ConfigError,
@@ -182,6 +183,7 @@ def test_pictures_to_look_at(folder, label, tmp_path):
 
 def test_what_draws_is_asked_for_when_it_draws(folder, label, monkeypatch):
     monkeypatch.delitem(sys.modules, 'mmkd.report.figures', raising=False)
+    monkeypatch.delattr(mmkd.report, 'figures', raising=False)
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     label(folder)
     with pytest.raises(PackageError, match=r"pip install 'mmkd\[report\]'"):
