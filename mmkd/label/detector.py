@@ -57,6 +57,7 @@ class MMDetector:
         checkpoint: str,
         texts: Sequence[str] = (),
     ) -> None:
+        self.model: Any
         if texts:
             model, _ = build_trained(
                 config.model, checkpoint, trust=trusts(config), who='detector'

@@ -94,7 +94,7 @@ class Video:
             for item in sorted(items, key=lambda each: each.id):
                 while place < item.id and capture.grab():
                     place += 1
-                there, frame = place == item.id, None
+                there, frame = place == item.id, np.empty(0)
                 if there:
                     there, frame = capture.read()
                     place += there

@@ -112,7 +112,7 @@ class OnnxDetector(ForeignDetector):
         )
         self._setting = Setting(len(self.classes), self._preprocess.size)
         self._decoder = self._find_decoder(decoder)
-        self._choice = dict(
+        self._choice: dict[str, Any] = dict(
             score_thr=score_thr,
             nms_iou=nms_iou if self._decoder.suppress else None,
             max_per_image=max_per_image,
