@@ -90,11 +90,12 @@ class Video:
         early, the rest has no pixels.
         """
         capture, place = self._open(), 0
+        frame: Any = None
         try:
             for item in sorted(items, key=lambda each: each.id):
                 while place < item.id and capture.grab():
                     place += 1
-                there, frame = place == item.id, np.empty(0)
+                there = place == item.id
                 if there:
                     there, frame = capture.read()
                     place += there
