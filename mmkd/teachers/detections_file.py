@@ -163,10 +163,10 @@ class DetectionsFile(DetectionsTeacher):
         wrong = []
         for info in infos:
             boxed = self._boxed(*_identity(info))
-            size = info.get('height'), info.get('width')
-            known = boxed and boxed.size and None not in size
-            if known and boxed.size != size:
-                wrong.append((info, boxed.size, size))
+            ours = info.get('height'), info.get('width')
+            theirs = None if boxed is None else boxed.size
+            if theirs is not None and None not in ours and theirs != ours:
+                wrong.append((info, theirs, ours))
         if wrong:
             info, theirs, ours = wrong[0]
             raise data_error(

@@ -85,7 +85,7 @@ class NotesWarp(transforms.RandomAffine):
         self._warp: np.ndarray = warp
         return warp
 
-    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+    def transform(self, results: Any) -> Any:
         before = results.get(HOMOGRAPHY)
         results = super().transform(results)
         warp = self._warp
