@@ -354,7 +354,8 @@ class CfgOptions(DictAction):
         self, parser: Any, namespace: Any, values: Any, *args: Any
     ) -> None:
         if wrong := [value for value in values if '=' not in value]:
-            parser.error(f'--cfg-options takes KEY=VALUE, got {wrong[0]!r}')
+            option = self.option_strings[0]
+            parser.error(f'{option} takes KEY=VALUE, got {wrong[0]!r}')
         super().__call__(parser, namespace, values, *args)
 
 

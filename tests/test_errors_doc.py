@@ -13,6 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from mmdet.datasets.transforms import Expand
 from mmdet.models import DetTTAModel
 from mmdet.models.backbones import ResNet, SwinTransformer
 from mmengine.config import Config
@@ -27,6 +28,7 @@ from mmkd.data import object_classes, voc_check
 from mmkd.data.batch import Batch
 from mmkd.data.checkpoint_file import load_checkpoint_file
 from mmkd.data.checkpoint_loader import safe_checkpoints, trusts
+from mmkd.data.detections import read_detections
 from mmkd.data.download import extract
 from mmkd.data.foreign_weights import convert_state_dict, weights_in
 from mmkd.data.layouts import Data, find_data, prepare
@@ -80,7 +82,11 @@ from mmkd.start.config_text import (
 )
 from mmkd.start.pair import Pair
 from mmkd.study.study import read_study, study_of
+from mmkd.teachers.build import build_teacher
 from mmkd.teachers.class_map import ClassMap
+from mmkd.teachers.geometry import follow
+from mmkd.teachers.onnx_decoders import Setting, find_decoder
+from mmkd.teachers.view import TeacherContext
 from mmkd.utils import build_checked, check_seed
 from tests.helpers import (
     faults,  # noqa: F401 registers broken methods
@@ -164,6 +170,60 @@ def peers(method, *others, classes=tiny.CLASSES, **options):
 def built(**cfg):
     """Before any network is asked for."""
     return lambda: build_distiller(cfg, torch.nn.Linear(1, 1), ('cat',))
+
+
+def boxes_json(path, content):
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def file_of_other_images(folder):
+    teacher = build_teacher(
+        dict(
+            type='mmkd.DetectionsFile',
+            file=boxes_json(
+                folder / 'boxes.json',
+                dict(
+                    images=[dict(id=1, file_name='b.jpg', width=9, height=9)],
+                    categories=[dict(id=1, name='cat')],
+                ),
+            ),
+        ),
+        TeacherContext(None, (), named=False),
+    )
+    info = dict(img_path='data/a.jpg', img_id=1)
+    dataset = SimpleNamespace(pipeline=[], get_data_info=lambda _: info)
+    teacher.prepare_data(Listed(dataset))
+
+
+class Listed(SimpleNamespace):
+    """A data set of one image."""
+
+    def __init__(self, dataset):
+        super().__init__(**vars(dataset))
+
+    def __len__(self):
+        return 1
+
+
+def results_alone(folder):
+    read_detections(boxes_json(folder / 'results.json', []))
+
+
+def no_detector(image):
+    raise RuntimeError('too dark')
+
+
+def function_that_fails():
+    teacher = build_teacher(
+        dict(
+            type='mmkd.PythonDetector',
+            function=f'{__name__}:no_detector',
+            classes=['cat'],
+        ),
+        TeacherContext(None, (), named=False),
+    )
+    teacher.detect([np.zeros((8, 8, 3), np.uint8)], ['a.jpg'])
 
 
 def student_optimizer():
@@ -874,6 +934,18 @@ CASES = {
             data_preprocessor=dict(mean=[110.0], std=[55.0]),
         ),
     ),
+    # teachers that are files or functions
+    'A transform whose pixels cannot be followed': lambda: follow(
+        SimpleNamespace(pipeline=[Expand()]),
+        None,
+        'distillation.teacher (DetectionsFile)',
+    ),
+    'A file of other images': file_of_other_images,
+    'A result file without its annotations': results_alone,
+    'Outputs that no decoder reads': lambda: find_decoder(
+        'auto', dict(probs=(1000,)), Setting(2, (64, 64)), 'a.onnx'
+    ),
+    'A function that fails on an image': function_that_fails,
     # peers
     'Peers of other priors': peers('MutualLearning', tiny.retinanet()),
     'Peers of other classes': peers(

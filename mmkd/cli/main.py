@@ -18,6 +18,7 @@ COMMANDS = {
     'train': ('mmkd.cli.train', 'train a detector, with distillation'),
     'test': ('mmkd.cli.test', 'evaluate a detector'),
     'distill': ('mmkd.start.command', 'write, examine and train a config'),
+    'label': ('mmkd.label.command', 'write down what a detector finds'),
     'doctor': ('mmkd.doctor.command', 'examine a config before a long run'),
     'study': ('mmkd.study.command', 'run and compare many trainings'),
     'export': ('mmkd.export.command', 'write a detector as an ONNX file'),

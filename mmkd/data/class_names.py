@@ -105,22 +105,32 @@ def _by_spelling(names: Iterator[str]) -> dict[str, list[str]]:
 # ------------------------------------------------------------ built data sets
 
 
-def parts(dataset: Any) -> Iterator[Any]:
-    """Yield the data sets that a built one wraps, however deeply nested.
+def layers(dataset: Any) -> Iterator[Any]:
+    """Yield a built data set and all that it wraps, however deeply nested.
 
     ``ConcatDataset`` holds ``datasets``; ``RepeatDataset``,
     ``ClassBalancedDataset``, ``MultiImageMixDataset`` and PyTorch's ``Subset``
-    hold a ``dataset``. A data set that wraps none is its own only part.
+    hold a ``dataset``.
     """
+    yield dataset
+    for each in _within(dataset):
+        yield from layers(each)
+
+
+def parts(dataset: Any) -> Iterator[Any]:
+    """Yield the data sets that a built one wraps, however deeply nested.
+
+    A data set that wraps none is its own only part.
+    """
+    return (each for each in layers(dataset) if not _within(each))
+
+
+def _within(dataset: Any) -> Sequence[Any]:
     inner = getattr(dataset, 'datasets', None)
     if inner is None:
         inner = getattr(dataset, 'dataset', None)
         inner = [inner] if hasattr(inner, '__getitem__') else None
-    if not isinstance(inner, list | tuple):
-        yield dataset
-        return
-    for each in inner:
-        yield from parts(each)
+    return inner if isinstance(inner, list | tuple) else []
 
 
 def named_classes(dataset: Any) -> tuple[str, ...] | None:

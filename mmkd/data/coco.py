@@ -3,17 +3,21 @@
 import json
 import mmap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .errors import COCO_REMEDY, data_error, some
 from .files import StrPath, check_files, is_number, read_json, shown
+from .masks import mask_problem
 
 Box = tuple[float, float, float, float]
 """``(x0, y0, x1, y1)`` in pixels; ``x1`` and ``y1`` lie just outside."""
 Types = dict[str, Callable[[Any], bool]]
+SHAPES = {'bbox': 'bbox', 'segm': 'segmentation'}
+"""The key of a result's shape by the kind of result."""
 
 
 def is_id(value: object) -> bool:
@@ -286,6 +290,42 @@ def _check_references(path: Path, data: dict[str, Any], remedy: str) -> None:
 def is_box(box: list[Any]) -> bool:
     """Whether a list is x, y, width and height, the latter not below 0."""
     return len(box) == 4 and all(map(is_number, box)) and min(box[2:]) >= 0
+
+
+def problem_of(
+    row: Any, kind: str, sizes: Mapping[Any, list[int]] = MappingProxyType({})
+) -> str | None:
+    """Say what is wrong with one entry of a result file.
+
+    Args:
+        row: The entry.
+        kind: ``bbox`` or ``segm``.
+        sizes: Height and width of each image; masks are checked against them.
+    """
+    if not isinstance(row, dict):
+        return f'a {type(row).__name__}'
+    for key in ('image_id', 'category_id', 'score', SHAPES[kind]):
+        if key not in row:
+            return f'no {key}, only {some(row, 6)}'
+        if key.endswith('_id') and not is_id(row[key]):
+            return f'{key}={shown(row[key])}'
+    shape, numbers = row[SHAPES[kind]], [row['score']]
+    if kind == 'bbox':
+        if not isinstance(shape, list) or len(shape) != 4:
+            return f'bbox={shown(shape)}, which is not 4 numbers'
+        numbers += shape
+    else:
+        if not isinstance(shape, dict) or type(shape.get('counts')) is not str:
+            return 'a segmentation that is not a compressed RLE'
+        size = sizes.get(row['image_id'])
+        if size and (problem := mask_problem(shape, *size)):
+            return problem
+    for value in numbers:
+        if not is_number(value):
+            return f'{shown(value)} in its score or box'
+    if kind == 'bbox' and not is_box(shape):
+        return f'bbox={shown(shape)}, which is less than nothing'
+    return None
 
 
 class CocoAnnotations:

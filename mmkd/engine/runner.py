@@ -205,6 +205,7 @@ class DistillationRunner(Runner):
         self.distiller = build_distiller(
             cfg, self.model, self._classes, self.seed or 0
         )
+        self.distiller.teacher.prepare_data(self.train_loop.dataloader.dataset)
         self.logger.info(_described(self.distiller))
         self.distiller.epoch_length = len(self.train_loop.dataloader)
         self.distiller.attach()

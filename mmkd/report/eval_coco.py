@@ -27,9 +27,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mmkd.data import check_coco_annotations, data_error, read_json, write_json
-from mmkd.data.coco import is_box, is_id
+from mmkd.data.coco import SHAPES, problem_of
 from mmkd.data.errors import some
-from mmkd.data.files import is_number, shown
+from mmkd.data.files import shown
 from mmkd.data.masks import mask_problem
 
 from .tables import table
@@ -52,7 +52,6 @@ FIGURES = {
 
 SIGNS = {'result': '', 'baseline': '', 'difference': '+'}
 """The columns, and how their numbers are signed."""
-SHAPES = {'bbox': 'bbox', 'segm': 'segmentation'}
 REMEDY = (
     'Give what `mmkd test --json-prefix` wrote, and the annotations of the '
     'set that was tested.'
@@ -169,42 +168,6 @@ def load_results(
     # pycocotools would take the area of a box that stands beside a mask
     keys = ('image_id', 'category_id', 'score', SHAPES[kind])
     return [{key: row[key] for key in keys} for row in results]
-
-
-def problem_of(
-    row: Any, kind: str, sizes: Mapping[Any, list[int]]
-) -> str | None:
-    """Say what is wrong with one entry of a result file.
-
-    Args:
-        row: The entry.
-        kind: ``bbox`` or ``segm``.
-        sizes: Height and width of each image.
-    """
-    if not isinstance(row, dict):
-        return f'a {type(row).__name__}'
-    for key in ('image_id', 'category_id', 'score', SHAPES[kind]):
-        if key not in row:
-            return f'no {key}, only {some(row, 6)}'
-        if key.endswith('_id') and not is_id(row[key]):
-            return f'{key}={shown(row[key])}'
-    shape, numbers = row[SHAPES[kind]], [row['score']]
-    if kind == 'bbox':
-        if not isinstance(shape, list) or len(shape) != 4:
-            return f'bbox={shown(shape)}, which is not 4 numbers'
-        numbers += shape
-    else:
-        if not isinstance(shape, dict) or type(shape.get('counts')) is not str:
-            return 'a segmentation that is not a compressed RLE'
-        size = sizes.get(row['image_id'])
-        if size and (problem := mask_problem(shape, *size)):
-            return problem
-    for value in numbers:
-        if not is_number(value):
-            return f'{shown(value)} in its score or box'
-    if kind == 'bbox' and not is_box(shape):
-        return f'bbox={shown(shape)}, which is less than nothing'
-    return None
 
 
 def warn(text: str) -> None:

@@ -42,7 +42,7 @@ from mmkd.engine.next_steps import next_steps
 from mmkd.engine.preemption import DEFAULTS
 from mmkd.engine.work_dir import check_no_training, one_training
 from mmkd.errors import ConfigError, DataError, WorkDirError
-from mmkd.utils import add_cfg_options, whole_number
+from mmkd.utils import CfgOptions, add_cfg_options, whole_number
 
 from .config_text import (
     Wishes,
@@ -87,8 +87,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--teacher',
-        help="a name in MMDetection's model index, a config, or the type of "
-        'a registered teacher',
+        help="a name in MMDetection's model index, a config, an ONNX file, a "
+        'file of detections (COCO JSON or CSV), a function '
+        '(module:function), or the type of a registered teacher',
+    )
+    parser.add_argument(
+        '--teacher-options',
+        nargs='+',
+        default={},
+        action=CfgOptions,
+        metavar='KEY=VALUE',
+        help='options of the teacher, such as classes=coco',
     )
     parser.add_argument('--teacher-checkpoint', help='path or URL')
     parser.add_argument(
@@ -225,7 +234,10 @@ def _distil(args: argparse.Namespace) -> int | list[str]:
         teacher, names = {}, []
     else:
         teacher = teacher_options(
-            args.teacher, args.teacher_checkpoint, args.teacher_prefix
+            args.teacher,
+            args.teacher_checkpoint,
+            args.teacher_prefix,
+            args.teacher_options,
         )
     if names == [HELP]:
         return _list_methods(student, teacher)
@@ -436,7 +448,7 @@ def _tell_finished(run: Run, config: Path) -> int:
     return 0
 
 
-def _list_methods(student: str, teacher: dict[str, str]) -> int:
+def _list_methods(student: str, teacher: dict[str, Any]) -> int:
     """Print which methods fit a pair, and why the others do not."""
     network = config_of(teacher)
     if network is None:

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import os.path as osp
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmkd.core.method import Method
+from mmkd.data.files import path_hint, wrong_path
 from mmkd.data.layouts import Data
 from mmkd.detectors.source import find_in_model_index, load_config
 from mmkd.engine.hooks import GradientBalanceHook
@@ -94,6 +96,17 @@ UNSAID: dict[str, dict[str, Any]] = {
 """What None stands for."""
 
 
+FILES_THAT_TEACH = {
+    '.onnx': 'mmkd.OnnxDetector',
+    '.json': 'mmkd.DetectionsFile',
+    '.csv': 'mmkd.DetectionsFile',
+    '.tsv': 'mmkd.DetectionsFile',
+}
+"""The kind of teacher that a file is, by how its name ends."""
+PATHS = ('file', 'annotations')
+"""Options of teachers that are paths."""
+
+
 def methods() -> dict[str, type[Method]]:
     """Every registered method by a short name in lower case."""
     METHODS.import_from_location()
@@ -121,19 +134,57 @@ def find_method(name: str) -> str:
 
 
 def teacher_options(
-    name: str, checkpoint: str | None, prefix: str | None = None
-) -> dict[str, str]:
+    name: str,
+    checkpoint: str | None,
+    prefix: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The value of ``distillation.teacher`` for what the user names.
 
     Args:
-        name: A name in MMDetection's model index, a config, or the type of a
-            registered teacher, such as ``mmkd.FrozenDetector``.
+        name: A name in MMDetection's model index, a config, the type of a
+            registered teacher, such as ``mmkd.FrozenDetector``, an ONNX file,
+            a file of detections, or a function, ``module:function``.
         checkpoint: The weights of a config.
         prefix: What comes before the teacher's names in the checkpoint.
+        options: Further options of the teacher. Paths may be relative.
 
     Raises:
-        ConfigError: If the name is unknown, or a config has no checkpoint.
+        ConfigError: If the name is unknown, a config has no checkpoint, or
+            another kind of teacher has one.
     """
+    more = dict(options or {})
+    for key in PATHS:
+        if isinstance(more.get(key), str):
+            more[key] = osp.abspath(osp.expanduser(more[key]))
+    if found := _foreign(name):
+        if checkpoint or prefix:
+            raise ConfigError(
+                f'the teacher {name} ({found["type"]}) holds all that it '
+                'needs: leave out --teacher-checkpoint and --teacher-prefix.'
+            )
+        return found | more
+    return _registered_or_detector(name, checkpoint, prefix) | more
+
+
+def _foreign(name: str) -> dict[str, Any] | None:
+    """Describe a teacher that is a file or a function, by its name."""
+    kind = FILES_THAT_TEACH.get(osp.splitext(name)[1].lower())
+    if kind is not None and '::' not in name and '://' not in name:
+        if not osp.isfile(name):
+            raise ConfigError(
+                f'the teacher {name} {wrong_path(name)}. {path_hint(name)}'
+                'Give the path of a file.'
+            )
+        return {'type': kind, 'file': osp.abspath(name)}
+    if re.fullmatch(r'[\w.]+:[\w.]+', name):
+        return {'type': 'mmkd.PythonDetector', 'function': name}
+    return None
+
+
+def _registered_or_detector(
+    name: str, checkpoint: str | None, prefix: str | None
+) -> dict[str, Any]:
     TEACHERS.import_from_location()
     if name.rpartition('.')[2] in TEACHERS.module_dict:
         return {'type': name}
@@ -266,7 +317,7 @@ class Wishes:
 
 def write_config(
     student: str,
-    teacher: Mapping[str, str],
+    teacher: Mapping[str, Any],
     names: Sequence[str],
     data: Data | None = None,
     imports: Sequence[str] = (),
@@ -412,7 +463,7 @@ def tried_methods(pair: Pair) -> dict[str, str]:
     return {name: reasons.get(name, '') for name in names}
 
 
-def config_of(teacher: Mapping[str, str]) -> Config | None:
+def config_of(teacher: Mapping[str, Any]) -> Config | None:
     """The config of a teacher; None if it is no frozen detector."""
     if 'type' in teacher:
         return None

@@ -29,8 +29,11 @@ from mmkd.utils import (
 )
 
 from .cache import TeacherCache, check_cache_options
+from .detections_file import DetectionsFile
 from .ensemble import EnsembleTeacher
 from .frozen import FrozenDetector
+from .onnx_detector import OnnxDetector
+from .python_detector import PythonDetector
 from .renormalize import check_channels
 from .several import SeveralTeachers, log_name, named
 from .speed import Speed
@@ -124,10 +127,11 @@ def changed(cfg: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
     if isinstance(cfg, list | tuple):
         return [changed(each, change) for each in cfg]
     options = dict(name=cfg) if isinstance(cfg, str) else dict(cfg)
-    for key in ('mean', 'teachers'):
-        if key in options:
-            return {**options, key: changed(options[key], change)}
-    return change(options) if kind_of(cfg) == 'FrozenDetector' else options
+    kind = kind_of(cfg)
+    if kind in ('SeveralTeachers', 'EnsembleTeacher'):
+        key = 'teachers' if 'teachers' in options else 'mean'
+        return {**options, key: changed(options[key], change)}
+    return change(options) if kind == 'FrozenDetector' else options
 
 
 # ---------------------------------------------------------- kinds of teachers
@@ -213,7 +217,7 @@ def frozen_detector(
         model,
         classes,
         student=context.student,
-        student_classes=_student_classes(classes, context),
+        student_classes=context.student_classes(classes),
         paths=context.paths,
         class_map=class_map,
     )
@@ -285,6 +289,10 @@ def ensemble_teacher(
             assert isinstance(teacher, FrozenDetector)
             built[label] = teacher
     return EnsembleTeacher(built)
+
+
+for _kind in (DetectionsFile, OnnxDetector, PythonDetector):
+    TEACHERS.register_module(module=_kind)
 
 
 # -------------------------------------------------------------------- options
@@ -368,25 +376,3 @@ def _classes_of(
         )
     check_class_count(model, classes, WHERE, 'its checkpoint or config')
     return box_class_names(model, classes)
-
-
-def _student_classes(
-    teacher: Sequence[str], context: TeacherContext
-) -> Sequence[str]:
-    """Return the student's class names, or the teacher's with a warning."""
-    if context.named:
-        return context.classes
-    if len(teacher) != len(context.classes):
-        raise ConfigError(
-            'the training data set names no classes, so those of the '
-            f'teacher are unknown to it: it has {len(teacher)}, the student '
-            f'{len(context.classes)}. Set metainfo=dict(classes=(...)) on '
-            'the data set.'
-        )
-    print_log(
-        "The training data set names no classes. The teacher's are assumed: "
-        f'{", ".join(teacher)}',
-        'current',
-        logging.WARNING,
-    )
-    return teacher

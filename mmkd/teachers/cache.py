@@ -72,13 +72,7 @@ class TeacherCache:
             digest.update(f'{name} {value.dtype} {value.shape}'.encode())
             digest.update(_bytes(value))
         self._identity = digest.digest()
-        try:
-            self.disk = DiskCache(dir, int(max_gib * 2**30))
-        except OSError as error:
-            raise ConfigError(
-                f'distillation.teacher.cache.dir: {dir} cannot hold a cache '
-                f'({error}). Give a folder that this process can write.'
-            ) from error
+        self.disk = open_cache(dir, max_gib)
 
     def open_view(self, teacher: FrozenDetector, batch: Batch) -> 'CachedView':
         """Return the teacher's view of a batch, read through this cache."""
@@ -125,6 +119,21 @@ def check_cache_options(cfg: Any) -> dict[str, Any]:
             f'{where}.max_gib must be above 0 and finite, got {size}.'
         )
     return dict(cfg)
+
+
+def open_cache(dir: str, max_gib: float = 10.0) -> DiskCache:
+    """Open the folder of a cache, or make it.
+
+    Raises:
+        ConfigError: If it cannot be written.
+    """
+    try:
+        return DiskCache(dir, int(max_gib * 2**30))
+    except OSError as error:
+        raise ConfigError(
+            f'distillation.teacher.cache.dir: {dir} cannot hold a cache '
+            f'({error}). Give a folder that this process can write.'
+        ) from error
 
 
 def tensorfloat32() -> tuple[bool, ...]:

@@ -49,6 +49,11 @@ class SeveralTeachers(Teacher):
             {name: each.blank(device) for name, each in self.teachers.items()}
         )
 
+    def prepare_data(self, dataset: Any) -> None:
+        for label, teacher in self.teachers.items():
+            with named(log_name(label)):
+                teacher.prepare_data(dataset)
+
     def to(self, device: torch.device) -> 'SeveralTeachers':
         for teacher in self.teachers.values():
             teacher.to(device)

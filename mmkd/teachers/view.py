@@ -4,11 +4,13 @@ A :class:`Teacher` is built once, and its :class:`TeacherView` says what it
 makes of one batch. Whatever reads a teacher reads it through these classes.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 from torch import Tensor
 
@@ -115,9 +117,9 @@ class TeacherContext:
     """What a teacher is told about the training when it is built."""
 
     student: Any
-    """The student's detector."""
+    """The student's detector; None where a teacher works without one."""
     classes: Sequence[str]
-    """The student's class names."""
+    """The student's class names; none without a student."""
     paths: Sequence[str] = ()
     """The module paths that methods read from the teacher."""
     named: bool = True
@@ -126,7 +128,38 @@ class TeacherContext:
     @property
     def device(self) -> torch.device:
         """The device that the student is on."""
+        if self.student is None:
+            return torch.device('cpu')
         return next(self.student.parameters()).device
+
+    def student_classes(self, teacher: Sequence[str]) -> Sequence[str]:
+        """Return the student's class names, or the teacher's with a warning.
+
+        Args:
+            teacher: The teacher's class names.
+
+        Raises:
+            ConfigError: If the data name no classes, and the student has
+                another number of them than the teacher.
+        """
+        if self.student is None:
+            return teacher
+        if self.named:
+            return self.classes
+        if len(teacher) != len(self.classes):
+            raise ConfigError(
+                'the training data set names no classes, so those of the '
+                f'teacher are unknown to it: it has {len(teacher)}, the '
+                f'student {len(self.classes)}. Set '
+                'metainfo=dict(classes=(...)) on the data set.'
+            )
+        print_log(
+            "The training data set names no classes. The teacher's are "
+            f'assumed: {", ".join(teacher)}',
+            'current',
+            logging.WARNING,
+        )
+        return teacher
 
 
 class Teacher:
@@ -154,6 +187,19 @@ class Teacher:
     def blank(self, device: torch.device) -> TeacherView:
         """Return its view of one blank image, with which methods prepare."""
         raise NotImplementedError
+
+    def prepare_data(self, dataset: Any) -> None:
+        """Check the training data, and let them say what the teacher needs.
+
+        It is called once, before the first image is read.
+
+        Args:
+            dataset: The built data set, with all that it wraps.
+
+        Raises:
+            ConfigError: If the teacher cannot follow its images.
+            DataError: If it knows none of its images.
+        """
 
     @property
     def networks(self) -> Mapping[str, Any]:

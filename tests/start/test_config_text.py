@@ -5,10 +5,12 @@ from mmengine.config import Config
 
 from mmkd.data.layouts import find_data
 from mmkd.errors import ConfigError
+from mmkd.start.command import parse_args
 from mmkd.start.config_text import (
     Wishes,
     is_as_written,
     stock_name,
+    teacher_options,
     write_config,
 )
 from mmkd.start.text import plain
@@ -248,3 +250,62 @@ class TestOptions:
 def test_a_student_from_the_model_index():
     name = stock_name('retinanet_r50_fpn_1x_coco')
     assert name == f'mmdet::{toy.RETINANET}'
+
+
+# --------------------------------------- teachers that are files or functions
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [
+        ('a.onnx', 'mmkd.OnnxDetector'),
+        ('a.json', 'mmkd.DetectionsFile'),
+        ('a.CSV', 'mmkd.DetectionsFile'),
+    ],
+)
+def test_a_teacher_that_is_a_file(tmp_path, monkeypatch, name, kind):
+    """It is known by its name; paths are made absolute."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    options = parse_args(
+        [
+            *('--student', 'a', '--method', 'pkd', '--teacher', name),
+            *('--teacher-options', 'annotations=b.json', 'mean=[1,2,3]'),
+        ]
+    ).teacher_options
+    assert teacher_options(name, None, options=options) == dict(
+        type=kind,
+        file=str(tmp_path / name),
+        annotations=str(tmp_path / 'b.json'),
+        mean=[1, 2, 3],
+    )
+
+
+def test_a_teacher_that_is_a_function():
+    found = teacher_options('pkg.mod:detect', None, options=dict(batched=True))
+    assert found == dict(
+        type='mmkd.PythonDetector', function='pkg.mod:detect', batched=True
+    )
+
+
+def test_options_of_a_detector():
+    found = teacher_options(TEACHER['name'], None, options=dict(fold_bn=True))
+    assert found == TEACHER | dict(fold_bn=True)
+
+
+def test_files_that_are_missing_or_need_no_checkpoint(tmp_path):
+    (tmp_path / 'boxes.json').touch()
+    with pytest.raises(ConfigError, match=r'Did you mean ".*boxes\.json"'):
+        teacher_options(str(tmp_path / 'boxs.json'), None)
+    with pytest.raises(ConfigError, match='leave out --teacher-checkpoint'):
+        teacher_options('a:b', 'weights.pth')
+
+
+def test_the_config_has_the_teacher_and_its_options(tmp_path):
+    (tmp_path / 'a.onnx').touch()
+    options = teacher_options(
+        str(tmp_path / 'a.onnx'), None, options=dict(classes='coco', size=640)
+    )
+    found = write_config(f'mmdet::{toy.RETINANET}', options, ['pkd'])
+    cfg = Config.fromstring(found.text, '.py')
+    assert cfg.distillation.teacher.to_dict() == options

@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmkd.errors import DataError
@@ -50,6 +50,7 @@ SIDES = (
 )
 BOX = ('bbox', 'box')
 """One column with ``[x, y, width, height]``."""
+SCORE = ('score', 'confidence', 'conf', 'probability', 'prob')
 SPLIT = ('split', 'set', 'subset')
 HEADERLESS = ('path', 'x1', 'y1', 'x2', 'y2', 'class')
 """Columns of RetinaNet's and other files without a header."""
@@ -70,6 +71,23 @@ class Columns:
     crowd: int | None = None
     size: tuple[int, int] | None = None
     header: bool = True
+    score: int | None = None
+
+
+@dataclass(slots=True)
+class Row:
+    """A detection in a table."""
+
+    image: str
+    """The name of the file, as the table has it."""
+    name: str
+    """The class."""
+    corners: tuple[float, float, float, float]
+    """xyxy, in pixels."""
+    score: float
+    """1 where the table has none."""
+    size: tuple[int, int] | None
+    """Height and width of the image, if the table has them."""
 
 
 class Table(Source):
@@ -212,6 +230,66 @@ class Table(Source):
         return lookup.find(given, table.parent)
 
 
+@dataclass
+class Rows:
+    """What a table of detections holds.
+
+    Attributes:
+        found: The detections.
+        bare: The names of images in whose row there is no box.
+        wrong: The rows that cannot be read.
+    """
+
+    found: list[Row] = field(default_factory=list)
+    bare: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def read_rows(path: Path) -> Rows:
+    """Read a table of detections without looking for its images.
+
+    Raises:
+        DataError: If its columns are of no boxes, or the boxes are fractions
+            of the images.
+    """
+    columns = _checked_columns(path)
+    rows = Rows()
+    for number, row in enumerate(list(_rows(path))[columns.header :]):
+        image = _cell(row, columns.image)
+        if detection := _detection(row, columns):
+            rows.found.append(detection)
+        elif image and not any(_cell(row, index) for index in columns.box):
+            rows.bare.append(image)
+        elif any(row):
+            text = f'row {number + 1 + columns.header}'
+            rows.wrong.append(f'{text}: {shown(",".join(row))}')
+    most = max((max(row.corners) for row in rows.found), default=2.0)
+    if most <= 1.01:  # as Open Images has them
+        raise data_error(
+            path,
+            'boxes in pixels',
+            'fractions of the image',
+            'Multiply them by its width and height.',
+        )
+    return rows
+
+
+def _detection(row: list[str], columns: Columns) -> Row | None:
+    image, box = _cell(row, columns.image), _values(row, columns)
+    name = 'object' if columns.name is None else _cell(row, columns.name)
+    scores: Sequence[float] | None = [1.0]
+    if columns.score is not None:
+        scores = _numbers(row, [columns.score])
+    if not (image and box and name and scores and 0 <= scores[0] <= 1):
+        return None
+    left, top, right, bottom = box
+    if not columns.corners:
+        right, bottom = left + right, top + bottom
+    sides = _numbers(row, columns.size) if columns.size else None
+    size = (int(sides[1]), int(sides[0])) if sides else None
+    return Row(image, name, (left, top, right, bottom), scores[0], size)
+
+
 def _cell(row: list[str], index: int) -> str:
     return row[index].strip() if index < len(row) else ''
 
@@ -282,6 +360,7 @@ def columns_of(path: Path) -> Columns | None:
     used = {image, *box}
     free = [n for n in CLASS if n in heads and heads.index(n) not in used]
     columns = Columns(image, box, names in CORNERS, index(tuple(free)))
+    columns.score = index(SCORE)
     columns.split = index(SPLIT)
     columns.crowd = index(('isgroupof', 'iscrowd'))
     for width, height in (
@@ -294,6 +373,24 @@ def columns_of(path: Path) -> Columns | None:
             if not set(size) & used:
                 columns.size = size
     return columns
+
+
+def _checked_columns(path: Path) -> Columns:
+    """Recognise the columns of a table.
+
+    Raises:
+        DataError: If they are of no boxes.
+    """
+    if columns := columns_of(path):
+        return columns
+    first = next(_rows(path, 65536), [])
+    raise data_error(
+        path,
+        'columns of an image, a class and a box (filename, class, xmin, '
+        'ymin, xmax, ymax)',
+        shown(', '.join(first)),
+        'Name the columns so.',
+    )
 
 
 def _headerless(start: list[list[str]]) -> Columns | None:
@@ -346,15 +443,7 @@ def table_of_file(path: Path) -> Table:
     Raises:
         DataError: If its columns are of no boxes.
     """
-    if not columns_of(path):
-        first = next(_rows(path, 65536), [])
-        raise data_error(
-            path,
-            'columns of an image, a class and a box (filename, class, xmin, '
-            'ymin, xmax, ymax)',
-            shown(', '.join(first)),
-            'Name the columns so.',
-        )
+    _checked_columns(path)
     root = path.parent
     if root.name.lower() in ALIASES or root.name.lower() == 'annotations':
         root = root.parent

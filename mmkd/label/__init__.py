@@ -1,0 +1,1 @@
+"""Write down what a detector finds in images, as COCO JSON."""
