@@ -1,4 +1,4 @@
-"""Pretrain the backbones of detectors on images without labels.
+r"""Pretrain the backbones of detectors on images without labels.
 
 SimCLR: two random views of each image are to be alike, and unlike those of the
 other images (NT-Xent). With several configs (DoGo), each backbone also learns
@@ -6,7 +6,7 @@ from the similarities that the others find. Each becomes a stock checkpoint,
 WORK_DIR/NAME_backbone.pth, that its detector begins with (init_cfg).
 
 Examples:
-    mmkd pretrain mmdet::retinanet/retinanet_r50_fpn_1x_coco.py \\
+    mmkd pretrain mmdet::retinanet/retinanet_r50_fpn_1x_coco.py \
         --images photos/ --from-scratch
     mmkd pretrain small.py big.py --images photos/ --optimizer adamw
     mmkd pretrain student.py --images train.json --val val.json --resume
@@ -361,6 +361,6 @@ def tell_objects(source: str, images: Images) -> None:
     both = sum(str(Path(p.path).absolute()) in known for p in pictures)
     if both:
         print(
-            f'{both:,} of the {len(pictures):,} images of --val are trained on '
-            'as well (their labels are not)'
+            f'{both:,} of the {len(pictures):,} images of --val are trained '
+            'on as well (their labels are not)'
         )

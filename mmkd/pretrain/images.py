@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mmkd.data import read_json
 from mmkd.data.errors import data_error, some
-from mmkd.data.files import path_hint
 from mmkd.data.layouts import Picture, Reading, read_data
 from mmkd.data.layouts.listing import Lookup, images_below
 from mmkd.data.layouts.reading import UNREADABLE
@@ -175,7 +174,7 @@ def find_objects(source: str) -> tuple[list[Picture], list[str]]:
         raise DataError(
             f'--val {source}: expected objects of at least two classes, which '
             f'neighbours can tell apart, got {len(classes)} '
-            f'({some(classes) or "no objects"}). {path_hint(source)}Give other '
-            'annotations, or leave out --val.'
+            f'({some(classes) or "no objects"}). Give other annotations, or '
+            'leave out --val.'
         )
     return pictures, classes

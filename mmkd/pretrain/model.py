@@ -202,8 +202,9 @@ class ContrastivePretraining(BaseModel):
         super().__init__()
         if kl_weights and len(kl_weights) != len(networks):
             raise ConfigError(
-                'ContrastivePretraining.kl_weights must have a weight for each '
-                f'network ({", ".join(networks)}), got {list(kl_weights)}.'
+                'ContrastivePretraining.kl_weights must have a weight for '
+                f'each network ({", ".join(networks)}), got '
+                f'{list(kl_weights)}.'
             )
         self.distortion = Distortion(size=size, strength=strength, blur=blur)
         self.networks = ModuleDict(

@@ -46,8 +46,7 @@ def test_is_the_formula(views, temperature):
 
 
 def test_the_official_code_s_halves_add_up_to_twice_the_mean(views):
-    """google-research/simclr: softmax over other and same views, unmasked
-    but for the view itself, whose logit is lowered by 1e9."""
+    """google-research/simclr lowers the logit of the view itself by 1e9."""
     a, b = (v / v.norm(dim=1, keepdim=True) for v in views)
     labels = torch.arange(5)
     lowered = 1e9 * torch.eye(5)
@@ -126,7 +125,7 @@ def test_wrong_input():
     message = r'nt_xent_loss\.temperature must be above 0, got 0'
     with pytest.raises(ConfigError, match=message):
         nt_xent_loss(torch.ones(2, 2), torch.ones(2, 2), temperature=0)
-    with pytest.raises(ConfigError, match='NTXentLoss.temperature'):
+    with pytest.raises(ConfigError, match=r'NTXentLoss\.temperature'):
         NTXentLoss(temperature=-1.0)
     with pytest.raises(ShapeError, match='Both are views of the same'):
         nt_xent_loss(torch.ones(2, 2), torch.ones(3, 2))

@@ -83,7 +83,7 @@ def test_wrong_input(pairs):
     message = r'similarity_kl\.temperature must be above 0, got -1'
     with pytest.raises(ConfigError, match=message):
         similarity_kl(*pairs, temperature=-1)
-    with pytest.raises(ConfigError, match='SimilarityKLLoss.temperature'):
+    with pytest.raises(ConfigError, match=r'SimilarityKLLoss\.temperature'):
         SimilarityKLLoss(temperature=0)
     fewer = tuple(v[:3] for v in pairs[1])
     with pytest.raises(ShapeError, match='the same images'):
