@@ -184,16 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     check_kornia()
     check(args)
-    networks: dict[str, dict[str, Any]] = {}
-    imports: list[str] = []
-    for source in args.configs:
-        config = load_config(source)
-        name = network_name(source, networks)
-        networks[name] = network_options(
-            config, source, scratch=args.from_scratch
-        )
-        found = (config.get('custom_imports') or {}).get('imports', ())
-        imports += [found] if isinstance(found, str) else found
+    networks, imports = read_networks(args)
     folder = args.work_dir or Path(
         'work_dirs', f'pretrain_{"_".join(networks)}'
     )
@@ -211,11 +202,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder / LIST,
             len(files),
             options_of(args),
-            [*dict.fromkeys(imports)],
+            imports,
         )
         if args.cfg_options:
             cfg.merge_from_dict(args.cfg_options)
         train(cfg, folder, args)
+
+
+def read_networks(
+    args: argparse.Namespace,
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the networks of the configs, and the modules these import."""
+    networks: dict[str, dict[str, Any]] = {}
+    imports: list[str] = []
+    for source in args.configs:
+        config = load_config(source)
+        name = network_name(source, networks)
+        networks[name] = network_options(
+            config, source, scratch=args.from_scratch
+        )
+        found = (config.get('custom_imports') or {}).get('imports', ())
+        imports += [found] if isinstance(found, str) else found
+    return networks, [*dict.fromkeys(imports)]
 
 
 def train(cfg: Config, folder: Path, args: argparse.Namespace) -> None:
@@ -255,23 +263,35 @@ def check(args: argparse.Namespace) -> None:
             '--method dogo trains networks that learn from each other: give '
             'two or more configs, got one.'
         )
-    weights = args.kl_weight
-    if weights is None:
-        return check_crops(args.size, tuple(args.crop_scale))
-    if args.method != 'dogo':
+    check_crops(args.size, tuple(args.crop_scale))
+    if args.kl_weight is not None:
+        check_weights(args.kl_weight, args.method, len(args.configs))
+
+
+def check_weights(weights: Sequence[float], method: str, count: int) -> None:
+    """Check ``--kl-weight``.
+
+    Args:
+        weights: What it says.
+        method: One of :data:`METHODS`.
+        count: The number of networks.
+
+    Raises:
+        ConfigError: If it does not fit, or a weight is below 0.
+    """
+    if method != 'dogo':
         raise ConfigError(
             '--kl-weight is for --method dogo, with two or more configs.'
         )
-    if len(weights) not in (1, len(args.configs)):
+    if len(weights) not in (1, count):
         raise ConfigError(
-            f'--kl-weight takes one number, or one for each of the '
-            f'{len(args.configs)} configs, got {len(weights)}.'
+            f'--kl-weight takes one number, or one for each of the {count} '
+            f'configs, got {len(weights)}.'
         )
     if min(weights) < 0:
         raise ConfigError(
             f'--kl-weight must be at least 0, got {min(weights):g}.'
         )
-    return check_crops(args.size, tuple(args.crop_scale))
 
 
 def options_of(args: argparse.Namespace) -> Options:

@@ -23,7 +23,8 @@ class Projector(nn.Sequential):
     """The layers between a backbone and the loss, left out afterwards.
 
     Each layer is linear, with a batch norm, and all but the last end in a
-    ReLU; the last one has no bias.
+    ReLU; the last one has no bias. SimCLRv2 fine-tunes a classifier from the
+    first of the layers; a detector has no place for it.
 
     Source: Chen, Kornblith, Swersky, Norouzi, Hinton, "Big Self-Supervised
     Models are Strong Semi-Supervised Learners", NeurIPS 2020,

@@ -60,9 +60,7 @@ class TestNetworks:
             ConfigError, match=r'SoftTeacher with .*It has detector\.backbone'
         ):
             of(name)
-        with pytest.raises(
-            ConfigError, match=r'my\.py: expected a model with'
-        ):
+        with pytest.raises(ConfigError, match=r'my\.py: expected a model'):
             network_options(
                 Config(dict(model=dict(type='A'))), 'my.py', scratch=False
             )
