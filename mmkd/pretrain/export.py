@@ -1,5 +1,6 @@
 """Write pretrained backbones as checkpoints of their own."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,6 @@ def export_backbones(
         )
         files[name] = folder / f'{name}_backbone.pth'
         write_atomically(
-            str(files[name]), lambda path, c=content: torch.save(c, path)
+            str(files[name]), functools.partial(torch.save, content)
         )
     return files

@@ -79,9 +79,7 @@ class LARS(Optimizer):
         super().__init__(params, options)
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step; nothing waits for the device."""
         loss = None
         if closure is not None:
@@ -102,8 +100,9 @@ class LARS(Optimizer):
         self, layers: list[Tensor], group: dict[str, Any]
     ) -> list[Tensor]:
         """Return the gradients with the decay, times the layers' rates."""
+        gradients = [p.grad for p in layers if p.grad is not None]
         decayed = torch._foreach_add(
-            [p.grad for p in layers], layers, alpha=group['weight_decay']
+            gradients, layers, alpha=group['weight_decay']
         )
         sizes = torch.stack(torch._foreach_norm(layers))
         theirs = torch.stack(torch._foreach_norm(decayed))

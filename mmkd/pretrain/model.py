@@ -47,7 +47,7 @@ class Projector(nn.Sequential):
             norm = nn.BatchNorm1d(linear.out_features)
             steps += [linear, norm]
             if last:
-                norm.bias = None
+                norm.register_parameter('bias', None)
             else:
                 steps.append(nn.ReLU(inplace=True))
         super().__init__(*steps)
