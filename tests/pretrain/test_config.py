@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from mmkd.data.layouts import read_data
+from mmkd.data.layouts.splits import split_images
 from mmkd.detectors.source import load_config
 from mmkd.errors import ConfigError
 from mmkd.pretrain.config import (
@@ -109,3 +111,19 @@ class TestOptions:
         )
         assert cfg.custom_imports.imports == ['my_models']
         assert 'custom_imports' not in config()
+
+
+def test_the_tenth_of_bccd_s_labels(shared_data):
+    """Those that the config names are what the seed draws."""
+    reading = read_data(str(shared_data / 'bccd'))
+    classes = {
+        picture.path.stem: frozenset(item.name for item in picture.items)
+        for picture in reading.pictures.values()
+        if picture.split == 'train'
+    }
+    drawn = split_images(classes, (0.1, 0.9), seed=0)
+    lists = shared_data / 'bccd' / 'BCCD' / 'ImageSets' / 'Main'
+    names = (lists / 'train.txt').read_text().split()
+    expected = [i for i, name in enumerate(names) if drawn[name] == 'train']
+    cfg = Config.fromfile(toy.ROOT / 'configs' / 'semi' / 'bccd_labelled.py')
+    assert list(cfg.train_dataloader.dataset.indices) == expected
