@@ -19,8 +19,10 @@ if error := missing_packages():
 
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIMIZERS as MMENGINE_OPTIMIZERS
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
 from mmengine.registry import Registry
 
@@ -34,13 +36,28 @@ HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='mmkd',
-    locations=['mmkd.engine.hooks'],
+    locations=['mmkd.engine.hooks', 'mmkd.pretrain.hooks'],
 )
 MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmkd',
-    locations=['mmkd.losses', 'mmkd.detectors.heads', 'mmkd.peers.ensemble'],
+    locations=[
+        *('mmkd.losses', 'mmkd.detectors.heads', 'mmkd.peers.ensemble'),
+        'mmkd.pretrain.model',
+    ],
+)
+DATASETS = Registry(
+    'dataset',
+    parent=MMENGINE_DATASETS,
+    scope='mmkd',
+    locations=['mmkd.pretrain.crops'],
+)
+OPTIMIZERS = Registry(
+    'optimizer',
+    parent=MMENGINE_OPTIMIZERS,
+    scope='mmkd',
+    locations=['mmkd.pretrain.lars'],
 )
 # Teachers are built by mmkd.teachers.build; see the class Teacher there.
 TEACHERS = Registry('teacher', scope='mmkd', locations=['mmkd.teachers.build'])

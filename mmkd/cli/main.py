@@ -19,6 +19,10 @@ COMMANDS = {
     'test': ('mmkd.cli.test', 'evaluate a detector'),
     'distill': ('mmkd.start.command', 'write, examine and train a config'),
     'label': ('mmkd.label.command', 'write down what a detector finds'),
+    'pretrain': (
+        'mmkd.pretrain.command',
+        'let backbones learn from images without labels',
+    ),
     'doctor': ('mmkd.doctor.command', 'examine a config before a long run'),
     'study': ('mmkd.study.command', 'run and compare many trainings'),
     'export': ('mmkd.export.command', 'write a detector as an ONNX file'),

@@ -36,10 +36,12 @@ def next_steps(
         (p for f in (work_dir, *others) for p in Path(f).glob('best_*.pth')),
         key=lambda path: path.stat().st_mtime_ns,
     )
-    checkpoint = _short(str(best[-1])) if best else _short(last)
-    lines = [f'The best checkpoint is {checkpoint}, the last {_short(last)}.']
-    config = _short(config)
-    dirs = [_short(each) for each in (compare_with, work_dir) if each]
+    checkpoint = short_path(str(best[-1])) if best else short_path(last)
+    lines = [
+        f'The best checkpoint is {checkpoint}, the last {short_path(last)}.'
+    ]
+    config = short_path(config)
+    dirs = [short_path(each) for each in (compare_with, work_dir) if each]
     commands = (
         ['test', config, checkpoint],
         ['report', *dirs],
@@ -52,7 +54,7 @@ def next_steps(
     ]
 
 
-def _short(path: str) -> str:
+def short_path(path: str) -> str:
     """Return a path from the current folder, if it leads into it."""
     if '://' in path:
         return path

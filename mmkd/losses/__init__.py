@@ -18,7 +18,9 @@ from .kl import (
     sigmoid_kl,
     softmax_kl,
 )
+from .nt_xent import NTXentLoss, nt_xent_loss
 from .pkd import PKDLoss, pkd_loss
+from .similarity_kl import SimilarityKLLoss, similarity_kl
 from .soft_focal import SoftFocalLoss, soft_focal_loss
 from .teacher_bounded_regression import (
     TeacherBoundedRegressionLoss,
@@ -36,8 +38,10 @@ __all__ = [
     'DKDLoss',
     'FocalKLLoss',
     'HintLoss',
+    'NTXentLoss',
     'PKDLoss',
     'SigmoidKLLoss',
+    'SimilarityKLLoss',
     'SoftFocalLoss',
     'SoftmaxKLLoss',
     'TeacherBoundedRegressionLoss',
@@ -48,8 +52,10 @@ __all__ = [
     'hint_loss',
     'inter_class_loss',
     'intra_class_loss',
+    'nt_xent_loss',
     'pkd_loss',
     'sigmoid_kl',
+    'similarity_kl',
     'soft_focal_loss',
     'softmax_kl',
     'teacher_bounded_regression_loss',

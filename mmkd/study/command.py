@@ -40,6 +40,15 @@ of each of its rows; ``of``, ``teacher`` and ``baseline`` also take the name
 of one row. The ``data`` of a run name those that it is for, with further
 options. Where options meet, those in ``each`` win over those of the run's
 data, and these over those of the study's data and of the run.
+
+What is under ``pretrain`` comes first. A run that is ``pretrained`` by it
+begins, with each seed, with the backbone of the first of its configs.
+
+    pretrain:
+      simclr: {configs: [student.py], options: --images photos --epochs 200}
+    runs:
+      student: {config: student.py}
+      begun: {config: student.py, pretrained: simclr}
 """
 
 import argparse

@@ -85,6 +85,15 @@ def are_different(kind: type, least: int = 1) -> Callable[[Any], bool]:
     )
 
 
+def is_pretraining(value: Any) -> bool:
+    return (
+        is_mapping(value)
+        and {'configs'} <= {*value} <= {'configs', 'options'}
+        and are_different(str)(value['configs'])
+        and is_text(value.get('options', ''))
+    )
+
+
 LINE = (is_line, 'be a text of one line')
 SEEDS = (
     are_seeds,
@@ -108,6 +117,13 @@ STUDY: Rules = {
         'map a heading to a metric, such as "AP: coco/bbox_mAP"',
     ),
     'data': VARIANTS,
+    'pretrain': (
+        lambda value: (
+            is_full_mapping(value) and all(map(is_pretraining, value.values()))
+        ),
+        'map names to the configs and options of mmkd pretrain, such as '
+        '"simclr: {configs: [student.py], options: --images photos}"',
+    ),
     'runs': (
         is_full_mapping,
         'map a name to its config, such as '
@@ -121,6 +137,7 @@ RUN: Rules = {
         'be the name of a run; for a row with each of several, write '
         '"teachers: [a, b]"',
     ),
+    'pretrained': (is_text, 'be the name of a pretraining of the study'),
     'options': (
         is_options,
         'map keys of the config to values, such as "train_cfg.max_epochs: 24"',
@@ -202,6 +219,9 @@ def check_study(content: Any, where: str) -> None:
     data, runs = content.get('data', {}), content['runs']
     for name in data:
         check_name(f'{where}: data', name)
+    pretrained = content.get('pretrain', {})
+    for name in pretrained:
+        check_name(f'{where}: pretrain', name)
     for run, options in runs.items():
         here = f'{where}: runs.{run if is_text(run) else shown(run)}'
         check_name(here, run)
@@ -209,6 +229,12 @@ def check_study(content: Any, where: str) -> None:
             check_tested(here, options, runs)
         else:
             check_trained(here, options, runs, data)
+            named = options.get('pretrained')
+            if named is not None and named not in pretrained:
+                raise ConfigError(
+                    f'{here}.pretrained: the study has no pretraining '
+                    f'"{named}". {nearest(named, pretrained)}'
+                )
 
 
 def check_trained(where: str, options: Any, runs: Options, data: Any) -> None:

@@ -3,11 +3,11 @@
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mmengine.config import Config
 
@@ -36,6 +36,7 @@ INPUTS = {
     'config': 'its config',
     'data': 'its data',
     'teacher': "its teacher's checkpoint",
+    'pretrained': 'its pretrained backbone',
     'peers': 'a config or a first checkpoint of its peers',
     'networks': 'a checkpoint of its run',
     'code': 'the code of mmkd',
@@ -48,6 +49,20 @@ STUDENT = 'student'
 """The name of the trained model itself among its peers."""
 
 
+class Begins(Protocol):
+    """Something that makes the backbone with which a run begins."""
+
+    name: str
+    failure: str
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def file_hash(self) -> str: ...
+    @property
+    def init_cfg(self) -> Mapping[str, Any]: ...
+
+
 @dataclass(eq=False)
 class Run:
     """One network of a study, trained and tested with one seed.
@@ -55,6 +70,7 @@ class Run:
     Attributes:
         config: Complete but for the teacher's checkpoint and the work dir.
         teacher: The run whose last checkpoint it distils from.
+        pretrained: What its backbone begins with.
         failure: Why the run has failed; empty otherwise.
         step: What runs now, if anything.
     """
@@ -64,6 +80,7 @@ class Run:
     work_dir: Path
     config: Config
     teacher: 'Run | None' = None
+    pretrained: Begins | None = None
     failure: str = ''
     step: Step | None = None
 
@@ -115,6 +132,8 @@ class Run:
                 config=str(self.teacher.config_file),
                 checkpoint=self.teacher.checkpoint,
             )
+        if self.pretrained is not None:
+            config.model.backbone.init_cfg = dict(self.pretrained.init_cfg)
         self._dump(config)
 
     def _dump(self, config: Config) -> None:
@@ -152,6 +171,9 @@ class Run:
     @property
     def lacking(self) -> str:
         """Why it cannot be run, and what helps; empty if it can."""
+        begins = self.pretrained
+        if begins and not (begins.file.is_file() or self.is_trained):
+            return begins.failure or f'{begins.name} is to be pretrained'
         if self.teacher is None or self.teacher.checkpoint or self.is_trained:
             return ''
         return gone(self.teacher)
@@ -192,7 +214,16 @@ class Run:
         }
         if peers := hash_peers(self.config):
             found['peers'] = peers
+        if self.pretrained is not None:
+            found['pretrained'] = self.pretrained_hash
         return found
+
+    @property
+    def pretrained_hash(self) -> str:
+        """SHA-256 of the backbone; what was noted of it if it is gone."""
+        assert self.pretrained
+        noted = self.noted.get('fingerprint', {}).get('pretrained', '')
+        return self.pretrained.file_hash or noted
 
     @property
     def teacher_hash(self) -> str:

@@ -26,6 +26,7 @@ from .file import (
 )
 from .grid import baselines, expand
 from .inputs import distillation_of, teachers_of
+from .pretraining import Pretraining, read_pretrainings
 from .run import STUDENT, Run, Tested
 
 METRICS = {
@@ -54,6 +55,7 @@ class Study:
     metrics: dict[str, str]
     baselines: dict[str, str] = field(default_factory=dict)
     """Each network to the one that it is compared with, on its data."""
+    pretrainings: dict[str, Pretraining] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     """By network, then seed; what another needs comes before it."""
 
@@ -101,6 +103,9 @@ def study_of(content: Any, where: str, name: str) -> Study:
         baseline=content.get('baseline'),
         metrics=dict(content.get('metrics', METRICS)),
     )
+    study.pretrainings = read_pretrainings(
+        content.get('pretrain', {}), study.work_dir
+    )
     rows = expand(networks, data, where)
     study.baselines = baselines(
         study.baseline, [*rows.values()], networks, f'{where}: baseline'
@@ -120,6 +125,11 @@ def trained_runs(
 ) -> Iterator[Run]:
     """Yield the runs of a network, by seed."""
     config = resolve(options, where)
+    if 'pretrained' in options and 'backbone' not in config.model:
+        raise ConfigError(
+            f'{where}: {options["config"]} has no model.backbone, which could '
+            'begin with what is pretrained. Leave "pretrained" out.'
+        )
     check_outputs(options.get('options', {}), study.work_dir, where)
     for seed in options.get('seeds', study.seeds):
         own = copy.deepcopy(config)
@@ -127,7 +137,8 @@ def trained_runs(
         teacher = None
         if 'teacher' in options:
             teacher = teacher_run(study, options['teacher'], seed, where)
-        yield Run(network, seed, study.work_dir, own, teacher)
+        pretrained = study.pretrainings.get(options.get('pretrained', ''))
+        yield Run(network, seed, study.work_dir, own, teacher, pretrained)
 
 
 def tested_runs(

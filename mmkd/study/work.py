@@ -60,6 +60,8 @@ def in_words(changed: Sequence[str]) -> str:
 
 def tell_plan(study: Study, keep_stale: bool) -> None:
     """Say of every run whether it is done, and if not, why it is due."""
+    for each in study.pretrainings.values():
+        print(f'{each.name}: {each.status(keep_stale=keep_stale)}')
     width = max(len(run.name) for run in study.runs) + 2
     texts = [status(run, keep_stale) for run in study.runs]
     for run, text in zip(study.runs, texts, strict=True):
@@ -89,6 +91,12 @@ def execute(
     Where a run fails, its ``failure`` says why. The others go on, or are
     ended with ``stop_at_failure``.
     """
+    for each in study.pretrainings.values():
+        needed = any(
+            run.pretrained is each and not is_done(run, keep_stale)
+            for run in study.runs
+        )
+        each.complete(lock, needed=needed, keep_stale=keep_stale)
     waiting = list(study.runs)
     running: list[Run] = []
     due = [run.name for run in waiting if not is_done(run, keep_stale)]

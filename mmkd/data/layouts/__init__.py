@@ -11,6 +11,15 @@ folder of images and one of labels.
 """
 
 from .data import FOLDERS, Data
-from .find import find_data, prepare
+from .find import find_data, prepare, read_data
+from .reading import Picture, Reading
 
-__all__ = ['FOLDERS', 'Data', 'find_data', 'prepare']
+__all__ = [
+    'FOLDERS',
+    'Data',
+    'Picture',
+    'Reading',
+    'find_data',
+    'prepare',
+    'read_data',
+]

@@ -13,7 +13,7 @@ from .convert import Options, convert, folder_for
 from .data import FOLDERS, Data
 from .explain import explain, explain_file
 from .listing import ALIASES, folders_in, is_hidden, suffix_of
-from .reading import Source
+from .reading import Reading, Source
 from .table import find_table, table_of_file
 from .voc import find_voc_files, find_voc_lists
 from .yolo import find_yolo_file, find_yolo_folder, yolo_of_file
@@ -88,6 +88,20 @@ def prepare(
     folder = kept or folder_for(path, found.root)
     data = convert(found.read(), path, folder, options)
     return _told(data, found), folder
+
+
+def read_data(name: str) -> Reading:
+    """Read the images and objects of data in a common layout.
+
+    Nothing is written, and the classes need not be the same in all splits.
+
+    Args:
+        name: See :func:`find_data`.
+
+    Raises:
+        DataError: If there are no such data.
+    """
+    return _find(_path(name), name).read()
 
 
 def _whole(path: Path, found: Source) -> Path:

@@ -48,6 +48,8 @@ class ProgressHook(Hook):
         compare_with: The work dir of another training, such as that of the
             plain student, with which the last value is compared.
         live: Show the line if the output is a terminal.
+        commands: Name the next commands in the summary, which are those for
+            a detector.
 
     Raises:
         ConfigError: If ``compare_with`` is no folder.
@@ -56,7 +58,11 @@ class ProgressHook(Hook):
     priority = 'VERY_LOW'  # after the metrics of peers and the logger
 
     def __init__(
-        self, *, compare_with: str | None = None, live: bool = True
+        self,
+        *,
+        compare_with: str | None = None,
+        live: bool = True,
+        commands: bool = True,
     ) -> None:
         if compare_with is not None and not Path(compare_with).is_dir():
             raise ConfigError(
@@ -64,6 +70,7 @@ class ProgressHook(Hook):
                 f'{compare_with}. Give the work dir of a training.'
             )
         self.compare_with, self.live = compare_with, live
+        self.commands = commands
         self._bar: Progress | None = None
         self._terminal = ExitStack()
         self._shown = 0.0
@@ -143,6 +150,8 @@ class ProgressHook(Hook):
             lines.append(f'{metric}: {_best_and_last(values)}')
             if self.compare_with is not None:
                 lines.append(self._gain(metric, list(values.values())[-1]))
+        if not self.commands:
+            return lines
         config = 'CONFIG'
         if runner.cfg.filename:  # it lies there, or MMEngine wrote a copy
             name = Path(runner.cfg.filename).name
