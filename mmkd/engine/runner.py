@@ -30,6 +30,7 @@ from mmkd.data.checkpoint_file import check_checkpoint, write_atomically
 from mmkd.data.checkpoint_loader import OPT_IN, safe_checkpoints, trusts
 from mmkd.data.checkpoint_reader import read_checkpoint
 from mmkd.data.files import real_path, write_text
+from mmkd.data.unlabelled.stream import UnlabelledStream
 from mmkd.detectors.wrappers import check_is_detector
 from mmkd.errors import (
     CheckpointError,
@@ -79,6 +80,8 @@ from .preemption import PreemptionHook
 from .processes import raise_together
 from .provenance import Provenance, described, differences
 from .resume import ExactResumeHook
+from .unlabelled import described as describe_stream
+from .unlabelled import open_stream
 from .work_dir import one_training, training_in
 
 WITH_TRACES = ProgressHook | LossCheckHook | GradientBalanceHook
@@ -126,6 +129,8 @@ class DistillationRunner(Runner):
         self._random_states: list[dict[str, Any]] = []
         self._memories: list[dict[str, Any]] = []
         self._steps: int | None = None
+        self._stream: UnlabelledStream | None = None
+        self._taken = 0
         self._saved: dict[str, Any] = {}
         self._on_hosts: Any = None
         self._provenance: Provenance | None = None
@@ -174,6 +179,8 @@ class DistillationRunner(Runner):
                 return super().train()
         finally:
             self._detach()
+            if self._stream is not None:
+                self._stream.close()
             for hook in self.hooks:
                 if isinstance(hook, WITH_TRACES):
                     hook.close()
@@ -207,6 +214,11 @@ class DistillationRunner(Runner):
         )
         self.logger.info(_described(self.distiller))
         self.distiller.epoch_length = len(self.train_loop.dataloader)
+        if (unlabelled := self.distiller.unlabelled) is not None:
+            unlabelled.stream = self._stream = open_stream(
+                unlabelled.options, self.cfg, self.seed or 0
+            )
+            self.logger.info(describe_stream(self._stream))
         self.distiller.attach()
         self._register_once(ReachCheckHook)
         if self._peers:
@@ -395,6 +407,8 @@ class DistillationRunner(Runner):
                 checkpoint[ATTACHED]['made_with'] = self._provenance.facts()
             if self.distiller is not None:
                 checkpoint[ATTACHED]['steps'] = self.distiller.steps
+            if self._stream is not None:
+                checkpoint[ATTACHED]['unlabelled'] = self._stream.taken
             self._saved = checkpoint
 
     def _note_finite(self) -> None:
@@ -437,6 +451,7 @@ class DistillationRunner(Runner):
         self._memories = attached.get('memories', [])
         self._made_with = attached.get('made_with', {})
         self._steps = attached.get('steps')
+        self._taken = attached.get('unlabelled', 0)
         return checkpoint
 
     def save_checkpoint(
@@ -592,6 +607,8 @@ class DistillationRunner(Runner):
         if self.distiller is not None:
             steps = self.iter if self._steps is None else self._steps
             self.distiller.steps = steps
+        if self._stream is not None:
+            self._stream.taken = self._taken
 
     def _say_what_differs(self, filename: str) -> None:
         """Warn if the run goes on with another teacher, option or code."""

@@ -145,6 +145,8 @@ class CrossKD(Method):
     )
 
     needs = (DENSE, FEATURES, NETWORK)
+    needs_labels = False
+    reads_objects = True
 
     def __init__(
         self,

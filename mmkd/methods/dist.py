@@ -87,6 +87,8 @@ class DIST(Method):
     """
 
     needs = (CLASS_LOGITS,)
+    needs_labels = False
+    reads_objects = True
     official = (
         Official(
             code='https://github.com/hunto/MasKD/tree/main/mmrazor',

@@ -60,6 +60,8 @@ class KD(Method):
     """
 
     needs = (CLASS_LOGITS,)
+    needs_labels = False
+    reads_objects = True
 
     def __init__(
         self, *, temperature: float = 1.0, loss_weight: float = 1.0

@@ -161,6 +161,8 @@ class LD(Method):
     )
 
     needs = (DENSE,)
+    needs_labels = False
+    reads_objects = True
 
     def __init__(
         self,
