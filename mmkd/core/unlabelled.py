@@ -223,7 +223,11 @@ def build_unlabelled(
         if options.get('weight', 1.0):
             built = dict(options)
             return Unlabelled(student, methods, teacher, seed=seed, **built)
-        print_log(f'{WHERE}.weight is 0: there are no unlabelled images')
+        if options.get('alone'):
+            raise ConfigError(
+                f'{WHERE} has weight 0 and alone=True, so the student would '
+                'learn nothing. Set a weight above 0, or leave alone out.'
+            )
         return None
     for name, method in methods.items():
         if method.only_unlabelled:

@@ -80,8 +80,7 @@ from .preemption import PreemptionHook
 from .processes import raise_together
 from .provenance import Provenance, described, differences
 from .resume import ExactResumeHook
-from .unlabelled import described as describe_stream
-from .unlabelled import open_stream
+from .unlabelled import blank_loader, open_stream, say_leaks
 from .work_dir import one_training, training_in
 
 WITH_TRACES = ProgressHook | LossCheckHook | GradientBalanceHook
@@ -207,6 +206,9 @@ class DistillationRunner(Runner):
             )
             return
         check_is_detector(self._student(), 'student')
+        self._stream = open_stream(self.cfg, self.seed or 0)
+        if self._stream is not None and cfg.unlabelled.get('alone'):
+            self._train_dataloader = blank_loader(self.cfg, self._stream)
         self._classes = training_classes(self.train_loop.dataloader.dataset)
         self.model = self._student()
         self.distiller = build_distiller(
@@ -214,11 +216,8 @@ class DistillationRunner(Runner):
         )
         self.logger.info(_described(self.distiller))
         self.distiller.epoch_length = len(self.train_loop.dataloader)
-        if (unlabelled := self.distiller.unlabelled) is not None:
-            unlabelled.stream = self._stream = open_stream(
-                unlabelled.options, self.cfg, self.seed or 0
-            )
-            self.logger.info(describe_stream(self._stream))
+        if self.distiller.unlabelled is not None:
+            self.distiller.unlabelled.stream = self._stream
         self.distiller.attach()
         self._register_once(ReachCheckHook)
         if self._peers:
@@ -542,6 +541,8 @@ class DistillationRunner(Runner):
                 self._classes,
                 'val',
             )
+        if self._stream is not None:
+            say_leaks(self._stream, built.dataloader.dataset)
         return built
 
     def build_test_loop(self, loop: dict | BaseLoop) -> BaseLoop:

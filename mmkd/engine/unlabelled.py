@@ -1,30 +1,35 @@
 """Set up the images without labels that a config describes."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import get_rank, get_world_size
+from mmengine.logging import print_log
 
+from mmkd.core.unlabelled import check_options_of
 from mmkd.data.datasets import wrapped
+from mmkd.data.errors import some
+from mmkd.data.unlabelled.blank import BlankImages
+from mmkd.data.unlabelled.leakage import leaked
 from mmkd.data.unlabelled.sources import find_images
 from mmkd.data.unlabelled.stream import UnlabelledStream
 from mmkd.data.unlabelled.views import STRONG, UnlabelledImages, default_weak
+from mmkd.detectors.source import class_names
 from mmkd.errors import ConfigError
 
 WHERE = 'distillation.unlabelled'
 
 
-def open_stream(
-    options: Mapping[str, Any], cfg: Config, seed: int
-) -> UnlabelledStream:
-    """Return the batches of ``distillation.unlabelled``.
+def open_stream(cfg: Config, seed: int) -> UnlabelledStream | None:
+    """Return the batches of ``distillation.unlabelled``; None without it.
+
+    Its ``batch_size``, ``num_workers`` and ``weak`` are taken from the
+    student's training where they are missing: the numbers from
+    ``train_dataloader``, the weak view from resize and flip of its pipeline.
 
     Args:
-        options: Its ``dataset``, ``batch_size``, ``num_workers``, ``weak``
-            and ``strong``. Those that are missing are taken from the
-            student's training: the numbers from ``train_dataloader``, the
-            weak view from resize and flip of its pipeline.
         cfg: The config of the run.
         seed: The seed of the run.
 
@@ -32,6 +37,12 @@ def open_stream(
         ConfigError: If a number is out of range, or a transform unknown.
         DataError: If there are no images.
     """
+    options = (cfg.get('distillation') or {}).get('unlabelled')
+    if options is None:
+        return None
+    check_options_of(options)
+    if not options.get('weight', 1.0):
+        return None
     loader = cfg.get('train_dataloader') or {}
     size = options.get('batch_size', loader.get('batch_size', 1))
     workers = options.get('num_workers', loader.get('num_workers', 0))
@@ -55,12 +66,52 @@ def open_stream(
         options.get('strong', STRONG),
         seed,
     )
-    return UnlabelledStream(
+    stream = UnlabelledStream(
         dataset, size, workers, get_rank(), get_world_size()
+    )
+    print_log(_described(stream), 'current')
+    return stream
+
+
+def blank_loader(
+    cfg: Config, stream: UnlabelledStream
+) -> dict[str, Any]:
+    """Return what takes the place of ``train_dataloader`` without labels.
+
+    Args:
+        cfg: The config of the run.
+        stream: The unlabelled images.
+    """
+    images = BlankImages(len(stream.dataset), class_names({}, cfg))
+    return dict(
+        batch_size=stream.batch_size,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=images,
     )
 
 
-def described(stream: UnlabelledStream) -> str:
+def say_leaks(stream: UnlabelledStream, dataset: Any) -> None:
+    """Warn of unlabelled images that also stand in the validation set.
+
+    Args:
+        stream: The unlabelled images.
+        dataset: The built data set of the validation.
+    """
+    found = leaked(stream.dataset.images, dataset)
+    if found:
+        pairs = some(a if a == b else f'{a} (is {b})' for a, b in found)
+        print_log(
+            f'{WHERE}.dataset: {len(found)} of its {len(stream.dataset)} '
+            f'images also stand in the validation set: {pairs}. The student '
+            'learns from them, so what it scores there is too good. Take '
+            'them out of the unlabelled images.',
+            'current',
+            logging.WARNING,
+        )
+
+
+def _described(stream: UnlabelledStream) -> str:
     """Describe in a line of the log what the images are."""
     data = stream.dataset
     weak, strong = (
