@@ -12,19 +12,22 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmkd.core.gradients import untouched
-from mmkd.core.method import Method
+from mmkd.core.method import Method, Need
 from mmkd.data.batch import Batch
 from mmkd.detectors.blank import PROBE_SIZE, image_channels, probe_sample
 from mmkd.detectors.passes import images_of, loss_of
 from mmkd.detectors.record import StepRecord, tensors_in
 from mmkd.errors import ConfigError
 from mmkd.registry import METHODS
+from mmkd.teachers.jitter import box_variation
 from mmkd.teachers.seen import seen_objects, with_objects
-from mmkd.teachers.view import DETECTIONS, TeacherView
+from mmkd.teachers.view import DETECTIONS, ROIS, TeacherView
 from mmkd.utils import nearest
 
 TOLD = 10
 """The most frequent classes are listed."""
+BOXES = re.compile('bbox|iou|dfl|reg|xy|wh|offset|pts|centerness')
+"""The parts of stock losses that are about the places of boxes."""
 
 
 @METHODS.register_module()
@@ -49,6 +52,11 @@ class PseudoLabels(Method):
     ``background=True`` such images count as background. SoftTeacher does so,
     unless no image of the batch has a box.
 
+    With ``max_variation``, boxes whose place the teacher is not sure of train
+    the classes, but not the boxes: those that vary more if the teacher's RoI
+    head starts from moved ones (:func:`~mmkd.teachers.jitter.box_variation`).
+    Where a batch has such boxes, the student's heads run twice.
+
     The log has the number of boxes in an image (``boxes_per_image``). After
     every ``report_every`` images one line counts the boxes by class, or warns
     that the threshold leaves nothing.
@@ -58,8 +66,8 @@ class PseudoLabels(Method):
     https://arxiv.org/abs/2106.09018, whose threshold is 0.9, with the weight
     4 where a batch has 4 times as many unlabelled images as labelled ones.
     There the teacher is the student's mean, the background is weighted by the
-    teacher's scores, and boxes that are unsure of their place do not train
-    the regression.
+    teacher's scores, and boxes of a variation of 0.02 or more do not train
+    the regression of the RoI head.
 
     Args:
         score_thr: The threshold, 0 to 1, or one for each class by its name;
@@ -67,6 +75,9 @@ class PseudoLabels(Method):
         top_k: At most as many boxes of an image are used, those of the
             highest scores; None for all.
         background: Whether images without boxes count as background.
+        max_variation: Boxes that vary more do not train boxes; 0.02 in
+            SoftTeacher. It takes a teacher with a RoI head. None for no
+            limit.
         report_every: The number of images after which a line tells what was
             used, at least 1.
         loss_weight: Weight of the method.
@@ -76,7 +87,8 @@ class PseudoLabels(Method):
             or the student cannot learn from boxes alone.
     """
 
-    needs = (DETECTIONS,)
+    needs: Sequence[Need] = (DETECTIONS,)
+    without: Mapping[str, str] = {ROIS: 'max_variation=None'}
     needs_labels = False
     only_unlabelled = True
     any_geometry = True
@@ -87,6 +99,7 @@ class PseudoLabels(Method):
         score_thr: float | Mapping[str, float] = 0.9,
         top_k: int | None = None,
         background: bool = False,
+        max_variation: float | None = None,
         report_every: int = 1000,
         loss_weight: float = 1.0,
     ) -> None:
@@ -102,6 +115,10 @@ class PseudoLabels(Method):
         if top_k is not None:
             self.check_whole(1, top_k=top_k)
         self.check_choice((True, False), background=background)
+        if max_variation is not None:
+            self.check_positive(max_variation=max_variation)
+            self.needs = (DETECTIONS, ROIS)
+        self.max_variation = max_variation
         self.check_whole(1, report_every=report_every)
         self.score_thr = dict(by_class)
         self.top_k, self.background = top_k, background
@@ -138,6 +155,10 @@ class PseudoLabels(Method):
             zero = 0.0 * sum(map(torch.mean, tensors_in(student.maps)))
             return dict.fromkeys(self.parts, zero)
         losses = self._stock_losses(student, batch, chosen, images)
+        steady = self._steady(teacher, chosen)
+        if sum(map(len, steady)) < sum(map(len, chosen)):
+            sure = self._stock_losses(student, batch, steady, images)
+            losses |= {k: v for k, v in sure.items() if BOXES.search(k)}
         share = len(images) / len(chosen)
         return {part: share * loss for part, loss in losses.items()}
 
@@ -147,6 +168,18 @@ class PseudoLabels(Method):
         if self.top_k is not None and len(kept) > self.top_k:
             kept = kept[kept.scores.topk(self.top_k).indices]
         return kept
+
+    def _steady(
+        self, teacher: TeacherView, chosen: Sequence[InstanceData]
+    ) -> Sequence[InstanceData]:
+        """Return the boxes of whose place the teacher is sure."""
+        if self.max_variation is None:
+            return chosen
+        variation = box_variation(teacher, chosen)
+        return [
+            each[values <= self.max_variation]
+            for each, values in zip(chosen, variation, strict=True)
+        ]
 
     def _stock_losses(
         self,
