@@ -288,9 +288,10 @@ class Distiller(nn.Module):
 
         Distributed training waits for the gradient of every parameter. The
         adapters of idle methods have none, and a part of the student may have
-        none where a factor of 0 takes its loss away.
+        none where a factor of 0 takes its loss away. A student without labels
+        has no loss at all while its methods are idle.
         """
-        if not is_distributed():
+        if not (is_distributed() or self.alone):
             return losses
         idle = [
             parameter.sum()

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,11 @@ class Patient:
     def of(cls, runner: Any, stock: nn.Module, report: Report) -> 'Patient':
         """Take the first batch of a run's train loader."""
         raw = next(iter(runner.train_loop.dataloader))
+        unlabelled = runner.distiller.unlabelled
+        if unlabelled is not None:
+            # Every step sees the same images.
+            batch = next(unlabelled.stream)
+            unlabelled.stream = map(copy.deepcopy, itertools.repeat(batch))
         runner.distiller.student.train()
         inputs, samples = preprocessed(runner.distiller.student, raw)
         stock = stock.to(inputs.device).train()
