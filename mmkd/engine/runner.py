@@ -128,7 +128,7 @@ class DistillationRunner(Runner):
         self._random_states: list[dict[str, Any]] = []
         self._memories: list[dict[str, Any]] = []
         self._steps: int | None = None
-        self._stream: UnlabelledStream | None = None
+        self.unlabelled_stream: UnlabelledStream | None = None
         self._taken = 0
         self._saved: dict[str, Any] = {}
         self._on_hosts: Any = None
@@ -178,8 +178,8 @@ class DistillationRunner(Runner):
                 return super().train()
         finally:
             self._detach()
-            if self._stream is not None:
-                self._stream.close()
+            if self.unlabelled_stream is not None:
+                self.unlabelled_stream.close()
             for hook in self.hooks:
                 if isinstance(hook, WITH_TRACES):
                     hook.close()
@@ -206,9 +206,9 @@ class DistillationRunner(Runner):
             )
             return
         check_is_detector(self._student(), 'student')
-        self._stream = open_stream(self.cfg, self.seed or 0)
-        if self._stream is not None and cfg.unlabelled.get('alone'):
-            self._train_dataloader = blank_loader(self.cfg, self._stream)
+        self.unlabelled_stream = open_stream(self.cfg, self.seed or 0)
+        if self.unlabelled_stream is not None and cfg.unlabelled.get('alone'):
+            self._train_dataloader = blank_loader(self.cfg, self.unlabelled_stream)
         self._classes = training_classes(self.train_loop.dataloader.dataset)
         self.model = self._student()
         self.distiller = build_distiller(
@@ -217,7 +217,7 @@ class DistillationRunner(Runner):
         self.logger.info(_described(self.distiller))
         self.distiller.epoch_length = len(self.train_loop.dataloader)
         if self.distiller.unlabelled is not None:
-            self.distiller.unlabelled.stream = self._stream
+            self.distiller.unlabelled.stream = self.unlabelled_stream
         self.distiller.attach()
         self._register_once(ReachCheckHook)
         if self._peers:
@@ -406,8 +406,8 @@ class DistillationRunner(Runner):
                 checkpoint[ATTACHED]['made_with'] = self._provenance.facts()
             if self.distiller is not None:
                 checkpoint[ATTACHED]['steps'] = self.distiller.steps
-            if self._stream is not None:
-                checkpoint[ATTACHED]['unlabelled'] = self._stream.taken
+            if self.unlabelled_stream is not None:
+                checkpoint[ATTACHED]['unlabelled'] = self.unlabelled_stream.taken
             self._saved = checkpoint
 
     def _note_finite(self) -> None:
@@ -541,8 +541,8 @@ class DistillationRunner(Runner):
                 self._classes,
                 'val',
             )
-        if self._stream is not None:
-            say_leaks(self._stream, built.dataloader.dataset)
+        if self.unlabelled_stream is not None:
+            say_leaks(self.unlabelled_stream, built.dataloader.dataset)
         return built
 
     def build_test_loop(self, loop: dict | BaseLoop) -> BaseLoop:
@@ -608,8 +608,8 @@ class DistillationRunner(Runner):
         if self.distiller is not None:
             steps = self.iter if self._steps is None else self._steps
             self.distiller.steps = steps
-        if self._stream is not None:
-            self._stream.taken = self._taken
+        if self.unlabelled_stream is not None:
+            self.unlabelled_stream.taken = self._taken
 
     def _say_what_differs(self, filename: str) -> None:
         """Warn if the run goes on with another teacher, option or code."""

@@ -324,7 +324,7 @@ def test_an_idle_method_draws_no_images(tmp_path):
     runner = toy.train(cfg, record)
     active = ['pseudo.unlabelled_loss_cls' in each for each in record.losses]
     assert active == [True, False, True, False]
-    assert runner._stream.taken == 4
+    assert runner.unlabelled_stream.taken == 4
 
 
 class TestAlone:

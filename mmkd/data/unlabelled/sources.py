@@ -309,10 +309,10 @@ def _of_coco(path: Path) -> Iterator[str]:
 
 
 def _siblings(path: Path) -> Iterator[Path]:
-    """Yield the folders next to a file, and next to its folder."""
+    """Yield the folders next to a file and its folder, and what is above."""
     for parent in (path.parent, path.parent.parent):
-        if parent.is_dir():
-            yield from (p for p in sorted(parent.iterdir()) if p.is_dir())
+        yield from (p for p in sorted(parent.iterdir()) if p.is_dir())
+        yield parent
 
 
 def _listed(path: Path) -> Iterator[str]:
