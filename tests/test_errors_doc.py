@@ -28,6 +28,7 @@ from mmkd.data.batch import Batch
 from mmkd.data.checkpoint_file import load_checkpoint_file
 from mmkd.data.checkpoint_loader import safe_checkpoints, trusts
 from mmkd.data.download import extract
+from mmkd.data.unlabelled.sources import find_images
 from mmkd.data.foreign_weights import convert_state_dict, weights_in
 from mmkd.data.layouts import Data, find_data, prepare
 from mmkd.data.layouts.convert import Options
@@ -716,6 +717,14 @@ CASES = {
         teacher={'config': 'a.py'},
         methods=dict(dml=dict(type='mmkd.MutualLearning')),
     ),
+    'Unlabelled images that are not there': lambda: distil(
+        tiny.gfl(), dict(p=dict(type='mmkd.PseudoLabels'))
+    ),
+    'Unlabelled images that no method learns from': lambda: distil(
+        tiny.gfl(),
+        dict(m=dict(type='mmkd.DKD')),
+        unlabelled=dict(dataset='images'),
+    ),
     'Two methods that steer the assignment': lambda: distil(
         tiny_dense.paa(), dict(a=LAD, b=LAD)
     ),
@@ -1002,6 +1011,7 @@ CASES = {
     'Empty images': empty_images,
     'A damaged image': damaged_image,
     'No data under a path': lambda: find_data('/no/mine'),
+    'No unlabelled images under a path': lambda: find_images('nowhere'),
     'A folder in no known layout': found_in('src/a.md'),
     'Images without labels': found_in('a.jpg'),
     'A video as data': found_in('street.mp4', name='street.mp4'),

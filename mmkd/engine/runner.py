@@ -208,7 +208,9 @@ class DistillationRunner(Runner):
         check_is_detector(self._student(), 'student')
         self.unlabelled_stream = open_stream(self.cfg, self.seed or 0)
         if self.unlabelled_stream is not None and cfg.unlabelled.get('alone'):
-            self._train_dataloader = blank_loader(self.cfg, self.unlabelled_stream)
+            self._train_dataloader = blank_loader(
+                self.cfg, self.unlabelled_stream
+            )
         self._classes = training_classes(self.train_loop.dataloader.dataset)
         self.model = self._student()
         self.distiller = build_distiller(
@@ -407,7 +409,9 @@ class DistillationRunner(Runner):
             if self.distiller is not None:
                 checkpoint[ATTACHED]['steps'] = self.distiller.steps
             if self.unlabelled_stream is not None:
-                checkpoint[ATTACHED]['unlabelled'] = self.unlabelled_stream.taken
+                checkpoint[ATTACHED]['unlabelled'] = (
+                    self.unlabelled_stream.taken
+                )
             self._saved = checkpoint
 
     def _note_finite(self) -> None:

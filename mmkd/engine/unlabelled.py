@@ -73,9 +73,7 @@ def open_stream(cfg: Config, seed: int) -> UnlabelledStream | None:
     return stream
 
 
-def blank_loader(
-    cfg: Config, stream: UnlabelledStream
-) -> dict[str, Any]:
+def blank_loader(cfg: Config, stream: UnlabelledStream) -> dict[str, Any]:
     """Return what takes the place of ``train_dataloader`` without labels.
 
     Args:

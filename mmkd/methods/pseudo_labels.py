@@ -1,4 +1,4 @@
-"""Pseudo labels: the stock loss on a teacher's boxes (Xu et al., ICCV 2021)."""
+"""The stock loss on a teacher's boxes (Xu et al., ICCV 2021)."""
 
 import logging
 import math

@@ -72,7 +72,9 @@ def _seen(
     )
 
 
-def homography(weak: DetDataSample, strong: DetDataSample) -> np.ndarray | None:
+def homography(
+    weak: DetDataSample, strong: DetDataSample
+) -> np.ndarray | None:
     """Return what moves the weak view's pixels to the strong one's, (3, 3).
 
     None where they are the same.

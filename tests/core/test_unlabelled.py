@@ -78,9 +78,7 @@ class TestStockTraining:
 
     def test_stock_losses_and_random_numbers(self, tmp_path):
         """The two-stage samplers draw what they draw in plain training."""
-        plain, record, _ = both(
-            tmp_path, toy.FASTER_RCNN, dict(pseudo=PSEUDO)
-        )
+        plain, record, _ = both(tmp_path, toy.FASTER_RCNN, dict(pseudo=PSEUDO))
         assert toy.same(plain.states, record.states)
         first = record.losses[0]
         stock = {k: first[k] for k in plain.losses[0] if k != 'loss'}
@@ -263,7 +261,7 @@ class TestWhoLearns:
             tmp_path, toy.RETINANET, methods=dict(fgd=dict(type='mmkd.FGD'))
         )
         runner = toy.build(unlabelled.unlabelled(cfg))
-        with pytest.raises(ConfigError, match='no method learns from.*fgd ne'):
+        with pytest.raises(ConfigError, match=r'no method learns from.*fgd ne'):
             runner._attach()
 
     def test_objects_need_detections(self, tmp_path):
@@ -273,12 +271,12 @@ class TestWhoLearns:
         teacher = cfg.distillation.teacher
         cfg.distillation.teacher = dict(mean=[teacher, teacher])
         runner = toy.build(unlabelled.unlabelled(cfg))
-        with pytest.raises(ConfigError, match='kd reads objects.*gives none'):
+        with pytest.raises(ConfigError, match=r'kd reads objects.*gives none'):
             runner._attach()
 
     def test_no_images(self, tmp_path):
         runner = toy.build(unlabelled.pseudo(tmp_path))
-        with pytest.raises(ConfigError, match='pseudo.*and there are none'):
+        with pytest.raises(ConfigError, match=r'pseudo.*and there are none'):
             runner._attach()
 
     @pytest.mark.parametrize(
@@ -310,7 +308,7 @@ def test_geometry_of_the_student_alone(tmp_path):
     cfg = toy.distilled(tmp_path, toy.RETINANET, methods=dict(pkd=PKD))
     strong = [dict(type='RandomFlip', prob=1.0)]
     runner = toy.build(unlabelled.unlabelled(cfg, strong=strong))
-    with pytest.raises(ConfigError, match='strong moves the pixels.*pkd wou'):
+    with pytest.raises(ConfigError, match=r'strong moves the pixels.*pkd wou'):
         runner.train()
 
 

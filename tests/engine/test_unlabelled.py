@@ -70,9 +70,7 @@ def test_two_processes_share_the_images(tmp_path):
     toy.train(written(tmp_path / 'one', 2))
     (expected,) = records(tmp_path / 'one')
     name = 'hint.unlabelled_loss_hint'
-    steps = zip(
-        *(r['losses'] for r in (first, second, expected)), strict=True
-    )
+    steps = zip(*(r['losses'] for r in (first, second, expected)), strict=True)
     for a, b, both in steps:
         assert a[name] != b[name]
         assert (a[name] + b[name]) / 2 == pytest.approx(both[name], rel=1e-3)
@@ -159,5 +157,5 @@ class TestImages:
         (tmp_path / 'images').mkdir()
         cfg = unlabelled.unlabelled(unlabelled.pseudo(tmp_path / 'run'))
         cfg.distillation.unlabelled.dataset = str(tmp_path / 'images')
-        with pytest.raises(DataError, match='the folder .*images has no im'):
+        with pytest.raises(DataError, match=r'the folder .*images has no im'):
             toy.train(cfg)

@@ -74,7 +74,9 @@ def unlabelled(cfg: Config, **options: Any) -> Config:
     return cfg
 
 
-def pseudo(work_dir: Path, base: str = toy.RETINANET, **options: Any) -> Config:
+def pseudo(
+    work_dir: Path, base: str = toy.RETINANET, **options: Any
+) -> Config:
     """A toy run that learns from what the teacher is told to find."""
     return toy.distilled(
         work_dir,

@@ -16,6 +16,8 @@ HALF = np.diag([0.5, 0.5, 1.0])
 
 
 class View(TeacherView):
+    detections = None
+
     def __init__(self, *found, student=('a', 'b'), teacher=('a', 'b')):
         self.class_map = ClassMap(student, teacher)
         self.cache = {}
@@ -63,9 +65,8 @@ def test_the_same_geometry_moves_nothing():
 
 def test_boxes_end_at_the_border_of_the_students_view():
     """What is left of a box has at least one pixel to each side."""
-    view = View(([[-9, -9, 60, 50], [38.5, 0, 50, 9], [39.5, 0, 50, 9]],) + (
-        [0, 0, 0],
-    ))
+    boxes = [[-9, -9, 60, 50], [38.5, 0, 50, 9], [39.5, 0, 50, 9]]
+    view = View((boxes, [0, 0, 0]))
     (found,) = seen_objects(view, batch(None))
     assert found.bboxes.tolist() == [[0, 0, 40, 30], [38.5, 0, 40, 9]]
     assert found.index.tolist() == [0, 1]

@@ -231,5 +231,3 @@ def _flat(steps: Sequence[Any]) -> Iterator[dict[str, Any]]:
 
 def _of(steps: Any, kinds: Sequence[str]) -> list[dict[str, Any]]:
     return [dict(step) for step in steps if step.get('type') in kinds]
-
-

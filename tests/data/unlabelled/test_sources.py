@@ -16,7 +16,9 @@ from tests.helpers import made_data
 @pytest.fixture
 def lines(monkeypatch):
     said = []
-    monkeypatch.setattr(sources, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(
+        sources, 'print_log', lambda text, *_: said.append(text)
+    )
     return said
 
 
@@ -117,7 +119,7 @@ class TestFiles:
     def test_a_damaged_image(self, folder):
         (folder / 'a.jpg').write_bytes(b'no image')
         images = find_images(folder / 'a.jpg')
-        with pytest.raises(PictureError, match='a.jpg is damaged'):
+        with pytest.raises(PictureError, match=r'a.jpg is damaged'):
             images.read(0)
 
     def test_an_image_that_is_too_large(self, folder, monkeypatch):
@@ -175,11 +177,11 @@ class TestVideo:
     def test_no_video(self, tmp_path):
         path = tmp_path / 'film.mp4'
         path.write_bytes(b'no video at all')
-        with pytest.raises(DataError, match='no frame of .*film.mp4 can be'):
+        with pytest.raises(DataError, match=r'no frame of .*film.mp4 can be'):
             find_images(str(path))
 
     def test_a_range_without_frames(self, video):
-        with pytest.raises(DataError, match='frames 20 to 12 of .* are none'):
+        with pytest.raises(DataError, match=r'frames 20 to 12 of .* are none'):
             find_images(dict(video=str(video), start=20))
 
 
@@ -205,7 +207,7 @@ def test_a_video_with_another_option():
 
 def test_files_that_hold_no_images(tmp_path):
     (tmp_path / 'images').mkdir()
-    with pytest.raises(DataError, match='folder .*images has no image there'):
+    with pytest.raises(DataError, match=r'folder .*images has no image there'):
         find_images(tmp_path / 'images')
     (tmp_path / 'list.txt').write_text('gone.png\n')
     with pytest.raises(DataError, match='none of its 1 images is there, such'):
@@ -214,8 +216,8 @@ def test_files_that_hold_no_images(tmp_path):
     with pytest.raises(DataError, match='expected a list "images"'):
         find_images(tmp_path / 'x.json')
     (tmp_path / 'y.json').write_text('{"images": [{"file_name": "g.png"}]}')
-    with pytest.raises(DataError, match='names g.png, which is neither'):
+    with pytest.raises(DataError, match=r'names g.png, which is neither'):
         find_images(tmp_path / 'y.json')
     (tmp_path / 'notes.md').write_text('none')
-    with pytest.raises(DataError, match='notes.md is of an unknown kind'):
+    with pytest.raises(DataError, match=r'notes.md is of an unknown kind'):
         find_images(tmp_path / 'notes.md')

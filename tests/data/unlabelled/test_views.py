@@ -59,9 +59,7 @@ def images(count=7, broken=(), weak=(RESIZE, FLIP), **options):
 
 
 def order(dataset, positions):
-    return [
-        dataset[i]['weak']['data_samples'].img_id for i in positions
-    ]
+    return [dataset[i]['weak']['data_samples'].img_id for i in positions]
 
 
 class TestViews:
@@ -123,7 +121,7 @@ class TestViews:
         assert changed > 20
 
     def test_unknown_and_unfit_transforms(self):
-        with pytest.raises(ConfigError, match='unlabelled.strong: .*Shinier'):
+        with pytest.raises(ConfigError, match=r'unlabelled.strong: .*Shinier'):
             images(strong=[dict(type='Shinier')])
         with pytest.raises(ConfigError, match='weak: Mosaic joins several'):
             images(weak=[dict(type='Mosaic')])
@@ -214,7 +212,9 @@ class TestStream:
         rest.taken = 6
         for each in expected[3:]:
             found = next(rest)
-            assert toy.same(each['strong']['inputs'], found['strong']['inputs'])
+            assert toy.same(
+                each['strong']['inputs'], found['strong']['inputs']
+            )
         rest.close()
         assert rest.taken == 10
 
