@@ -28,12 +28,12 @@ from mmkd.data.batch import Batch
 from mmkd.data.checkpoint_file import load_checkpoint_file
 from mmkd.data.checkpoint_loader import safe_checkpoints, trusts
 from mmkd.data.download import extract
-from mmkd.data.unlabelled.sources import find_images
 from mmkd.data.foreign_weights import convert_state_dict, weights_in
 from mmkd.data.layouts import Data, find_data, prepare
 from mmkd.data.layouts.convert import Options
 from mmkd.data.lock import locked
 from mmkd.data.pictures import VARIABLE, pixel_limit
+from mmkd.data.unlabelled.sources import find_images
 from mmkd.detectors.graph import detector_graph
 from mmkd.detectors.shrink import small_model
 from mmkd.detectors.source import load_config, load_strictly

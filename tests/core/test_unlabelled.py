@@ -261,7 +261,9 @@ class TestWhoLearns:
             tmp_path, toy.RETINANET, methods=dict(fgd=dict(type='mmkd.FGD'))
         )
         runner = toy.build(unlabelled.unlabelled(cfg))
-        with pytest.raises(ConfigError, match=r'no method learns from.*fgd ne'):
+        with pytest.raises(
+            ConfigError, match=r'no method learns from.*fgd ne'
+        ):
             runner._attach()
 
     def test_objects_need_detections(self, tmp_path):

@@ -7,6 +7,7 @@ from mmkd.data.layouts import find_data
 from mmkd.errors import ConfigError
 from mmkd.start.config_text import (
     Wishes,
+    check_images,
     is_as_written,
     stock_name,
     write_config,
@@ -248,3 +249,42 @@ class TestOptions:
 def test_a_student_from_the_model_index():
     name = stock_name('retinanet_r50_fpn_1x_coco')
     assert name == f'mmdet::{toy.RETINANET}'
+
+
+class TestUnlabelled:
+    WISH = dict(dataset='/images', weight=2.0, alone=False)
+
+    def test_every_option_is_written(self, tmp_path):
+        text = write_config(
+            student(tmp_path),
+            dict(name='retinanet_r101_fpn_2x_coco'),
+            ['pkd', 'pseudolabels'],
+            wishes=Wishes(batch_size=3, unlabelled=self.WISH),
+            tried=False,
+        ).text
+        cfg = Config.fromstring(text, '.py')
+        assert cfg.distillation.unlabelled == dict(
+            dataset='/images',
+            batch_size=3,
+            num_workers=cfg.train_dataloader.num_workers,
+            weight=2.0,
+            score_thr=0.5,
+            alone=False,
+        )
+        assert cfg.distillation.methods.pseudolabels.score_thr == 0.9
+
+    def test_methods_that_need_labels(self, tmp_path):
+        with pytest.raises(ConfigError, match=r'dkd needs labels.*pseudolab'):
+            write_config(
+                student(tmp_path),
+                dict(name='retinanet_r101_fpn_2x_coco'),
+                ['dkd'],
+                wishes=Wishes(unlabelled=self.WISH),
+                tried=False,
+            )
+
+    def test_methods_of_unlabelled_images_without_any(self):
+        with pytest.raises(ConfigError, match='pseudolabels learns from ima'):
+            check_images(['pkd', 'pseudolabels'], None)
+        check_images(['pkd'], None)
+        check_images(['pseudolabels'], self.WISH)
