@@ -92,6 +92,7 @@ class PseudoLabels(Method):
     needs_labels = False
     only_unlabelled = True
     any_geometry = True
+    thresholds: Tensor
 
     def __init__(
         self,
@@ -152,7 +153,8 @@ class PseudoLabels(Method):
             i for i, each in enumerate(chosen) if self.background or len(each)
         ]
         if not images:
-            zero = 0.0 * sum(map(torch.mean, tensors_in(student.maps)))
+            means = [each.mean() for each in tensors_in(student.maps)]
+            zero = 0.0 * torch.stack(means).sum()  # with a graph
             return dict.fromkeys(self.parts, zero)
         losses = self._stock_losses(student, batch, chosen, images)
         steady = self._steady(teacher, chosen)

@@ -329,6 +329,7 @@ def write_config(
             why += lines
         entries['distillation'] = dict(teacher=dict(teacher), methods=options)
         if wishes.unlabelled is not None:
+            config = _read(base, entries)
             changed = unlabelled_entry(names, config, wishes.unlabelled)
             entries['distillation']['unlabelled'] = changed
     if wishes.balance is not None:

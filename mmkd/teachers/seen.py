@@ -54,7 +54,7 @@ def _seen(
     weak: DetDataSample,
     strong: DetDataSample,
 ) -> InstanceData:
-    boxes = as_tensor(found.bboxes).float()
+    boxes = as_tensor(found.bboxes).float().clone()  # clipped in place
     labels = to_student[found.labels]
     if (moves := homography(weak, strong)) is not None:
         boxes = bbox_project(boxes, boxes.new_tensor(moves))

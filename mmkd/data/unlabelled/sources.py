@@ -123,7 +123,8 @@ class VideoFrames:
         every: int = 1,
     ) -> None:
         self.path = path
-        self._pid, self._capture, self._at = 0, None, 0
+        self._capture: Any = None
+        self._pid = self._at = 0
         length = self._length()
         stop = length if stop is None else min(stop, length)
         self._numbers = range(start, stop, every)
