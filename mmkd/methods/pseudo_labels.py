@@ -54,8 +54,8 @@ class PseudoLabels(Method):
 
     With ``max_variation``, boxes whose place the teacher is not sure of train
     the classes, but not the boxes: those that vary more if the teacher's RoI
-    head starts from moved ones (:func:`~mmkd.teachers.jitter.box_variation`).
-    Where a batch has such boxes, the student's heads run twice.
+    head starts from moved ones (``mmkd.teachers.jitter.box_variation``). Where
+    a batch has such boxes, the student's heads run twice.
 
     The log has the number of boxes in an image (``boxes_per_image``). After
     every ``report_every`` images one line counts the boxes by class, or warns
