@@ -286,7 +286,7 @@ class TestWhoLearns:
         [
             (dict(weight=-1), 'weight must be a finite number, at least 0'),
             (dict(score_thr=2), 'score_thr must be.*from 0 to 1, got 2'),
-            (dict(weigth=1), 'no option "weigth". Did you mean "weight"'),
+            (dict(weights=1), 'no option "weights". Did you mean "weight"'),
             (dict(alone=True, weight=0), 'would learn nothing'),
             (dict(batch_size=0), 'batch_size must be.*at least 1, got 0'),
             (dict(num_workers=-1), 'num_workers must be.*at least 0'),
