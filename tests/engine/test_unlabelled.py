@@ -14,6 +14,7 @@ from tests.engine.test_resume import assert_same_outcome
 from tests.helpers import toy, unlabelled
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     """Two-stage samplers, photometric changes, workers that read ahead."""
 
