@@ -153,6 +153,9 @@ def small(cfg):
         loader = cfg[f'{split}_dataloader']
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
         small_dataset(loader.dataset)
+    if 'unlabelled' in cfg.get('distillation', {}):
+        folder = made_data.root() / 'coco_tiny' / 'val2017'
+        cfg.distillation.unlabelled.dataset = str(folder)
     return cfg
 
 

@@ -35,6 +35,7 @@ from mmkd.data.layouts import Data, find_data, prepare
 from mmkd.data.layouts.convert import Options
 from mmkd.data.lock import locked
 from mmkd.data.pictures import VARIABLE, pixel_limit
+from mmkd.data.unlabelled.sources import find_images
 from mmkd.detectors.graph import detector_graph
 from mmkd.detectors.shrink import small_model
 from mmkd.detectors.source import load_config, load_strictly
@@ -776,6 +777,14 @@ CASES = {
         teacher={'config': 'a.py'},
         methods=dict(dml=dict(type='mmkd.MutualLearning')),
     ),
+    'Unlabelled images that are not there': lambda: distil(
+        tiny.gfl(), dict(p=dict(type='mmkd.PseudoLabels'))
+    ),
+    'Unlabelled images that no method learns from': lambda: distil(
+        tiny.gfl(),
+        dict(m=dict(type='mmkd.DKD')),
+        unlabelled=dict(dataset='images'),
+    ),
     'Two methods that steer the assignment': lambda: distil(
         tiny_dense.paa(), dict(a=LAD, b=LAD)
     ),
@@ -1074,6 +1083,7 @@ CASES = {
     'Empty images': empty_images,
     'A damaged image': damaged_image,
     'No data under a path': lambda: find_data('/no/mine'),
+    'No unlabelled images under a path': lambda: find_images('nowhere'),
     'A folder in no known layout': found_in('src/a.md'),
     'Images without labels': found_in('a.jpg'),
     'A video as data': found_in('street.mp4', name='street.mp4'),

@@ -18,7 +18,8 @@ from .method import Method, Need
 
 def check_keys(cfg: Mapping[str, Any]) -> None:
     """Check that there is something to learn from, and a method."""
-    check_options('distillation', cfg, ('teacher', 'peers', 'methods'))
+    known = ('teacher', 'peers', 'methods', 'unlabelled')
+    check_options('distillation', cfg, known)
     example = (
         'Example: distillation = dict(teacher=dict(config=..., '
         "checkpoint=...), methods=dict(hint=dict(type='mmkd.FeatureHint')))"

@@ -41,6 +41,7 @@ from .checks import (
 )
 from .each_teacher import FromEach
 from .method import Method
+from .unlabelled import Unlabelled, build_unlabelled
 
 Losses = dict[str, Tensor | list[Tensor]]
 Active = Mapping[str, tuple[Method, float]]
@@ -61,8 +62,10 @@ class Distiller(nn.Module):
         teacher: The teacher; None for networks that only train together.
         methods: Name to method.
         peers: Name to the networks that train beside the student.
+        unlabelled: The images without labels, if there are any.
     """
 
+    not_resumed = ('unlabelled',)
     student: Any
 
     def __init__(
@@ -71,6 +74,7 @@ class Distiller(nn.Module):
         teacher: Teacher | None,
         methods: Mapping[str, Method],
         peers: Mapping[str, Peer] | None = None,
+        unlabelled: Unlabelled | None = None,
     ) -> None:
         super().__init__()
         # This bypasses nn.Module: the student is no child of its own child.
@@ -78,6 +82,7 @@ class Distiller(nn.Module):
         self.teacher: Teacher = teacher or NoTeacher()
         self.methods = nn.ModuleDict(methods)
         self.peers: Any = nn.ModuleDict(peers or {})
+        self.unlabelled = unlabelled
         self.scales = dict.fromkeys(methods, 1.0)
         """Factors of the methods' weights, set by schedules."""
         self.balances = dict.fromkeys(methods, 1.0)
@@ -100,17 +105,23 @@ class Distiller(nn.Module):
 
         Returns:
             The stock losses under their stock names, ``<method>.loss_<part>``
-            and ``<peer>.<stock name>`` beside them.
+            and ``<peer>.<stock name>`` beside them, and on unlabelled images
+            ``<method>.unlabelled_loss_<part>``.
         """
-        batch, active = self._next(inputs, data_samples), self.active_methods()
+        active = self.active_methods()
+        batch = self._next(inputs, data_samples, active)
         student, teacher = self._record(), self.teacher.view(batch)
         with self._steered(active, student, teacher, batch):
             losses = self._stock_losses(batch)
         distilled: dict[str, dict[str, Tensor]] = {}
         for name, (method, weight) in active.items():
             losses = scaled(losses, method.task_factors(), weight)
-            found = method(student, teacher, batch, self.factor(name))
+            found = {}
+            if not (self.alone or method.only_unlabelled):
+                found = method(student, teacher, batch, self.factor(name))
             distilled[name] = {f'{name}.loss_{k}': v for k, v in found.items()}
+        for name, found in self._unlabelled_losses(batch, active).items():
+            distilled[name] |= found
         for observe in self.observers:
             observe(losses, distilled)
         for part in distilled.values():
@@ -127,6 +138,11 @@ class Distiller(nn.Module):
             if weight:
                 active[name] = (method, weight)
         return active
+
+    @property
+    def alone(self) -> bool:
+        """Whether the student learns from unlabelled images alone."""
+        return self.unlabelled is not None and self.unlabelled.alone
 
     def factor(self, name: str) -> float:
         """Return what a method's ``loss_weight`` is multiplied by now."""
@@ -173,13 +189,18 @@ class Distiller(nn.Module):
         delattr(self.student, ATTACHED)
 
     def _next(
-        self, inputs: Tensor, data_samples: Sequence[DetDataSample]
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[DetDataSample],
+        active: Active,
     ) -> Batch:
         """Return the batch of the step that begins now."""
         step, length = self.steps, self.epoch_length
         self.steps += 1
-        epoch = step // length if length else 0
-        return Batch(inputs, data_samples, step=step, epoch=epoch)
+        epoch, unlabelled = step // length if length else 0, None
+        if self.unlabelled is not None:
+            unlabelled = self.unlabelled.next(active, step, epoch)
+        return Batch(inputs, data_samples, unlabelled, step=step, epoch=epoch)
 
     def _record(self) -> StepRecord:
         """Return an empty record for the student, with one for each peer."""
@@ -211,6 +232,8 @@ class Distiller(nn.Module):
 
     def _stock_losses(self, batch: Batch) -> Losses:
         """Return the stock losses; those of peers are ``<peer>.<name>``."""
+        if self.alone:
+            return {}
         losses: Losses = type(self.student).loss(
             self.student, batch.inputs, batch.copies()
         )
@@ -222,9 +245,26 @@ class Distiller(nn.Module):
             }
         return losses
 
-    @staticmethod
+    def _unlabelled_losses(
+        self, batch: Batch, active: Active
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return each method's losses on unlabelled images, by full name."""
+        if self.unlabelled is None or batch.unlabelled is None:
+            return {}
+        losses = self.unlabelled.losses(
+            batch.unlabelled,
+            {name: method for name, (method, _) in active.items()},
+            self._record(),
+            self.teacher,
+            self.factor,
+        )
+        return {
+            name: {f'{name}.unlabelled_loss_{k}': v for k, v in found.items()}
+            for name, found in losses.items()
+        }
+
     def _statistics(
-        active: Active, teacher: TeacherView, batch: Batch
+        self, active: Active, teacher: TeacherView, batch: Batch
     ) -> Losses:
         """Return what teachers and methods log in addition to losses."""
         found: Losses = {
@@ -235,6 +275,8 @@ class Distiller(nn.Module):
         for name, (method, _) in active.items():
             for key, value in method.statistics.items():
                 found[f'{name}.{key}'] = value
+        if batch.unlabelled is not None and self.unlabelled is not None:
+            found |= self.unlabelled.statistics
         check_not_summed(found)
         return found
 
@@ -246,9 +288,10 @@ class Distiller(nn.Module):
 
         Distributed training waits for the gradient of every parameter. The
         adapters of idle methods have none, and a part of the student may have
-        none where a factor of 0 takes its loss away.
+        none where a factor of 0 takes its loss away. A student without labels
+        has no loss at all while its methods are idle.
         """
-        if not is_distributed():
+        if not (is_distributed() or self.alone):
             return losses
         idle = [
             parameter.sum()
@@ -256,7 +299,7 @@ class Distiller(nn.Module):
             if name not in active
             for parameter in method.parameters()
         ]
-        if any(
+        if self.alone or any(
             weight >= 1 and 0 in method.task_factors().values()
             for method, weight in active.values()
         ):
@@ -267,7 +310,7 @@ class Distiller(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies (EMA) are never trained, so nobody observes them.
-        return {**self.__dict__, 'observers': []}
+        return {**self.__dict__, 'observers': [], 'unlabelled': None}
 
 
 def scaled(
@@ -309,9 +352,10 @@ def build_distiller(
     """Build teacher, methods and adapters for a student.
 
     Args:
-        cfg: ``distillation`` of the config: ``teacher``, ``peers`` and
-            ``methods``. A teacher with ``trainable=True`` is the peer
-            ``teacher``.
+        cfg: ``distillation`` of the config: ``teacher``, ``peers``,
+            ``methods`` and ``unlabelled``. A teacher with ``trainable=True``
+            is the peer ``teacher``. Whoever trains gives
+            ``distiller.unlabelled`` its stream of batches.
         student: The stock detector on its device.
         classes: The student's class names. None if the data have none: a
             teacher of as many classes is then taken to know the same.
@@ -361,7 +405,10 @@ def build_distiller(
         say_left_out(teacher)
         for name, method in methods.items():
             methods[name] = _taught(name, method, teacher)
-        distiller = Distiller(student, teacher, methods, peers)
+        unlabelled = build_unlabelled(
+            cfg.get('unlabelled'), student, methods, teacher, seed
+        )
+        distiller = Distiller(student, teacher, methods, peers, unlabelled)
         _prepare(distiller, device)
     return distiller.to(device)
 

@@ -40,6 +40,10 @@ class FromEach(Method):
             {label: copy.deepcopy(method) for label in labels}
         )
         self.needs, self.without = method.needs, method.without
+        self.needs_labels = method.needs_labels
+        self.reads_objects = method.reads_objects
+        self.only_unlabelled = method.only_unlabelled
+        self.any_geometry = method.any_geometry
 
     @property
     def student_paths(self) -> Sequence[str]:

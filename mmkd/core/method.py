@@ -44,8 +44,17 @@ class Method(nn.Module):
     """What the teacher has to give. If it is empty, any teacher will do."""
     without: Mapping[str, str] = {}
     """The option, in words, with which the method does without a need."""
-    needs_labels: ClassVar[bool] = True
-    """Whether it reads the ground truth of images."""
+    needs_labels: bool = True
+    """Whether it reads the ground truth of images. If not, it also learns
+    from unlabelled images."""
+    reads_objects: bool = False
+    """Whether it reads where the student's own loss finds objects. On
+    unlabelled images these are the teacher's confident detections."""
+    only_unlabelled: bool = False
+    """Whether it learns from unlabelled images alone."""
+    any_geometry: bool = False
+    """Whether the student's view of an unlabelled image may be moved against
+    the teacher's; then it compares boxes only."""
     steers: bool = False
     """Whether it steers the networks' own losses by :meth:`steer`."""
     official: ClassVar[Sequence[Official]] = ()
@@ -165,6 +174,9 @@ class Method(nn.Module):
         self, student: StepRecord, teacher: TeacherView, batch: Batch
     ) -> dict[str, Tensor]:
         """Return the method's losses for one batch, without the weight.
+
+        Methods that need no labels are called once more for a batch of
+        unlabelled images, of which ``batch.weak`` is what the teacher sees.
 
         Args:
             student: What the student's own loss has produced.

@@ -23,6 +23,9 @@ class Batch:
     """The ground truth and the meta data of each image."""
     unlabelled: 'Batch | None' = None
     """Images without ground truth, for methods that need no labels."""
+    weak: 'Batch | None' = None
+    """Of unlabelled images: the same ones as the teacher sees them, changed
+    less. None for labelled images, which teacher and student see alike."""
     step: int = 0
     """The number of steps that the distiller has taken before this one."""
     epoch: int = 0

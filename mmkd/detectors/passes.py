@@ -71,6 +71,48 @@ def _held_statistics(head: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
+def loss_of(
+    model: Any,
+    maps: Any,
+    inputs: Tensor,
+    data_samples: Sequence[DetDataSample],
+) -> dict[str, Any]:
+    """Return a detector's own losses from given levels, but those of masks.
+
+    Args:
+        model: The detector, in train mode.
+        maps: What its ``extract_feat`` has returned for the images.
+        inputs: The batch (B, 3, H, W) that the levels belong to.
+        data_samples: The objects of each image. They may be changed.
+    """
+    with (
+        replaced(model, 'extract_feat', lambda *_: maps),
+        _without_masks(getattr(model, 'roi_head', None)),
+    ):
+        return type(model).loss(model, inputs, data_samples)
+
+
+@contextmanager
+def _without_masks(head: Any) -> Iterator[None]:
+    """Let a RoI head train no masks, as boxes alone have none."""
+    children = getattr(head, '_modules', {})
+    mask = children.get('mask_head')
+    try:
+        if mask is not None:
+            children['mask_head'] = None
+        yield
+    finally:
+        if mask is not None:
+            children['mask_head'] = mask
+
+
+def images_of(maps: Any, index: Tensor) -> Any:
+    """Return the given images of nested levels (B, …)."""
+    if isinstance(maps, Tensor):
+        return maps[index]
+    return type(maps)(images_of(each, index) for each in maps)
+
+
 def detect(
     model: Any,
     maps: tuple[Tensor, ...],

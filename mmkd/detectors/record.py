@@ -179,6 +179,8 @@ class StepRecord:
         """The records of the networks that train beside this one, by name."""
         self.cache: dict[str, Any] = {}
         """What methods have derived in this step, to share it."""
+        self.maps: Any = None
+        """On unlabelled images: the levels that the heads are given."""
         self.without_gradients: set[str] = set()
         """The taps that fired where gradients were switched off."""
         self._fired: dict[str, list[Any]] = {}

@@ -43,7 +43,8 @@ class Recording:
         self.methods: dict[str, Any] = {
             name: (method, weight)
             for name, (method, weight) in distiller.active_methods().items()
-            if method.learns_from == 'teacher' and not method.steers
+            if method.learns_from == 'teacher'
+            and not (method.steers or method.only_unlabelled)
         }
         self.states = {n: cloned(m) for n, (m, _) in self.methods.items()}
         self.student = StepRecord(

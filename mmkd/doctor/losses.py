@@ -14,6 +14,8 @@ from .report import some, table
 
 MORE_BATCHES = 3
 """How many more batches are tried for a loss that is 0 on the first."""
+UNLABELLED = '.unlabelled_loss_'
+"""What the names of losses on images without labels have in them."""
 
 
 def check_losses(patient: Patient) -> None:
@@ -113,7 +115,8 @@ def _judge(
         find(
             f'{name} teaches nothing: its {what} is exactly 0 on '
             f'{1 + MORE_BATCHES} batches.{_doubt(patient, name, what)}',
-            'warns' if others else 'stops',
+            # On few images a sound threshold may leave nothing.
+            'warns' if others or UNLABELLED in name else 'stops',
         )
 
 
@@ -136,6 +139,11 @@ def _doubt(patient: Patient, name: str, what: str) -> str:
         return f' {_cause(patient, name.partition(".")[0])}'
     if not patient.distiller.teacher.each():
         return ''
+    if UNLABELLED in name:
+        return (
+            ' The teacher finds no object in these images that the method '
+            'takes: look at its threshold, and at what --eval 100 shows.'
+        )
     return (
         ' If the teacher is trained (--eval 100 shows its metrics), none of '
         'its predictions fits an object of these images as the method asks.'

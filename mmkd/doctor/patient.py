@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,7 @@ class Patient:
     def of(cls, runner: Any, stock: nn.Module, report: Report) -> 'Patient':
         """Take the first batch of a run's train loader."""
         raw = next(iter(runner.train_loop.dataloader))
+        _hold_unlabelled(runner)
         runner.distiller.student.train()
         inputs, samples = preprocessed(runner.distiller.student, raw)
         stock = stock.to(inputs.device).train()
@@ -58,6 +60,7 @@ class Patient:
 
     def on(self, raw: Any) -> 'Patient':
         """Return the same patient with another batch."""
+        _hold_unlabelled(self.runner)
         inputs, samples = preprocessed(self.student, raw)
         other = copy.copy(self)
         other.raw, other.inputs, other.samples = raw, inputs, samples
@@ -224,3 +227,11 @@ def own_state(student: nn.Module) -> dict[str, Tensor]:
         for k, v in student.state_dict().items()
         if not k.startswith(f'{ATTACHED}.')
     }
+
+
+def _hold_unlabelled(runner: Any) -> None:
+    """Let all steps from now on see the same unlabelled images, new ones."""
+    unlabelled, stream = runner.distiller.unlabelled, runner.unlabelled_stream
+    if unlabelled is not None and stream is not None:
+        batches = itertools.repeat(next(stream))
+        unlabelled.stream = map(copy.deepcopy, batches)

@@ -30,6 +30,7 @@ from mmkd.data.checkpoint_file import check_checkpoint, write_atomically
 from mmkd.data.checkpoint_loader import OPT_IN, safe_checkpoints, trusts
 from mmkd.data.checkpoint_reader import read_checkpoint
 from mmkd.data.files import real_path, write_text
+from mmkd.data.unlabelled.stream import UnlabelledStream
 from mmkd.detectors.wrappers import check_is_detector
 from mmkd.errors import (
     CheckpointError,
@@ -79,6 +80,7 @@ from .preemption import PreemptionHook
 from .processes import raise_together
 from .provenance import Provenance, described, differences
 from .resume import ExactResumeHook
+from .unlabelled import blank_loader, open_stream, say_leaks
 from .work_dir import one_training, training_in
 
 WITH_TRACES = ProgressHook | LossCheckHook | GradientBalanceHook
@@ -126,6 +128,8 @@ class DistillationRunner(Runner):
         self._random_states: list[dict[str, Any]] = []
         self._memories: list[dict[str, Any]] = []
         self._steps: int | None = None
+        self.unlabelled_stream: UnlabelledStream | None = None
+        self._taken = 0
         self._saved: dict[str, Any] = {}
         self._on_hosts: Any = None
         self._provenance: Provenance | None = None
@@ -174,6 +178,8 @@ class DistillationRunner(Runner):
                 return super().train()
         finally:
             self._detach()
+            if self.unlabelled_stream is not None:
+                self.unlabelled_stream.close()
             for hook in self.hooks:
                 if isinstance(hook, WITH_TRACES):
                     hook.close()
@@ -200,6 +206,11 @@ class DistillationRunner(Runner):
             )
             return
         check_is_detector(self._student(), 'student')
+        self.unlabelled_stream = open_stream(self.cfg, self.seed or 0)
+        if self.unlabelled_stream is not None and cfg.unlabelled.get('alone'):
+            self._train_dataloader = blank_loader(
+                self.cfg, self.unlabelled_stream
+            )
         self._classes = training_classes(self.train_loop.dataloader.dataset)
         self.model = self._student()
         self.distiller = build_distiller(
@@ -208,6 +219,8 @@ class DistillationRunner(Runner):
         self.distiller.teacher.prepare_data(self.train_loop.dataloader.dataset)
         self.logger.info(_described(self.distiller))
         self.distiller.epoch_length = len(self.train_loop.dataloader)
+        if self.distiller.unlabelled is not None:
+            self.distiller.unlabelled.stream = self.unlabelled_stream
         self.distiller.attach()
         self._register_once(ReachCheckHook)
         if self._peers:
@@ -396,6 +409,10 @@ class DistillationRunner(Runner):
                 checkpoint[ATTACHED]['made_with'] = self._provenance.facts()
             if self.distiller is not None:
                 checkpoint[ATTACHED]['steps'] = self.distiller.steps
+            if self.unlabelled_stream is not None:
+                checkpoint[ATTACHED]['unlabelled'] = (
+                    self.unlabelled_stream.taken
+                )
             self._saved = checkpoint
 
     def _note_finite(self) -> None:
@@ -438,6 +455,7 @@ class DistillationRunner(Runner):
         self._memories = attached.get('memories', [])
         self._made_with = attached.get('made_with', {})
         self._steps = attached.get('steps')
+        self._taken = attached.get('unlabelled', 0)
         return checkpoint
 
     def save_checkpoint(
@@ -528,6 +546,8 @@ class DistillationRunner(Runner):
                 self._classes,
                 'val',
             )
+        if self.unlabelled_stream is not None:
+            say_leaks(self.unlabelled_stream, built.dataloader.dataset)
         return built
 
     def build_test_loop(self, loop: dict | BaseLoop) -> BaseLoop:
@@ -593,6 +613,8 @@ class DistillationRunner(Runner):
         if self.distiller is not None:
             steps = self.iter if self._steps is None else self._steps
             self.distiller.steps = steps
+        if self.unlabelled_stream is not None:
+            self.unlabelled_stream.taken = self._taken
 
     def _say_what_differs(self, filename: str) -> None:
         """Warn if the run goes on with another teacher, option or code."""

@@ -20,6 +20,7 @@ from .mgd import MGD
 from .mutual import DML
 from .one_teacher import OneTeacherSeveralStudents
 from .pkd import PKD
+from .pseudo_labels import PseudoLabels
 from .solad import SoftLabelDistillation, SoLAD
 from .tat import TaT
 
@@ -51,6 +52,7 @@ __all__ = [
     'Method',
     'MutualLearning',
     'OneTeacherSeveralStudents',
+    'PseudoLabels',
     'SoLAD',
     'SoftLabelDistillation',
     'TaT',

@@ -66,6 +66,9 @@ class CrossKD(Method):
     cross-entropy of centerness (or IoU) with the teacher's, summed over the
     positives and divided by N.
 
+    On unlabelled images, N and :math:`v_i` come from the student's own
+    assignment of the teacher's confident detections.
+
     Before they go on, each channel of the features gets the mean and standard
     deviation of the teacher's. By default these are the features after layer
     i's activation, over the whole batch with its padding, and the aligned
@@ -145,6 +148,8 @@ class CrossKD(Method):
     )
 
     needs = (DENSE, FEATURES, NETWORK)
+    needs_labels = False
+    reads_objects = True
 
     def __init__(
         self,

@@ -56,6 +56,9 @@ class DIST(Method):
     :math:`p = \sigma(z / T)`. Classes that only one of the networks knows are
     left out.
 
+    On unlabelled images, the teacher's confident detections are the objects,
+    which decide on the RoIs and on the rows of ``'priors'``.
+
     The relation between classes is averaged over the rows of all processes.
     As in the paper, the relation within a class spans the rows of all images
     in the batch of a process; ``per_image`` computes it image by image
@@ -87,6 +90,8 @@ class DIST(Method):
     """
 
     needs = (CLASS_LOGITS,)
+    needs_labels = False
+    reads_objects = True
     official = (
         Official(
             code='https://github.com/hunto/MasKD/tree/main/mmrazor',

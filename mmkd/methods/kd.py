@@ -44,6 +44,11 @@ class KD(Method):
 
     Classes that only one of the networks knows are left out.
 
+    On unlabelled images, the teacher's confident detections take the place of
+    the objects: N counts the positives that the student's own assignment finds
+    for them, and a RoI head samples its RoIs by them. The targets are the
+    teacher's probabilities as ever.
+
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural
     Network", 2015, https://arxiv.org/abs/1503.02531. It is not about
     detectors: the sum over binary problems and the normaliser N, which is
@@ -60,6 +65,8 @@ class KD(Method):
     """
 
     needs = (CLASS_LOGITS,)
+    needs_labels = False
+    reads_objects = True
 
     def __init__(
         self, *, temperature: float = 1.0, loss_weight: float = 1.0

@@ -70,6 +70,9 @@ class LD(Method):
     smaller: anchors that the IoU finds too far away come in, and small ones
     near the centre of a large object drop out.
 
+    On unlabelled images, the objects of both regions are the teacher's
+    confident detections.
+
     Localization does not depend on classes, so the networks' may differ. The
     paper's full method also distils the classes. ``kd_weight`` adds
 
@@ -161,6 +164,8 @@ class LD(Method):
     )
 
     needs = (DENSE,)
+    needs_labels = False
+    reads_objects = True
 
     def __init__(
         self,

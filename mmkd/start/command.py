@@ -6,6 +6,8 @@ examines it (`mmkd doctor`), and trains (`mmkd train`) if nothing is wrong.
 Config and run are in one folder, named after the student and the methods. A
 run that was interrupted goes on with --resume.
 
+With --unlabelled, methods that need no labels learn from further images, too.
+
 With --method none it trains the student without a teacher: for a teacher of
 your own, or to compare with.
 
@@ -16,6 +18,9 @@ Examples:
     mmkd distill --student my_student.py --method pkd kd \
         --teacher my_teacher.py --teacher-checkpoint my_teacher.pth \
         --data my_folder --epochs 50
+    mmkd distill --student my_student.py --method pseudolabels \
+        --teacher my_teacher.py --teacher-checkpoint my_teacher.pth \
+        --data my_folder --unlabelled more_images
     mmkd distill --method help --student STUDENT --teacher TEACHER
     mmkd distill --method none --student STUDENT --data my_folder
 """
@@ -36,6 +41,7 @@ from typing import Any
 
 from mmkd.data.files import path_hint, write_text, wrong_path
 from mmkd.data.layouts import FOLDERS, Data, find_data
+from mmkd.data.unlabelled.sources import find_images
 from mmkd.detectors.source import load_config
 from mmkd.doctor import command as doctor
 from mmkd.engine.next_steps import next_steps
@@ -47,6 +53,7 @@ from mmkd.utils import CfgOptions, add_cfg_options, whole_number
 from .config_text import (
     Wishes,
     Written,
+    check_images,
     config_of,
     find_method,
     is_as_written,
@@ -126,17 +133,43 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='coco, voc, or a folder in one of these layouts (by default '
         "the student's own)",
     )
+    _add_unlabelled(parser)
     _add_training(parser)
     args = parser.parse_args(argv)
     if args.method == [NONE]:
-        for option in ('teacher', 'teacher_checkpoint', 'balance'):
+        without = ('teacher', 'teacher_checkpoint', 'balance', 'unlabelled')
+        for option in without:
             if getattr(args, option) is not None:
                 parser.error(
                     f'--method {NONE} has no --{option.replace("_", "-")}'
                 )
     elif args.teacher is None:
         parser.error(f'--teacher is missing (only --method {NONE} has none)')
+    if args.unlabelled is None and (
+        args.unlabelled_alone or args.unlabelled_weight is not None
+    ):
+        parser.error('--unlabelled is missing, which gives the images')
     return args
+
+
+def _add_unlabelled(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--unlabelled',
+        metavar='SOURCE',
+        help='images without labels to learn from as well: a folder, a text '
+        "file of paths, a video, or a file in COCO's format",
+    )
+    parser.add_argument(
+        '--unlabelled-weight',
+        type=float,
+        metavar='W',
+        help='factor of the losses on them (default: 1)',
+    )
+    parser.add_argument(
+        '--unlabelled-alone',
+        action='store_true',
+        help='learn from them alone, so that the training needs no labels',
+    )
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -243,6 +276,8 @@ def _distil(args: argparse.Namespace) -> int | list[str]:
         return _list_methods(student, teacher)
     for method in names:
         find_method(method)
+    unlabelled = _unlabelled(args)
+    check_images(names, unlabelled)
     stem = Path(student.rpartition('::')[2]).stem
     name = '_'.join([stem, *names])
     folder = args.work_dir or Path('work_dirs') / name
@@ -262,6 +297,7 @@ def _distil(args: argparse.Namespace) -> int | list[str]:
         batch_size=args.batch_size,
         load_from=loads,
         balance=args.balance,
+        unlabelled=unlabelled,
         options=args.cfg_options or {},
     )
     written = write_config(student, teacher, names, data, args.imports, wishes)
@@ -283,6 +319,20 @@ def _distil(args: argparse.Namespace) -> int | list[str]:
         return _tell_finished(run, config)
     command = ['train', str(config), '--work-dir', str(folder)]
     return command + ['--resume'] * (run is not None)
+
+
+def _unlabelled(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return ``distillation.unlabelled`` as the options give it."""
+    if args.unlabelled is None:
+        return None
+    source = osp.abspath(osp.expanduser(args.unlabelled))
+    find_images(source)  # which says what is wrong with it
+    weight = args.unlabelled_weight
+    return dict(
+        dataset=source,
+        weight=1.0 if weight is None else weight,
+        alone=args.unlabelled_alone,
+    )
 
 
 def _import(module: str) -> None:

@@ -305,6 +305,8 @@ class Wishes:
         batch_size: The images of a batch on each GPU.
         load_from: The weights that the student begins with.
         balance: The share of the gradient at which each method is held.
+        unlabelled: ``distillation.unlabelled``: ``dataset``, ``weight`` and
+            ``alone``.
         options: Entries of the config, by dotted keys.
     """
 
@@ -312,6 +314,7 @@ class Wishes:
     batch_size: int | None = None
     load_from: str | None = None
     balance: float | None = None
+    unlabelled: Mapping[str, Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -376,6 +379,10 @@ def write_config(
             comment += lines
             why += lines
         entries['distillation'] = dict(teacher=dict(teacher), methods=options)
+        if wishes.unlabelled is not None:
+            config = _read(base, entries)
+            changed = unlabelled_entry(names, config, wishes.unlabelled)
+            entries['distillation']['unlabelled'] = changed
     if wishes.balance is not None:
         hook = balance_hook(names, wishes.balance)
         own = entries.get('custom_hooks') or plain(config).get('custom_hooks')
@@ -385,6 +392,53 @@ def write_config(
         why += set_options(entries, config, wishes.options)
     check_monitors(config)
     return Written(_text(base, entries, comment), chosen + why)
+
+
+def check_images(
+    names: Sequence[str], unlabelled: Mapping[str, Any] | None
+) -> None:
+    """Refuse methods of unlabelled images where there are none.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    lacking = [name for name in names if methods()[name].only_unlabelled]
+    if lacking and unlabelled is None:
+        raise ConfigError(
+            f'{", ".join(lacking)} learns from images without labels. Say '
+            'where they are: --unlabelled FOLDER.'
+        )
+
+
+def unlabelled_entry(
+    names: Sequence[str], config: Config, wishes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The value of ``distillation.unlabelled``, with every option.
+
+    Args:
+        names: The short names of the methods.
+        config: The student's config.
+        wishes: Its ``dataset``, ``weight`` and ``alone``.
+
+    Raises:
+        ConfigError: If no method learns from images without labels.
+    """
+    known = methods()
+    if all(known[name].needs_labels for name in names):
+        fitting = [n for n, kind in known.items() if not kind.needs_labels]
+        raise ConfigError(
+            f'--unlabelled: {", ".join(names)} needs labels. These do not: '
+            f'{", ".join(fitting)}.'
+        )
+    loader = config.train_dataloader
+    return dict(
+        dataset=wishes['dataset'],
+        batch_size=loader.batch_size,
+        num_workers=loader.get('num_workers', 0),
+        weight=wishes['weight'],
+        score_thr=0.5,
+        alone=wishes['alone'],
+    )
 
 
 def balance_hook(names: Sequence[str], share: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from mmkd.errors import ConfigError
 from mmkd.start.command import parse_args
 from mmkd.start.config_text import (
     Wishes,
+    check_images,
     is_as_written,
     stock_name,
     teacher_options,
@@ -309,3 +310,42 @@ def test_the_config_has_the_teacher_and_its_options(tmp_path):
     found = write_config(f'mmdet::{toy.RETINANET}', options, ['pkd'])
     cfg = Config.fromstring(found.text, '.py')
     assert cfg.distillation.teacher.to_dict() == options
+
+
+class TestUnlabelled:
+    WISH = dict(dataset='/images', weight=2.0, alone=False)
+
+    def test_every_option_is_written(self, tmp_path):
+        text = write_config(
+            student(tmp_path),
+            dict(name='retinanet_r101_fpn_2x_coco'),
+            ['pkd', 'pseudolabels'],
+            wishes=Wishes(batch_size=3, unlabelled=self.WISH),
+            tried=False,
+        ).text
+        cfg = Config.fromstring(text, '.py')
+        assert cfg.distillation.unlabelled == dict(
+            dataset='/images',
+            batch_size=3,
+            num_workers=cfg.train_dataloader.num_workers,
+            weight=2.0,
+            score_thr=0.5,
+            alone=False,
+        )
+        assert cfg.distillation.methods.pseudolabels.score_thr == 0.9
+
+    def test_methods_that_need_labels(self, tmp_path):
+        with pytest.raises(ConfigError, match=r'dkd needs labels.*pseudolab'):
+            write_config(
+                student(tmp_path),
+                dict(name='retinanet_r101_fpn_2x_coco'),
+                ['dkd'],
+                wishes=Wishes(unlabelled=self.WISH),
+                tried=False,
+            )
+
+    def test_methods_of_unlabelled_images_without_any(self):
+        with pytest.raises(ConfigError, match='pseudolabels learns from ima'):
+            check_images(['pkd', 'pseudolabels'], None)
+        check_images(['pkd'], None)
+        check_images(['pseudolabels'], self.WISH)

@@ -1,0 +1,1 @@
+"""Images without labels: sources, views, the stream of batches."""
