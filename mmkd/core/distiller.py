@@ -37,6 +37,7 @@ from .checks import (
     check_one_steers,
     check_reserved,
     check_sources,
+    say_idle_aliases,
     say_left_out,
 )
 from .each_teacher import FromEach
@@ -309,9 +310,9 @@ def build_distiller(
     """Build teacher, methods and adapters for a student.
 
     Args:
-        cfg: ``distillation`` of the config: ``teacher``, ``peers`` and
-            ``methods``. A teacher with ``trainable=True`` is the peer
-            ``teacher``.
+        cfg: ``distillation`` of the config: ``teacher``, ``peers``,
+            ``methods`` and ``class_aliases``. A teacher with
+            ``trainable=True`` is the peer ``teacher``.
         student: The stock detector on its device.
         classes: The student's class names. None if the data have none: a
             teacher of as many classes is then taken to know the same.
@@ -356,9 +357,11 @@ def build_distiller(
         check_sources(methods, cfg)
         check_one_steers(methods)
         paths = [p for m in methods.values() for p in m.teacher_paths]
-        context = TeacherContext(student, names, paths, named)
+        aliases = cfg.get('class_aliases') or {}
+        context = TeacherContext(student, names, paths, named, aliases)
         teacher = build_teacher(cfg.get('teacher'), context).to(device)
         say_left_out(teacher)
+        say_idle_aliases(aliases, teacher)
         for name, method in methods.items():
             methods[name] = _taught(name, method, teacher)
         distiller = Distiller(student, teacher, methods, peers)

@@ -13,6 +13,7 @@ from .fbkd import FBKD
 from .feature_hint import FeatureHint
 from .ffsd import FFSD
 from .fgd import FGD
+from .foundation_features import FoundationFeatures
 from .kd import KD
 from .lad import LAD
 from .ld import LD
@@ -47,6 +48,7 @@ __all__ = [
     'CrossKD',
     'FasterRCNNDistillation',
     'FeatureHint',
+    'FoundationFeatures',
     'LabelAssignmentDistillation',
     'Method',
     'MutualLearning',
