@@ -103,7 +103,8 @@ setup(
         **{
             extra: read_requirements(extra)
             for extra in (
-                *('dev', 'docs', 'ensemble', 'mim', 'onnx', 'report'),
+                *('dev', 'docs', 'ensemble', 'foundation', 'mim', 'onnx'),
+                'report',
             )
         },
     },

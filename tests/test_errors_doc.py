@@ -83,6 +83,7 @@ from mmkd.study.study import read_study, study_of
 from mmkd.teachers.class_map import ClassMap
 from mmkd.utils import build_checked, check_seed
 from tests.helpers import (
+    encoders,
     faults,  # noqa: F401 registers broken methods
     own_data,
     tiny_dense,
@@ -192,6 +193,24 @@ def balanced(methods, **options):
     model = tiny_dense.paa() if 'lad' in methods else tiny.retinanet()
     model.backbone.frozen_stages = 1
     return lambda: Steps(distilled(methods, model), **options)()
+
+
+def encoder(**options):
+    """A student that learns from an image encoder."""
+
+    def provoke():
+        cfg = dict(
+            teacher=dict(type='mmkd.FoundationEncoder', **options),
+            methods=dict(m=dict(type='mmkd.FoundationFeatures')),
+        )
+        build_distiller(cfg, tiny.build(tiny.retinanet()), tiny.CLASSES)
+
+    return provoke
+
+
+def without_transformers():
+    with patch.dict('sys.modules', {'transformers': None}):
+        encoder(name='facebook/dinov2-small')()
 
 
 def option(method, **options):
@@ -819,6 +838,9 @@ CASES = {
     'Assignment of a head that assigns without predictions': one(
         'LabelAssignmentDistillation', tiny.retinanet()
     ),
+    "Teacher's boxes for a head whose losses know no weights": one(
+        'TeacherBoxes', tiny.fcos()
+    ),
     'Different priors': one('KD', tiny.retinanet(), tiny.gfl()),
     'A sigmoid and a softmax': one('KD', tiny_dense.atss(), softmax_atss()),
     # wrappers
@@ -862,6 +884,11 @@ CASES = {
     'A class of the teacher for two': lambda: ClassMap(
         ['cat', 'dog'], ['cat'], {'cat': 'cat', 'dog': 'cat'}
     ),
+    'Aliases that are no names': built(
+        teacher=dict(config='no.py'),
+        methods=dict(m=HINT),
+        class_aliases=['bike'],
+    ),
     'A name of two categories': lambda: object_classes(
         'train.json', dict(categories=[dict(id=i, name='cat') for i in (0, 1)])
     ),
@@ -874,6 +901,23 @@ CASES = {
             data_preprocessor=dict(mean=[110.0], std=[55.0]),
         ),
     ),
+    # image encoders
+    'transformers is missing': without_transformers,
+    'A folder that does not exist': encoder(name='./dinov2'),
+    'A folder without a model': lambda folder: encoder(name=str(folder))(),
+    'An encoder without a token for each patch': lambda folder: encoder(
+        name=encoders.folder(
+            folder, 'Swin', embed_dim=8, depths=[1], num_heads=[2]
+        )
+    )(),
+    'Weights that do not fill the encoder': lambda folder: encoder(
+        name=encoders.without(
+            'embeddings.patch_embeddings.projection.weight', folder
+        )
+    )(),
+    'A size below a patch': lambda folder: encoder(
+        name=encoders.folder(folder), size=4
+    )(),
     # peers
     'Peers of other priors': peers('MutualLearning', tiny.retinanet()),
     'Peers of other classes': peers(

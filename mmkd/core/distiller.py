@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -105,8 +106,8 @@ class Distiller(nn.Module):
         """
         batch, active = self._next(inputs, data_samples), self.active_methods()
         student, teacher = self._record(), self.teacher.view(batch)
-        with self._steered(active, student, teacher, batch):
-            losses = self._stock_losses(batch)
+        with self._steered(active, student, teacher, batch) as steered:
+            losses = self._stock_losses(batch, steered)
         distilled: dict[str, dict[str, Tensor]] = {}
         for name, (method, weight) in active.items():
             losses = scaled(losses, method.task_factors(), weight)
@@ -199,21 +200,34 @@ class Distiller(nn.Module):
         student: StepRecord,
         teacher: TeacherView,
         batch: Batch,
-    ) -> Iterator[None]:
-        """Record the networks, and let methods steer their losses."""
+    ) -> Iterator[Batch]:
+        """Record the networks, and let methods steer their losses.
+
+        Yields:
+            The batch that the student's own loss trains on.
+        """
+        steered = batch
         with ExitStack() as stack:
             for method, _ in active.values():
                 if method.steers:
-                    stack.enter_context(method.steer(student, teacher, batch))
+                    steer = method.steer(student, teacher, batch)
+                    samples = stack.enter_context(steer)
+                    if samples is not None:
+                        steered = replace(batch, data_samples=samples)
             for record in (student, *student.peers.values()):
                 if active:
                     stack.enter_context(record.recording())
-            yield
+            yield steered
 
-    def _stock_losses(self, batch: Batch) -> Losses:
-        """Return the stock losses; those of peers are ``<peer>.<name>``."""
+    def _stock_losses(self, batch: Batch, steered: Batch) -> Losses:
+        """Return the stock losses; those of peers are ``<peer>.<name>``.
+
+        Args:
+            batch: What the peers train on.
+            steered: What the student trains on.
+        """
         losses: Losses = type(self.student).loss(
-            self.student, batch.inputs, batch.copies()
+            self.student, steered.inputs, steered.copies()
         )
         others = {n: peer.loss(batch) for n, peer in self.peers.items()}
         for peer, each in others.items():

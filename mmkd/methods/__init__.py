@@ -23,6 +23,7 @@ from .one_teacher import OneTeacherSeveralStudents
 from .pkd import PKD
 from .solad import SoftLabelDistillation, SoLAD
 from .tat import TaT
+from .teacher_boxes import TeacherBoxes
 
 # These are the names before the acronyms, for code that imports them.
 CoLearningAssignment = CoLAD
@@ -56,4 +57,5 @@ __all__ = [
     'SoLAD',
     'SoftLabelDistillation',
     'TaT',
+    'TeacherBoxes',
 ]

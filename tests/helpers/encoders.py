@@ -63,3 +63,13 @@ def folder(
     if card is not None:
         (path / 'README.md').write_text(card)
     return str(path)
+
+
+def without(weight: str, path: Path) -> str:
+    """Save a tiny DINOv2 that lacks one of its weights."""
+    from safetensors.torch import load_file, save_file
+
+    result, file = folder(path), path / 'model.safetensors'
+    kept = {k: v for k, v in load_file(file).items() if k != weight}
+    save_file(kept, file, metadata={'format': 'pt'})
+    return result

@@ -1,9 +1,9 @@
 """Objects that count in part, and regions to ignore, in stock losses.
 
-The objects of an image may carry a weight each, and the image regions that
-the loss is to leave out. Stock heads know neither; within
-:func:`weighted_objects` their own targets are changed as soon as they are
-made. What a head divides its sums by stays as it is.
+Each object of an image may carry a weight and a softer target of its class,
+and the image regions that the loss is to leave out. Stock heads know none of
+these. Within :func:`weighted_objects`, their own targets are changed as soon
+as they are made. What a head divides its sums by stays as it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,9 +16,11 @@ import torch
 from mmdet.models.dense_heads import (
     AnchorHead,
     ATSSHead,
+    DeformableDETRHead,
     DETRHead,
     DINOHead,
     GFLHead,
+    RPNHead,
 )
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps
@@ -32,6 +34,8 @@ from mmkd.errors import ConfigError
 
 WEIGHTS = 'object_weights'
 """The field of ``gt_instances`` with a weight for each object."""
+TARGETS = 'class_targets'
+"""The field with the target of each object's class, from 0 to 1."""
 REGIONS = 'ignored_regions'
 """The entry of its meta data with the regions, (R, 4) xyxy in pixels."""
 MIN_SHARE = 0.5
@@ -42,33 +46,24 @@ FITTING = (
 )
 OWN_BOX_WEIGHTS = (ATSSHead, GFLHead)
 """Heads that weight the losses of boxes by a quality of their own."""
+WHOLE_LOSSES = (AnchorHead, RPNHead, ATSSHead, GFLHead)
+WHOLE_LOSSES += (DETRHead, DeformableDETRHead, DINOHead)
+"""Heads whose ``loss_by_feat`` adds no losses on other targets."""
 OF_BOXES = ('loss_bbox', 'loss_dfl', 'loss_centerness')
 
 
-def with_weights(
-    sample: DetDataSample,
-    boxes: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    regions: Tensor,
+def with_objects(
+    sample: DetDataSample, objects: InstanceData, regions: Tensor
 ) -> DetDataSample:
-    """Return a data sample with more objects and with regions to ignore.
+    """Return a data sample with other objects, and with regions to ignore.
 
     Args:
-        sample: The image, which is left as it is. Its own objects weigh 1.
-        boxes: (n, 4) the further objects, xyxy in pixels.
-        labels: (n,) their labels.
-        weights: (n,) their weights.
-        regions: (R, 4) the regions, xyxy in pixels.
+        sample: The image, which is left as it is.
+        objects: ``bboxes`` (n, 4) as xyxy in pixels, ``labels``, and the
+            fields :data:`WEIGHTS` and :data:`TARGETS`, (n,) each.
+        regions: (R, 4) xyxy in pixels.
     """
-    own = sample.gt_instances
-    objects = InstanceData(
-        metainfo={REGIONS: regions},
-        bboxes=torch.cat([own.bboxes, boxes.to(own.bboxes)]),
-        labels=torch.cat([own.labels, labels.to(own.labels)]),
-    )
-    ones = weights.new_ones(len(own.bboxes))
-    setattr(objects, WEIGHTS, torch.cat([ones, weights]))
+    objects.set_metainfo({REGIONS: regions})
     changed = sample.new()
     changed.gt_instances = objects
     return changed
@@ -105,16 +100,22 @@ def _why_unfit(model: Any, two_stage: bool) -> str | None:
 
 def kind_of(head: Any) -> type | None:
     """Return the stock head whose targets and losses a head has, if any."""
-    own = type(head)
+    own: Any = type(head)
+    whole = [kind.loss_by_feat for kind in WHOLE_LOSSES]
+    if getattr(own, 'loss_by_feat', None) not in whole:
+        return None
     for kind in (AnchorHead, ATSSHead, GFLHead, DETRHead):
-        if all(
-            getattr(own, name, None) is getattr(kind, name)
-            for name in ('_get_targets_single', 'loss_by_feat_single')
+        if (
+            own._get_targets_single is kind._get_targets_single
+            and own.loss_by_feat_single is kind.loss_by_feat_single
         ):
-            denoises = '_get_dn_targets_single'
-            stock = getattr(DINOHead, denoises)
-            return kind if getattr(own, denoises, stock) is stock else None
+            return kind
     return None
+
+
+def takes_soft_targets(facts: DetectorFacts) -> bool:
+    """Return whether a detector's class loss heeds :data:`TARGETS`."""
+    return kind_of(getattr(facts.model, 'bbox_head', None)) is GFLHead
 
 
 @contextmanager
@@ -145,36 +146,49 @@ def _weighted_head(head: Any) -> Iterator[None]:
     with ExitStack() as stack:
         single = '_get_targets_single'
         if kind_of(head) is DETRHead:
-            own = getattr(head, single)
-            targets = partial(_query_targets, head, own)
-            stack.enter_context(replaced(head, single, targets))
+            weigh_queries = partial(
+                _query_targets, head, head._get_targets_single
+            )
+            stack.enter_context(replaced(head, single, weigh_queries))
             if hasattr(head, '_get_dn_targets_single'):
                 stack.enter_context(
                     intercepted(head, '_get_dn_targets_single', _weigh_noised)
                 )
         else:
             stack.enter_context(intercepted(head.assigner, 'assign', _ignore))
-            weigh = partial(_weigh_priors, head.num_classes)
+            targets: list[Tensor] = []
+            weigh = partial(_weigh_priors, head.num_classes, targets)
             stack.enter_context(intercepted(head, single, weigh))
         if kind_of(head) in OWN_BOX_WEIGHTS:
             own = head.loss_by_feat_single
-            loss = partial(_with_box_weights, head, own)
+            loss = partial(_level_loss, head, own, targets)
             stack.enter_context(replaced(head, 'loss_by_feat_single', loss))
         yield
 
 
 def _ignore(result: Any, *args: Any, **kwargs: Any) -> None:
     """Ignore the background within an image's regions, as assigners do."""
-    objects = _objects(*args, **kwargs)
-    priors = (kwargs.get('pred_instances') or args[0]).priors
-    inside = _inside(priors, objects)
+    predicted = args[0] if args else kwargs['pred_instances']
+    inside = _inside(predicted.priors, _objects(*args, **kwargs))
     result.gt_inds[inside & (result.gt_inds == 0)] = -1
 
 
 def _weigh_priors(
-    classes: int, result: tuple, *args: Any, **kwargs: Any
+    classes: int,
+    targets: list[Tensor],
+    result: tuple,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
-    """Weight the targets of the priors of one image's objects."""
+    """Weight the targets of the priors of one image's objects.
+
+    Args:
+        classes: The number of the head's classes.
+        targets: The list to which the priors' class targets (N,) are added.
+        result: The head's own targets, which are changed.
+        *args: The head's arguments.
+        **kwargs: The head's arguments.
+    """
     if result[0] is None:  # no prior lies on the image
         return
     sampled = next(part for part in result if hasattr(part, 'pos_inds'))
@@ -184,19 +198,37 @@ def _weigh_priors(
     # The targets have gaps where priors leave the image, but their order.
     positive = ((labels >= 0) & (labels < classes)).nonzero()[:, 0]
     owner = sampled.pos_assigned_gt_inds[sampled.pos_inds.argsort()]
-    weights = getattr(_objects(*args, **kwargs), WEIGHTS)[owner]
+    objects = _objects(*args, **kwargs)
+    weights = getattr(objects, WEIGHTS)[owner]
     label_weights[positive] *= weights
     box_weights[positive] *= weights[:, None]
+    soft = torch.ones_like(label_weights)
+    soft[positive] = getattr(objects, TARGETS)[owner]
+    targets.append(soft)
 
 
-def _with_box_weights(
-    head: Any, loss: Callable[..., Any], *args: Any, **kwargs: Any
+def _level_loss(
+    head: Any,
+    loss: Callable[..., Any],
+    targets: list[Tensor],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """Compute the losses of one level with weighted boxes."""
+    """Compute the losses of one level with weighted boxes.
+
+    Args:
+        head: ATSS's or GFL's head.
+        loss: Its ``loss_by_feat_single``.
+        targets: Each image's class targets at the priors of this level and
+            the next ones; those of this level are taken away.
+        *args: The arguments of the loss.
+        **kwargs: The arguments of the loss.
+    """
     given = signature(loss).bind(*args, **kwargs).arguments
-    labels, weights = (
-        given[name].reshape(-1) for name in ('labels', 'label_weights')
-    )
+    labels, weights = given['labels'], given['label_weights']
+    count = labels.shape[1]  # (B, N of this level)
+    soft = torch.stack([each[:count] for each in targets]).flatten()
+    targets[:] = [each[count:] for each in targets]
     positive = (labels >= 0) & (labels < head.num_classes)
     weights = weights[positive]
     with ExitStack() as stack:
@@ -205,7 +237,23 @@ def _with_box_weights(
             if part is not None:
                 weighted = partial(_weighted_loss, part.forward, weights)
                 stack.enter_context(replaced(part, 'forward', weighted))
+        if kind_of(head) is GFLHead:
+            part = head.loss_cls
+            softened = partial(_softened_loss, part.forward, soft)
+            stack.enter_context(replaced(part, 'forward', softened))
         return loss(*args, **kwargs)
+
+
+def _softened_loss(
+    loss: Callable[..., Tensor],
+    soft: Tensor,
+    pred: Tensor,
+    target: tuple[Tensor, Tensor],
+    **kwargs: Any,
+) -> Tensor:
+    """Compute the quality focal loss with softer targets of the positives."""
+    labels, quality = target
+    return loss(pred, (labels, quality * soft), **kwargs)
 
 
 def _weighted_loss(
