@@ -120,7 +120,7 @@ def test_configs_name_what_exists(page):
             check_teacher(distillation['teacher'])
 
 
-PARTS = ('teacher', 'peers', 'methods')
+PARTS = ('teacher', 'peers', 'methods', 'class_aliases')
 
 
 def check_teacher(cfg):
