@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import mmkd
 from mmkd.core.distiller import build_distiller
-from tests.helpers import encoders
+from mmkd.doctor import diagnose
+from tests.helpers import encoders, toy
 from tests.helpers import tiny_detectors as tiny
 from tests.helpers.feature_maps import FeaturePair, pointwise, valid_sizes
 
@@ -281,3 +282,40 @@ def test_vectors_of_rois_are_no_maps(tmp_path):
             tiny.faster_rcnn(),
             source='roi_head.bbox_head.shared_fcs.1',
         )
+
+
+def config(folder):
+    """A stock RetinaNet at toy scale that learns from a tiny encoder."""
+    name = encoders.folder(folder / 'encoder', patch_size=14)
+    return toy.distilled(
+        folder / 'run',
+        toy.RETINANET,
+        images=4,
+        teacher=dict(type='mmkd.FoundationEncoder', name=name),
+        methods=dict(foundation=dict(type='mmkd.FoundationFeatures')),
+    )
+
+
+@pytest.mark.slow
+def test_through_the_training_tool(tmp_path):
+    """A stock checkpoint comes out; licence and resizing are said once."""
+    path = toy.write(config(tmp_path), tmp_path / 'config.py')
+    job = toy.Job(tmp_path / 'log', 'tools/train.py', str(path), cwd=toy.ROOT)
+    assert job.wait() == 0, job.text()[-3000:]
+    text = job.text()
+    assert 'foundation.loss_cosine: ' in text
+    assert text.count('The licence of the teacher') == 1
+    assert text.count('sees batches resized to multiples') == 1
+    state = toy.load(tmp_path / 'run' / 'epoch_1.pth')['state_dict']
+    model = toy.detector(toy.plain(tmp_path, toy.RETINANET).model)
+    model.load_state_dict(state, strict=True)
+
+
+@pytest.mark.slow
+def test_the_doctor_examines_it(tmp_path):
+    cfg = config(tmp_path)
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    report = diagnose(cfg)
+    assert not report.stops
+    assert 'foundation.loss_cosine' in report.text()
+    assert 'teacher: identical (80 classes)' in report.text()
