@@ -46,8 +46,10 @@ FITTING = (
 )
 OWN_BOX_WEIGHTS = (ATSSHead, GFLHead)
 """Heads that weight the losses of boxes by a quality of their own."""
-WHOLE_LOSSES = (AnchorHead, RPNHead, ATSSHead, GFLHead)
-WHOLE_LOSSES += (DETRHead, DeformableDETRHead, DINOHead)
+WHOLE_LOSSES = (
+    *(AnchorHead, RPNHead, ATSSHead, GFLHead),
+    *(DETRHead, DeformableDETRHead, DINOHead),
+)
 """Heads whose ``loss_by_feat`` adds no losses on other targets."""
 OF_BOXES = ('loss_bbox', 'loss_dfl', 'loss_centerness')
 
