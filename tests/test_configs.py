@@ -15,8 +15,9 @@ from mmkd.detectors.source import find_in_model_index, load_config
 from mmkd.peers.peer import with_trained_teacher
 from mmkd.registry import METHODS
 from mmkd.teachers.build import descriptions as by_name
+from mmkd.teachers.build import kind_of
 from mmkd.utils import build_checked
-from tests.helpers import made_data, toy
+from tests.helpers import encoders, made_data, toy
 
 FOLDER = toy.ROOT / 'configs'
 ALL = sorted(
@@ -187,7 +188,9 @@ def small_dataset(dataset):
 
 def test_it_trains_two_iterations(cfg, tmp_path):
     cfg, distilled = small(cfg), cfg.get('distillation')
-    if 'teacher' in (distilled or {}):
+    if kind_of((distilled or {}).get('teacher') or {}) == 'FoundationEncoder':
+        cfg.distillation.teacher.name = encoders.folder(tmp_path / 'encoder')
+    elif 'teacher' in (distilled or {}):
         teachers = [
             toy.untrained(small(load_config(teacher['config'])))
             | trainable(teacher)

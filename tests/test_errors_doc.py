@@ -90,6 +90,7 @@ from mmkd.teachers.onnx_decoders import Setting, find_decoder
 from mmkd.teachers.view import TeacherContext
 from mmkd.utils import build_checked, check_seed
 from tests.helpers import (
+    encoders,
     faults,  # noqa: F401 registers broken methods
     own_data,
     tiny_dense,
@@ -99,6 +100,7 @@ from tests.helpers import tiny_detectors as tiny
 from tests.helpers.balanced import Steps, distilled
 from tests.helpers.tiny_wrappers import soft_teacher
 
+ERRORS = (ValueError, RuntimeError, OSError, ImportError)
 PAGE = toy.ROOT / 'docs' / 'errors.md'
 DOTS = '…'
 HINT = dict(type='mmkd.FeatureHint')
@@ -253,6 +255,24 @@ def balanced(methods, **options):
     model = tiny_dense.paa() if 'lad' in methods else tiny.retinanet()
     model.backbone.frozen_stages = 1
     return lambda: Steps(distilled(methods, model), **options)()
+
+
+def encoder(**options):
+    """A student that learns from an image encoder."""
+
+    def provoke():
+        cfg = dict(
+            teacher=dict(type='mmkd.FoundationEncoder', **options),
+            methods=dict(m=dict(type='mmkd.FoundationFeatures')),
+        )
+        build_distiller(cfg, tiny.build(tiny.retinanet()), tiny.CLASSES)
+
+    return provoke
+
+
+def without_transformers():
+    with patch.dict('sys.modules', {'transformers': None}):
+        encoder(name='facebook/dinov2-small')()
 
 
 def option(method, **options):
@@ -888,6 +908,9 @@ CASES = {
     'Assignment of a head that assigns without predictions': one(
         'LabelAssignmentDistillation', tiny.retinanet()
     ),
+    "Teacher's boxes for a head whose losses know no weights": one(
+        'TeacherBoxes', tiny.fcos()
+    ),
     'Different priors': one('KD', tiny.retinanet(), tiny.gfl()),
     'A sigmoid and a softmax': one('KD', tiny_dense.atss(), softmax_atss()),
     # wrappers
@@ -931,6 +954,11 @@ CASES = {
     'A class of the teacher for two': lambda: ClassMap(
         ['cat', 'dog'], ['cat'], {'cat': 'cat', 'dog': 'cat'}
     ),
+    'Aliases that are no names': built(
+        teacher=dict(config='no.py'),
+        methods=dict(m=HINT),
+        class_aliases=['bike'],
+    ),
     'A name of two categories': lambda: object_classes(
         'train.json', dict(categories=[dict(id=i, name='cat') for i in (0, 1)])
     ),
@@ -955,6 +983,23 @@ CASES = {
         'auto', dict(probs=(1000,)), Setting(2, (64, 64)), 'a.onnx'
     ),
     'A function that fails on an image': function_that_fails,
+    # image encoders
+    'transformers is missing': without_transformers,
+    'A folder that does not exist': encoder(name='./dinov2'),
+    'A folder without a model': lambda folder: encoder(name=str(folder))(),
+    'An encoder without a token for each patch': lambda folder: encoder(
+        name=encoders.folder(
+            folder, 'Swin', embed_dim=8, depths=[1], num_heads=[2]
+        )
+    )(),
+    'Weights that do not fill the encoder': lambda folder: encoder(
+        name=encoders.without(
+            'embeddings.patch_embeddings.projection.weight', folder
+        )
+    )(),
+    'A size below a patch': lambda folder: encoder(
+        name=encoders.folder(folder), size=4
+    )(),
     # peers
     'Peers of other priors': peers('MutualLearning', tiny.retinanet()),
     'Peers of other classes': peers(
@@ -1211,7 +1256,7 @@ def test_the_page_lists_the_cases_in_their_order():
 def test_the_message_is_the_one_that_is_printed(wrong, tmp_path):
     provoke = CASES[wrong]
     needed = inspect.signature(provoke).parameters
-    with pytest.raises((ValueError, RuntimeError, OSError)) as caught:
+    with pytest.raises(ERRORS) as caught:
         provoke(*[tmp_path] * ('folder' in needed))
     assert type(caught.value).__module__.startswith('mmkd.')
     message = ' '.join(str(caught.value).split())

@@ -40,7 +40,7 @@ class Encoder(mmkd.Teacher):
         own = DetDataPreprocessor(mean=mean, std=std, bgr_to_rgb=True)
         self.renormalize = Renormalize(context.student.data_preprocessor, own)
         # It knows no classes of its own, so the student's stand in.
-        self.class_map = mmkd.ClassMap(context.classes, context.classes)
+        self.class_map = context.class_map(context.classes)
 
     def view(self, batch: mmkd.Batch) -> 'EncoderView':
         return EncoderView(self, batch)

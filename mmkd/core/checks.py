@@ -18,8 +18,9 @@ from .method import Method, Need
 
 def check_keys(cfg: Mapping[str, Any]) -> None:
     """Check that there is something to learn from, and a method."""
-    known = ('teacher', 'peers', 'methods', 'unlabelled')
+    known = ('teacher', 'peers', 'methods', 'unlabelled', 'class_aliases')
     check_options('distillation', cfg, known)
+    check_aliases(cfg.get('class_aliases'))
     example = (
         'Example: distillation = dict(teacher=dict(config=..., '
         "checkpoint=...), methods=dict(hint=dict(type='mmkd.FeatureHint')))"
@@ -37,6 +38,21 @@ def check_keys(cfg: Mapping[str, Any]) -> None:
     if not cfg.get('methods') and not cfg.get('peers'):
         raise ConfigError(
             f'distillation needs "methods", got {sorted(cfg)}. {example}'
+        )
+
+
+def check_aliases(aliases: Any) -> None:
+    """Check that ``class_aliases`` maps names to names."""
+    if aliases is None:
+        return
+    whole = isinstance(aliases, Mapping) and all(
+        isinstance(name, str) for pair in aliases.items() for name in pair
+    )
+    if not whole:
+        raise ConfigError(
+            'distillation.class_aliases must be a dict from names of classes '
+            "to other names of the same classes, such as dict(bike='bicycle'),"
+            f' got {aliases!r}.'
         )
 
 
@@ -159,11 +175,27 @@ def say_left_out(teacher: Teacher) -> None:
                 f'of {len(classes.student)} classes, because it has none of '
                 f'the name: {", ".join(classes.unmatched)}. If it calls one '
                 'otherwise, set class_map={"one of these": "its name"} in '
-                'distillation.teacher; None leaves a class out without this '
-                'warning.',
+                'distillation.teacher, or class_aliases in distillation for '
+                'all teachers; None in class_map leaves a class out without '
+                'this warning.',
                 'current',
                 logging.WARNING,
             )
+
+
+def say_idle_aliases(aliases: Iterable[str], teacher: Teacher) -> None:
+    """Warn of aliases that change nothing: they may be misspelt."""
+    maps = [each.class_map for each in teacher.each().values()]
+    idle = [name for name in aliases if not any(m.uses(name) for m in maps)]
+    if idle:
+        print_log(
+            f'distillation.class_aliases: {", ".join(idle)} '
+            f'{"changes" if len(idle) == 1 else "change"} nothing: no class '
+            'of the student meets one of the teacher by this name. Correct '
+            'the spelling, or leave it out.',
+            'current',
+            logging.WARNING,
+        )
 
 
 def _meets(need: Need, gives: Iterable[str]) -> bool:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,7 @@ from .checks import (
     check_one_steers,
     check_reserved,
     check_sources,
+    say_idle_aliases,
     say_left_out,
 )
 from .each_teacher import FromEach
@@ -111,8 +113,8 @@ class Distiller(nn.Module):
         active = self.active_methods()
         batch = self._next(inputs, data_samples, active)
         student, teacher = self._record(), self.teacher.view(batch)
-        with self._steered(active, student, teacher, batch):
-            losses = self._stock_losses(batch)
+        with self._steered(active, student, teacher, batch) as steered:
+            losses = self._stock_losses(batch, steered)
         distilled: dict[str, dict[str, Tensor]] = {}
         for name, (method, weight) in active.items():
             losses = scaled(losses, method.task_factors(), weight)
@@ -219,23 +221,36 @@ class Distiller(nn.Module):
         student: StepRecord,
         teacher: TeacherView,
         batch: Batch,
-    ) -> Iterator[None]:
-        """Record the networks, and let methods steer their losses."""
+    ) -> Iterator[Batch]:
+        """Record the networks, and let methods steer their losses.
+
+        Yields:
+            The batch that the student's own loss trains on.
+        """
+        steered = batch
         with ExitStack() as stack:
             for method, _ in active.values():
                 if method.steers:
-                    stack.enter_context(method.steer(student, teacher, batch))
+                    steer = method.steer(student, teacher, batch)
+                    samples = stack.enter_context(steer)
+                    if samples is not None:
+                        steered = replace(batch, data_samples=samples)
             for record in (student, *student.peers.values()):
                 if active:
                     stack.enter_context(record.recording())
-            yield
+            yield steered
 
-    def _stock_losses(self, batch: Batch) -> Losses:
-        """Return the stock losses; those of peers are ``<peer>.<name>``."""
+    def _stock_losses(self, batch: Batch, steered: Batch) -> Losses:
+        """Return the stock losses; those of peers are ``<peer>.<name>``.
+
+        Args:
+            batch: What the peers train on.
+            steered: What the student trains on.
+        """
         if self.alone:
             return {}
         losses: Losses = type(self.student).loss(
-            self.student, batch.inputs, batch.copies()
+            self.student, steered.inputs, steered.copies()
         )
         others = {n: peer.loss(batch) for n, peer in self.peers.items()}
         for peer, each in others.items():
@@ -353,8 +368,8 @@ def build_distiller(
 
     Args:
         cfg: ``distillation`` of the config: ``teacher``, ``peers``,
-            ``methods`` and ``unlabelled``. A teacher with ``trainable=True``
-            is the peer ``teacher``. Whoever trains gives
+            ``methods``, ``unlabelled`` and ``class_aliases``. A teacher with
+            ``trainable=True`` is the peer ``teacher``. Whoever trains gives
             ``distiller.unlabelled`` its stream of batches.
         student: The stock detector on its device.
         classes: The student's class names. None if the data have none: a
@@ -400,9 +415,11 @@ def build_distiller(
         check_sources(methods, cfg)
         check_one_steers(methods)
         paths = [p for m in methods.values() for p in m.teacher_paths]
-        context = TeacherContext(student, names, paths, named)
+        aliases = cfg.get('class_aliases') or {}
+        context = TeacherContext(student, names, paths, named, aliases)
         teacher = build_teacher(cfg.get('teacher'), context).to(device)
         say_left_out(teacher)
+        say_idle_aliases(aliases, teacher)
         for name, method in methods.items():
             methods[name] = _taught(name, method, teacher)
         unlabelled = build_unlabelled(

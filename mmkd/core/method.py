@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
+from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from mmkd.data.batch import Batch
@@ -157,11 +158,13 @@ class Method(nn.Module):
 
     def steer(
         self, student: StepRecord, teacher: TeacherView, batch: Batch
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Sequence[DetDataSample] | None]:
         """Return a context in which the networks compute their own losses.
 
         It is for methods that change what these losses train on, such as the
-        assignment of labels. They set :attr:`steers`.
+        assignment of labels. They set :attr:`steers`. What the context yields
+        is the ground truth that the student's own loss is given; None stands
+        for that of the batch. Other methods and peers always get the latter.
 
         Args:
             student: The student and its peers; nothing is recorded yet.

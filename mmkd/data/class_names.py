@@ -1,7 +1,7 @@
 """Class names: how data sets spell them, and which a built data set has."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .coco import read_categories
@@ -20,7 +20,7 @@ ALIASES: tuple[tuple[str, ...], ...] = (
     ('tie', 'necktie'),
     ('frisbee', 'flying disc'),
     ('skis', 'ski'),
-    ('orange', 'orange (fruit)'),
+    ('orange', 'orange (fruit)', 'orange/tangerine'),
     ('donut', 'doughnut'),
     ('laptop', 'laptop computer'),
     ('mouse', 'computer mouse', 'mouse (computer equipment)'),
@@ -29,6 +29,8 @@ ALIASES: tuple[tuple[str, ...], ...] = (
     ('cell phone', 'cellular telephone', 'mobile phone'),
     ('microwave', 'microwave oven'),
     ('hair drier', 'hair dryer'),
+    ('handbag', 'handbag/satchel'),
+    ('bowl', 'bowl/basin'),
 )
 """Names of the same class in COCO (the first), VOC, LVIS, Open Images and
 Objects365, in lower case. Names that differ only in case, spaces, underscores
@@ -45,8 +47,13 @@ _FIRST = {
 }
 
 
-def spelling(name: str) -> str:
+def spelling(name: str, aliases: Mapping[str, str] | None = None) -> str:
     """Return what all known spellings of a class have in common.
+
+    Args:
+        name: The name of a class.
+        aliases: More names that mean the same, in addition to
+            :data:`ALIASES`, such as ``dict(bike='bicycle')``.
 
     Example:
         >>> from mmkd.data.class_names import spelling
@@ -54,13 +61,32 @@ def spelling(name: str) -> str:
         True
         >>> spelling('sofa') == spelling('couch')
         True
+        >>> spelling('settee', dict(settee='sofa')) == spelling('couch')
+        True
     """
-    letters = _letters(name)
-    return _FIRST.get(letters, letters)
+    return _speller(aliases)(name)
+
+
+def _speller(aliases: Mapping[str, str] | None) -> Callable[[str], str]:
+    """Return :func:`spelling` for given aliases."""
+    first = _FIRST  # of all spellings that mean the same
+    for name, other in (aliases or {}).items():
+        letters, theirs = _letters(name), _letters(other)
+        mine, common = first.get(letters, letters), first.get(theirs, theirs)
+        moved = {k: common for k, v in first.items() if v == mine}
+        first = {**first, **moved, mine: common, letters: common}
+
+    def spell(name: str) -> str:
+        letters = _letters(name)
+        return first.get(letters, letters)
+
+    return spell
 
 
 def match_names(
-    ours: Sequence[str], theirs: Sequence[str]
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    aliases: Mapping[str, str] | None = None,
 ) -> dict[str, str | None]:
     """Return for each of our names the one of theirs that means the same.
 
@@ -71,6 +97,7 @@ def match_names(
     Args:
         ours: Class names, each once.
         theirs: Class names, each once.
+        aliases: See :func:`spelling`.
 
     Returns:
         Every name of ``ours`` with its match or None.
@@ -80,14 +107,14 @@ def match_names(
         >>> match_names(['sofa', 'cow'], ['Couch', 'person'])
         {'sofa': 'Couch', 'cow': None}
     """
-    equal = set(ours) & set(theirs)
+    equal, spell = set(ours) & set(theirs), _speller(aliases)
     left = [
-        _by_spelling(name for name in names if name not in equal)
+        _by_spelling((name for name in names if name not in equal), spell)
         for names in (ours, theirs)
     ]
     matches: dict[str, str | None] = {}
     for name in ours:
-        mine, other = (side.get(spelling(name), []) for side in left)
+        mine, other = (side.get(spell(name), []) for side in left)
         alone = len(mine) == len(other) == 1
         matches[name] = other[0] if alone else None
         if name in equal:
@@ -95,10 +122,12 @@ def match_names(
     return matches
 
 
-def _by_spelling(names: Iterator[str]) -> dict[str, list[str]]:
+def _by_spelling(
+    names: Iterator[str], spell: Callable[[str], str]
+) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(spelling(name), []).append(name)
+        found.setdefault(spell(name), []).append(name)
     return found
 
 

@@ -264,6 +264,7 @@ def _check_class_order(
         teacher.class_map.student,
         [teacher.classes[i] for i in order],
         teacher.class_map.by_hand,
+        teacher.class_map.aliases,
     ).to(patient.device)
     with ExitStack() as stack:
         for layer in layers:

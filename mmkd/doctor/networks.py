@@ -23,6 +23,7 @@ from mmkd.errors import ConfigError
 from mmkd.teachers.build import descriptions
 from mmkd.teachers.class_map import ClassMap
 from mmkd.teachers.frozen import FrozenDetector
+from mmkd.teachers.several import log_name
 from mmkd.utils import isolated_random_state
 
 from .patient import Patient
@@ -109,10 +110,10 @@ def check_classes(runner: Any, report: Report) -> None:
         _check_left_out(name, teacher.class_map, report)
         _check_teacher_classes(name, teacher, names, report)
         _check_sources(name, described[name], teacher, report)
-
-
-NAMED = 20
-"""As many classes that are left out are named in a finding."""
+    for label, other in distiller.teacher.each().items():
+        if not other.networks:
+            report.say('Classes', f'{log_name(label)}: {other.class_map}')
+            _check_left_out(log_name(label), other.class_map, report)
 
 
 def _check_left_out(name: str, classes: ClassMap, report: Report) -> None:
@@ -121,15 +122,15 @@ def _check_left_out(name: str, classes: ClassMap, report: Report) -> None:
         report.find(
             f'the {name} teaches nothing about {len(left_out)} of the '
             f"student's {len(classes.student)} classes: "
-            f'{some(left_out, NAMED)}. Of its own, the student has not: '
-            f'{some(classes.unused, NAMED) or "none"}. Name pairs that mean '
-            'the same in its class_map.',
+            f'{", ".join(left_out)}. Of its own, the student has not: '
+            f'{", ".join(classes.unused) or "none"}. Name pairs that mean '
+            'the same in its class_map, or in class_aliases for all teachers.',
             'warns',
         )
     elif unused := classes.unused:
         report.find(
             f"{len(unused)} of the {name}'s {len(classes.teacher)} classes "
-            f'are none of the student: {some(unused, NAMED)}.',
+            f'are none of the student: {", ".join(unused)}.',
             'notes',
         )
 

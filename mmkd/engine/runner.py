@@ -216,7 +216,8 @@ class DistillationRunner(Runner):
         self.distiller = build_distiller(
             cfg, self.model, self._classes, self.seed or 0
         )
-        self.distiller.teacher.prepare_data(self.train_loop.dataloader.dataset)
+        for dataset in self._taught_on():
+            self.distiller.teacher.prepare_data(dataset)
         self.logger.info(_described(self.distiller))
         self.distiller.epoch_length = len(self.train_loop.dataloader)
         if self.distiller.unlabelled is not None:
@@ -225,6 +226,19 @@ class DistillationRunner(Runner):
         self._register_once(ReachCheckHook)
         if self._peers:
             self._register_once(PeerValidationHook)
+
+    def _taught_on(self) -> list[Any]:
+        """The data sets on whose images methods read the teacher."""
+        assert self.distiller is not None
+        methods = self.distiller.methods.values()
+        found = []
+        if not (
+            self.distiller.alone or all(m.only_unlabelled for m in methods)
+        ):
+            found.append(self.train_loop.dataloader.dataset)
+        if self.unlabelled_stream is not None:
+            found.append(self.unlabelled_stream.dataset)
+        return found
 
     def _detach(self) -> None:
         """Remove the distiller from the student and its average (EMA)."""

@@ -18,6 +18,7 @@ from mmkd.data.unlabelled.stream import UnlabelledStream
 from mmkd.data.unlabelled.views import STRONG, UnlabelledImages, default_weak
 from mmkd.detectors.source import class_names
 from mmkd.errors import ConfigError
+from mmkd.teachers.geometry import record_moves
 
 WHERE = 'distillation.unlabelled'
 
@@ -66,6 +67,8 @@ def open_stream(cfg: Config, seed: int) -> UnlabelledStream | None:
         options.get('strong', STRONG),
         seed,
     )
+    for view in ('weak', 'strong'):
+        record_moves(getattr(dataset, view), f'{WHERE}.{view}')
     stream = UnlabelledStream(
         dataset, size, workers, get_rank(), get_world_size()
     )

@@ -6,6 +6,7 @@ teacher's and returns the loss of each element, sample or channel. The module
 is registered: ``dict(type='mmkd.XLoss')`` works in any config.
 """
 
+from .cosine import CosineLoss, cosine_loss
 from .cwd import CWDLoss, cwd_loss
 from .dist import DISTLoss, inter_class_loss, intra_class_loss
 from .dkd import DKDLoss, dkd_parts
@@ -34,6 +35,7 @@ from .weighted_soft_cross_entropy import (
 __all__ = [
     'BinaryProblems',
     'CWDLoss',
+    'CosineLoss',
     'DISTLoss',
     'DKDLoss',
     'FocalKLLoss',
@@ -46,6 +48,7 @@ __all__ = [
     'SoftmaxKLLoss',
     'TeacherBoundedRegressionLoss',
     'WeightedSoftCrossEntropyLoss',
+    'cosine_loss',
     'cwd_loss',
     'dkd_parts',
     'focal_kl_loss',

@@ -13,6 +13,7 @@ from .fbkd import FBKD
 from .feature_hint import FeatureHint
 from .ffsd import FFSD
 from .fgd import FGD
+from .foundation_features import FoundationFeatures
 from .kd import KD
 from .lad import LAD
 from .ld import LD
@@ -23,6 +24,7 @@ from .pkd import PKD
 from .pseudo_labels import PseudoLabels
 from .solad import SoftLabelDistillation, SoLAD
 from .tat import TaT
+from .teacher_boxes import TeacherBoxes
 
 # These are the names before the acronyms, for code that imports them.
 CoLearningAssignment = CoLAD
@@ -48,6 +50,7 @@ __all__ = [
     'CrossKD',
     'FasterRCNNDistillation',
     'FeatureHint',
+    'FoundationFeatures',
     'LabelAssignmentDistillation',
     'Method',
     'MutualLearning',
@@ -56,4 +59,5 @@ __all__ = [
     'SoLAD',
     'SoftLabelDistillation',
     'TaT',
+    'TeacherBoxes',
 ]

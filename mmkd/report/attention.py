@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkd.data.batch import Batch
+from mmkd.teachers.view import FEATURES
 
 from .evaluation import load_data, load_model
 from .work_dir import WorkDir
@@ -42,7 +43,17 @@ def attend(
         run: A run that distils.
         teacher: Its teachers, already built.
         ids: The images, by their ``img_id``.
+
+    Returns:
+        The comparison by ``img_id``; empty if no teacher gives features.
     """
+    teachers = [
+        each
+        for each in (teacher.networks or teacher.each()).values()
+        if FEATURES in each.gives
+    ]
+    if not teachers:
+        return {}
     model, loader = load_model(run), load_data(run)
     dataset = loader.dataset
     numbers = {
@@ -56,8 +67,7 @@ def attend(
             inputs, samples = data['inputs'], data['data_samples']
             ours = model.extract_feat(inputs)
             theirs = [
-                network.view(Batch(inputs, samples)).maps
-                for network in teacher.networks.values()
+                each.view(Batch(inputs, samples)).maps for each in teachers
             ]
         padded, shape = inputs.shape[2:], samples[0].img_shape
         share = [n / of for n, of in zip(shape, padded, strict=False)]

@@ -157,7 +157,9 @@ def add_teachers(
         student, loader = load_model(run), load_data(run, limit)
         try:
             classes = loader.dataset.metainfo['classes']
-            context = TeacherContext(student, classes)
+            context = TeacherContext(
+                student, classes, class_aliases=run.class_aliases
+            )
             plain = changed(run.teacher, without_speed)
             teacher = build_teacher(plain, context).to(context.device)
         except (CheckpointError, ConfigError, OSError) as error:

@@ -705,6 +705,8 @@ def attentions(
             continue
         teacher = evaluation.teachers[run.name]
         found = attend(run, teacher, [picture['id'] for picture in pictures])
+        if not found:
+            continue
         drawn += [
             {
                 **picture,

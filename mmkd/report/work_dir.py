@@ -68,6 +68,12 @@ class WorkDir:
         return bool(self.teacher)
 
     @property
+    def class_aliases(self) -> dict[str, str]:
+        """Names of classes that mean the same to its teachers."""
+        distillation = self.config.get('distillation') or {}
+        return dict(distillation.get('class_aliases') or {})
+
+    @property
     def methods(self) -> dict[str, str]:
         """The types of its methods, but those of weight 0, by their names."""
         methods = (self.config.get('distillation') or {}).get('methods') or {}

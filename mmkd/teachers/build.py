@@ -30,6 +30,7 @@ from mmkd.utils import (
 
 from .cache import TeacherCache, check_cache_options
 from .detections_file import DetectionsFile
+from .encoder import FoundationEncoder as FoundationEncoder  # registers it
 from .ensemble import EnsembleTeacher
 from .frozen import FrozenDetector
 from .onnx_detector import OnnxDetector
@@ -181,7 +182,8 @@ def frozen_detector(
         class_map: The teacher's name of some of the student's classes, such
             as ``dict(sofa='couch')``, or None for a class that it is not to
             teach. The others are matched by name, whose known spellings are
-            ``mmkd.data.class_names.ALIASES``.
+            ``mmkd.data.class_names.ALIASES`` and
+            ``distillation.class_aliases``.
         fold_bn: See :class:`~mmkd.teachers.speed.Speed`.
         channels_last: See :class:`~mmkd.teachers.speed.Speed`.
         autocast: See :class:`~mmkd.teachers.speed.Speed`.
@@ -220,6 +222,7 @@ def frozen_detector(
         student_classes=context.student_classes(classes),
         paths=context.paths,
         class_map=class_map,
+        class_aliases=context.class_aliases,
     )
 
     def equip() -> None:

@@ -28,6 +28,8 @@ class ClassMap:
         by_hand: The teacher's name of some of the student's classes, or None
             for a class that is to be left out. The other classes are matched
             by name.
+        aliases: Names that mean the same, in addition to those of the data
+            sets, such as ``dict(bike='bicycle')``.
 
     Attributes:
         identical: Whether both have the same classes in the same order.
@@ -56,6 +58,10 @@ class ClassMap:
         tensor([0])
         >>> print(ClassMap(['sofa', 'cow'], ['cow', 'couch']))
         2 shared by name: sofa (couch), cow (student 2, teacher 2)
+        >>> ClassMap(
+        ...     ['bike'], ['bicycle'], aliases=dict(bike='bicycle')
+        ... ).shared
+        ['bike']
     """
 
     def __init__(
@@ -63,17 +69,14 @@ class ClassMap:
         student: Sequence[str],
         teacher: Sequence[str],
         by_hand: Mapping[str, str | None] | None = None,
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
         self.student, self.teacher = tuple(student), tuple(teacher)
-        self.by_hand = dict(by_hand or {})
+        self.by_hand, self.aliases = dict(by_hand or {}), dict(aliases or {})
         for role in ('student', 'teacher'):
             _check_unique(role, getattr(self, role))
         self._check_by_hand()
-        taken = {*self.by_hand.values()}
-        matches = match_names(
-            [name for name in self.student if name not in self.by_hand],
-            [name for name in self.teacher if name not in taken],
-        )
+        matches = self._matches(self.aliases)
         known = {n: t for n, t in (matches | self.by_hand).items() if t}
         self.shared = [name for name in self.student if name in known]
         self.renamed = {n: known[n] for n in self.shared if n != known[n]}
@@ -102,6 +105,20 @@ class ClassMap:
         self.to_teacher[-1] = len(self.teacher)
         self.to_student = torch.full((len(self.teacher),), -1)
         self.to_student[self.teacher_index] = self.student_index
+
+    def uses(self, alias: str) -> bool:
+        """Return whether one of the aliases changes what is matched."""
+        others = {k: v for k, v in self.aliases.items() if k != alias}
+        return self._matches(others) != self._matches(self.aliases)
+
+    def _matches(self, aliases: Mapping[str, str]) -> dict[str, str | None]:
+        """Return the matches by name of what is not matched by hand."""
+        taken = {*self.by_hand.values()}
+        return match_names(
+            [name for name in self.student if name not in self.by_hand],
+            [name for name in self.teacher if name not in taken],
+            aliases,
+        )
 
     def to(self, device: torch.device | str) -> 'ClassMap':
         """Move the index tensors to ``device``, in place."""

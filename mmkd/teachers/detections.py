@@ -13,7 +13,6 @@ from mmkd.data.batch import Batch
 from mmkd.detectors.pixels import flips, mean_std
 from mmkd.errors import ConfigError
 
-from .class_map import ClassMap
 from .geometry import HOMOGRAPHY, areas, clipped, follow, landed
 from .view import DETECTIONS, Teacher, TeacherContext, TeacherView
 
@@ -94,9 +93,7 @@ class DetectionsTeacher(Teacher):
             )
         check_choices(1, min_visible=min_visible)
         self.classes = class_list(classes)
-        self.class_map = ClassMap(
-            context.student_classes(self.classes), self.classes, class_map
-        )
+        self.class_map = context.class_map(self.classes, class_map)
         self.sees, self.min_visible = sees, min_visible
         self.trusted_transforms = tuple(trusted_transforms)
         self._preprocessor = getattr(

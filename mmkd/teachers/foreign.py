@@ -12,7 +12,8 @@ from mmengine.fileio import get
 
 from mmkd.data.batch import Batch
 from mmkd.data.pictures import too_large
-from mmkd.errors import PictureError
+from mmkd.data.unlabelled.views import UnlabelledImages
+from mmkd.errors import ConfigError, PictureError
 
 from .cache import check_cache_options, open_cache
 from .detections import NOTHING, WHERE, DetectionsTeacher, Found, path_of
@@ -83,6 +84,19 @@ class ForeignDetector(DetectionsTeacher):
         """
         text = repr((type(self).__name__, self.classes, *facts))
         self.identity = fast_hash(text.encode()).digest()
+
+    def prepare_data(self, dataset: Any) -> None:
+        super().prepare_data(dataset)
+        if self.sees == 'file' and isinstance(dataset, UnlabelledImages):
+            images = dataset.images
+            files = len(images.paths())
+            if files < len(images):
+                raise ConfigError(
+                    f'{WHERE} ({type(self).__name__}) looks at the original '
+                    f'files (sees="file"), and {len(images) - files} of the '
+                    f'{len(images)} unlabelled images are frames of a video. '
+                    'Set sees="batch".'
+                )
 
     def find(self, batch: Batch, log: dict[str, float]) -> list[Found]:
         paths = [path_of(sample) for sample in batch.data_samples]

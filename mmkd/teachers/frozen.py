@@ -62,6 +62,7 @@ class FrozenDetector(Teacher):
         paths: Module paths that methods read.
         class_map: The teacher's names of some of the student's classes; see
             :class:`~mmkd.teachers.class_map.ClassMap`.
+        class_aliases: Names of classes that mean the same.
     """
 
     gives = frozenset({FEATURES, DENSE, RPN, ROIS, DETECTIONS, NETWORK})
@@ -75,12 +76,15 @@ class FrozenDetector(Teacher):
         student_classes: Sequence[str],
         paths: Iterable[str] = (),
         class_map: Mapping[str, str | None] | None = None,
+        class_aliases: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.classes = tuple(classes)
         self.paths = tuple(paths)
         self.speed = Speed()
-        self.class_map = ClassMap(student_classes, classes, class_map)
+        self.class_map = ClassMap(
+            student_classes, classes, class_map, class_aliases
+        )
         self.renormalize = Renormalize(
             student.data_preprocessor, model.data_preprocessor
         )

@@ -169,15 +169,14 @@ def follow(
         ConfigError: If a transform moves pixels without noting it, or is not
             known.
     """
+    holders = list(layers(dataset))
     steps = [
         step
-        for layer in layers(dataset)
-        for step in _steps(getattr(layer, 'pipeline', None))
+        for holder in holders
+        for step in _steps(getattr(holder, 'pipeline', None))
     ]
     batch_steps = getattr(preprocessor, 'batch_augments', None) or []
-    lost = [
-        type(step).__name__ for step in steps if type(step) not in FOLLOWED
-    ] + [
+    lost = _unrecorded(steps) + [
         type(step).__name__
         for step in batch_steps
         if type(step) is not BatchFixedSizePad
@@ -192,10 +191,38 @@ def follow(
             'pixels, remove the transform, or name it in trusted_transforms '
             'if it moves no pixels.'
         )
+    for each in (*holders, *steps):
+        if hasattr(each, 'meta_keys'):
+            each.meta_keys = tuple(dict.fromkeys((*each.meta_keys, *TOLD)))
+
+
+def record_moves(pipeline: Any, where: str) -> None:
+    """Let the transforms of a pipeline note how they move pixels.
+
+    Args:
+        pipeline: A transform or a list of them.
+        where: The option that names them, for the message.
+
+    Raises:
+        ConfigError: If one may move pixels without noting it.
+    """
+    if lost := _unrecorded(list(_steps(pipeline))):
+        raise ConfigError(
+            f'{where}: {some(dict.fromkeys(lost), 9)} may move pixels without '
+            'a record, so that the boxes of a teacher could not follow. Take '
+            'transforms of MMDetection that note it, such as RandomFlip, '
+            'Resize, RandomCrop, RandomAffine or Rotate, or that leave pixels '
+            'in place.'
+        )
+
+
+def _unrecorded(steps: Sequence[Any]) -> list[str]:
+    """Let transforms note how they move pixels; name those that do not."""
     for step in steps:
         step.__class__ = MADE_TO_FOLLOW.get(type(step), type(step))
-        if hasattr(step, 'meta_keys'):
-            step.meta_keys = tuple(dict.fromkeys((*step.meta_keys, *TOLD)))
+    return [
+        type(step).__name__ for step in steps if type(step) not in FOLLOWED
+    ]
 
 
 def _steps(pipeline: Any) -> Iterator[Any]:

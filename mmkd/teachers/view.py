@@ -6,7 +6,7 @@ makes of one batch. Whatever reads a teacher reads it through these classes.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -124,6 +124,23 @@ class TeacherContext:
     """The module paths that methods read from the teacher."""
     named: bool = True
     """Whether the data name the classes; if not, ``classes`` are numbers."""
+    class_aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names of classes that mean the same, from the config."""
+
+    def class_map(
+        self,
+        teacher: Sequence[str],
+        by_hand: Mapping[str, str | None] | None = None,
+    ) -> ClassMap:
+        """Match a teacher's classes with the student's.
+
+        Args:
+            teacher: The teacher's class names.
+            by_hand: The teacher's name of some of the student's classes, or
+                None; see :class:`mmkd.ClassMap`.
+        """
+        student = self.student_classes(teacher)
+        return ClassMap(student, teacher, by_hand, self.class_aliases)
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,9 @@ from types import SimpleNamespace as Made
 import pytest
 from mmdet.datasets import (
     CocoDataset,
+    LVISV1Dataset,
     Objects365V1Dataset,
+    Objects365V2Dataset,
     VOCDataset,
 )
 
@@ -60,6 +62,9 @@ class TestMatching:
             ('Dinning Table', 'dining table'),
             ('Moniter/TV', 'tv'),
             ('Potted Plant', 'potted plant'),
+            ('Handbag/Satchel', 'handbag'),
+            ('Bowl/Basin', 'bowl'),
+            ('Orange/Tangerine', 'orange'),
         ],
     )
     def test_known_spellings(self, theirs, ours):
@@ -72,6 +77,18 @@ class TestMatching:
         assert found['tv'] == 'tv'
         missing = [name for name, match in found.items() if match is None]
         assert missing == ['bird', 'sports ball']
+
+    def test_every_class_of_coco_in_lvis_that_is_spelt_alike(self):
+        found = match_names(COCO, LVISV1Dataset.METAINFO['classes'])
+        missing = [name for name, match in found.items() if match is None]
+        assert missing == ['sports ball', 'hot dog', 'potted plant']
+
+    def test_voc_in_all_that_name_its_classes(self):
+        voc = VOCDataset.METAINFO['classes']
+        for other in (LVISV1Dataset, Objects365V2Dataset):
+            found = match_names(voc, other.METAINFO['classes'])
+            missing = {name for name, match in found.items() if not match}
+            assert missing <= {'bird', 'pottedplant'}
 
     def test_classes_of_coco_stay_apart(self):
         assert len({spelling(name) for name in COCO}) == 80
@@ -96,6 +113,48 @@ class TestMatching:
         assert found == {'mouse': None, 'cat': 'Cat'}
         found = match_names(['Cat', 'CAT'], ['cat'])
         assert found == {'Cat': None, 'CAT': None}
+
+
+class TestAliases:
+    """Names that mean the same, from the user."""
+
+    @pytest.mark.parametrize(
+        ('ours', 'theirs'),
+        [('bike', 'bicycle'), ('bicycle', 'bike'), ('Bike', 'BI-CYCLE')],
+    )
+    def test_they_match_in_either_direction(self, ours, theirs):
+        assert match_names([ours], [theirs]) == {ours: None}
+        found = match_names([ours], [theirs], dict(bike='bicycle'))
+        assert found == {ours: theirs}
+
+    def test_two_aliases_of_a_class_match_each_other(self):
+        aliases = dict(bike='bicycle', velo='bicycle')
+        assert match_names(['bike'], ['velo'], aliases) == {'bike': 'velo'}
+        aliases = dict(bike='velo', bicycle='bike')
+        assert match_names(['velo'], ['bicycle'], aliases) == {
+            'velo': 'bicycle'
+        }
+
+    @pytest.mark.parametrize(
+        'aliases', [dict(settee='sofa'), dict(sofa='settee')]
+    )
+    def test_known_spellings_stay_joined(self, aliases):
+        for name in ('couch', 'sofa', 'Sofa'):
+            found = match_names([name], ['settee'], aliases)
+            assert found == {name: 'settee'}
+        assert match_names(['couch'], ['sofa'], aliases) == {'couch': 'sofa'}
+
+    def test_other_names_are_left_alone(self):
+        aliases = dict(bike='bicycle', settee='sofa')
+        assert match_names(COCO, COCO, aliases) == match_names(COCO, COCO)
+        assert spelling('tvmonitor', aliases) == spelling('tv')
+        assert spelling('sofa') == spelling('couch') != spelling('settee')
+
+    def test_names_that_it_makes_equal_are_not_guessed(self):
+        found = match_names(
+            ['car', 'van'], ['auto'], dict(van='car', auto='car')
+        )
+        assert found == {'car': None, 'van': None}
 
 
 class TestDataSets:

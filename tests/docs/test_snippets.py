@@ -120,7 +120,7 @@ def test_configs_name_what_exists(page):
             check_teacher(distillation['teacher'])
 
 
-PARTS = ('teacher', 'peers', 'methods', 'unlabelled')
+PARTS = ('teacher', 'peers', 'methods', 'unlabelled', 'class_aliases')
 
 
 def check_teacher(cfg):

@@ -267,3 +267,59 @@ def test_what_the_teacher_does_not_know_is_said(logged):
     mapped = build(class_map=dict(dog='cow', sofa=None))
     assert mapped.shared == ['cat', 'dog']
     assert not any('teaches nothing about' in text for text in logged)
+
+
+class TestAliases:
+    """``distillation.class_aliases``."""
+
+    def build(self, aliases, *classes):
+        teachers = [
+            dict(
+                config=dict(
+                    model=tiny.gfl(),
+                    test_dataloader=dict(
+                        dataset=dict(metainfo=dict(classes=names))
+                    ),
+                ),
+                checkpoint=None,
+            )
+            for names in classes
+        ]
+        return build_distiller(
+            dict(
+                teacher=teachers,
+                methods=dict(kd=dict(type='mmkd.KD')),
+                class_aliases=aliases,
+            ),
+            tiny.build(tiny.gfl()),
+            ('sofa', 'bike', 'dog'),
+        )
+
+    def test_every_teacher_is_read_by_them(self, logged):
+        distiller = self.build(
+            dict(bike='bicycle', pooch='dog'),
+            ('couch', 'bicycle', 'cow'),
+            ('yak', 'Pooch', 'Bike'),
+        )
+        shared = [
+            t.class_map.shared for t in distiller.teacher.each().values()
+        ]
+        assert shared == [['sofa', 'bike'], ['bike', 'dog']]
+        told = [text for text in logged if 'teaches nothing about' in text]
+        assert len(told) == 2
+        assert ': dog. ' in told[0]
+        assert ': sofa. ' in told[1]
+        assert 'class_aliases in distillation' in told[0]
+        assert not any('class_aliases: ' in text for text in logged)
+
+    def test_those_that_change_nothing_are_named(self, logged):
+        self.build(
+            dict(bike='bicycle', bkie='bicycle'), ('couch', 'bicycle', 'dog')
+        )
+        (text,) = [text for text in logged if 'class_aliases: ' in text]
+        assert 'bkie changes nothing' in text
+
+    @pytest.mark.parametrize('aliases', [['bike'], dict(bike=None), 'bike'])
+    def test_no_dict_of_names(self, aliases):
+        with pytest.raises(ConfigError, match="such as dict\\(bike='bicycle'"):
+            self.build(aliases, ('couch', 'bicycle', 'dog'))

@@ -112,6 +112,7 @@ PEERS = dict(peers=1, teachers=0)
 LAST = (*tiny_dense.LAST, 'retina_cls', 'retina_reg', 'gfl_cls', 'gfl_reg')
 LAST = (*LAST, 'conv_cls', 'conv_reg', 'conv_centerness')
 """The predicting layers of all dense heads."""
+SURE = dict(score_thr=0.6, doubtful_thr=0.4)
 ROI_LAYER = 'roi_head.bbox_head.shared_fcs.1'
 
 CASES = (
@@ -137,6 +138,7 @@ CASES = (
     Case('FasterRCNNDistillation', ROIS),
     Case('FeatureHint', NECK),
     Case('FeatureHint', ('faster_rcnn',), dict(source=ROI_LAYER)),
+    Case('FoundationFeatures', NECK),
     Case('KD', ('retinanet', 'atss', 'fcos', 'yolox', *ROIS)),
     Case('KD', NECK, teachers=2, note='a list of two teachers'),
     Case('KD', NECK, steps=2, note='gradients of two batches accumulated'),
@@ -158,6 +160,8 @@ CASES = (
     Case('SoftLabelDistillation', ('atss',), dict(task_loss=False)),
     Case('TaT', NECK),
     Case('TaT', NECK, dict(per_image=False), apart=STATISTICS),
+    Case('TeacherBoxes', ('atss',), SURE, whole=True),
+    Case('TeacherBoxes', NECK, SURE, whole=True, apart=OWN),
     Case('CoLAD', ('paa',), whole=True, apart=OWN, **PEERS),
     Case('DCM', ('fcos',), apart=OWN, **PEERS),
     Case(

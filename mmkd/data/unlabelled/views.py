@@ -81,10 +81,24 @@ class UnlabelledImages(Dataset):
         self.weak = _composed(geometry, 'weak')
         self.strong = _composed(strong, 'strong') if strong else None
         self.pad = _composed(pads, 'weak')
+        self.meta_keys = META
+        """What the data samples say; a teacher may ask for more."""
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def get_data_info(self, index: int) -> dict[str, Any]:
+        """Return what an image is called, as a data set of MMDetection does.
+
+        A frame of a video is no file: its ``img_path`` names it.
+        """
+        return dict(img_path=self.images.name(index), img_id=index)
+
+    @property
+    def pipeline(self) -> tuple[Compose, Compose]:
+        """The transforms of the view that the teacher sees."""
+        return self.weak, self.pad
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Return the views at a position of the endless stream.
@@ -113,7 +127,7 @@ class UnlabelledImages(Dataset):
                 own = {**weak, 'img': weak['img'].copy()}
                 views['strong'] = self._applied(self.strong, own)
             packed = {
-                key: _packed(self._applied(self.pad, view))
+                key: self._packed(self._applied(self.pad, view))
                 for key, view in views.items()
             }
         return {**packed, 'skipped': skipped}
@@ -142,6 +156,18 @@ class UnlabelledImages(Dataset):
             self._order = number, generator.permutation(len(self))
         return int(self._order[1][place])
 
+    def _packed(self, results: dict[str, Any]) -> dict[str, Any]:
+        image = results['img']
+        if image.ndim < 3:
+            image = image[..., None]
+        image = np.ascontiguousarray(image.transpose(2, 0, 1))
+        meta = {key: results[key] for key in self.meta_keys if key in results}
+        meta.setdefault('scale_factor', (1.0, 1.0))
+        return dict(
+            inputs=torch.from_numpy(image),
+            data_samples=DetDataSample(metainfo=meta),
+        )
+
     def _applied(self, steps: Compose, results: dict[str, Any]) -> Any:
         found = steps(results)
         if found is None:
@@ -165,19 +191,6 @@ def _composed(steps: Sequence[Mapping[str, Any]], view: str) -> Compose:
             return Compose([TRANSFORMS.build(dict(step)) for step in steps])
         except (KeyError, TypeError) as error:
             raise ConfigError(f'{WHERE}.{view}: {error}') from error
-
-
-def _packed(results: dict[str, Any]) -> dict[str, Any]:
-    image = results['img']
-    if image.ndim < 3:
-        image = image[..., None]
-    image = np.ascontiguousarray(image.transpose(2, 0, 1))
-    meta = {key: results[key] for key in META if key in results}
-    meta.setdefault('scale_factor', (1.0, 1.0))
-    return dict(
-        inputs=torch.from_numpy(image),
-        data_samples=DetDataSample(metainfo=meta),
-    )
 
 
 def _mixed(seed: int, position: int) -> int:
