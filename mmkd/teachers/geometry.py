@@ -232,7 +232,7 @@ def _steps(pipeline: Any) -> Iterator[Any]:
             yield from _steps(step)
     elif type(pipeline) in WRAPPERS:
         inner = getattr(pipeline, 'transforms', None)
-        yield from _steps(inner or [pipeline.resize])
+        yield from _steps([pipeline.resize] if inner is None else inner)
     elif pipeline is not None:
         yield pipeline
 

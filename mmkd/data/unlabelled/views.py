@@ -9,6 +9,7 @@ import torch
 from mmcv.transforms import Compose
 from mmdet.registry import TRANSFORMS
 from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from torch.utils.data import Dataset
@@ -119,6 +120,10 @@ class UnlabelledImages(Dataset):
             img_path=name,
             img_shape=image.shape[:2],
             ori_shape=image.shape[:2],
+            # Some transforms ask for them, RandomAffine for one.
+            gt_bboxes=HorizontalBoxes(torch.zeros(0, 4)),
+            gt_bboxes_labels=np.zeros(0, np.int64),
+            gt_ignore_flags=np.zeros(0, bool),
         )
         with isolated_random_state(_mixed(self.seed, position)):
             weak = self._applied(self.weak, results)
@@ -181,7 +186,12 @@ class UnlabelledImages(Dataset):
 
 def _composed(steps: Sequence[Mapping[str, Any]], view: str) -> Compose:
     for step in steps:
-        if step.get('type') in MIXES:
+        if not isinstance(step, Mapping) or 'type' not in step:
+            raise ConfigError(
+                f'{WHERE}.{view} must be a list of transforms, such as '
+                f"[dict(type='RandomFlip', prob=0.5)]; got {step!r} in it."
+            )
+        if step['type'] in MIXES:
             raise ConfigError(
                 f'{WHERE}.{view}: {step["type"]} joins several images, which '
                 'have no common teacher view. Leave it out.'
