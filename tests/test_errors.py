@@ -69,6 +69,8 @@ ALLOWED = {
         'TypeError',
     ): 'PythonState.restore names what takes no such value',
     ('engine/processes.py', 'first'): 'an MMKDError of the first process',
+    ('label/work.py', 'message'): 'an MMKDError of one of the processes',
+    ('teachers/python_detector.py', 'fail'): '_refusal makes a ConfigError',
     (
         'engine/python_state.py',
         'KeyError',

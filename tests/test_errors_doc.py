@@ -567,8 +567,10 @@ def adapters_not_trained():
 
 def number_in_the_loss():
     method = SimpleNamespace(statistics=dict(hits=torch.ones(())))
-    no_teacher = SimpleNamespace(each=dict)
-    Distiller._statistics(dict(hint_loss=(method, 1.0)), no_teacher, None)
+    distiller = Distiller(toy.detector(tiny.retinanet()), None, {})
+    batch = Batch(torch.zeros(1, 3, 32, 32), [])
+    active = dict(hint_loss=(method, 1.0))
+    distiller._statistics(active, distiller.teacher.view(batch), batch)
 
 
 def not_packed(folder):

@@ -11,7 +11,7 @@ from mmkd.data.batch import Batch
 from mmkd.data.class_names import parts
 from mmkd.data.detections import Boxed, ByName, read_detections
 from mmkd.data.errors import data_error, some
-from mmkd.errors import ConfigError
+from mmkd.errors import ConfigError, DataError
 
 from .detections import (
     KNOWN,
@@ -142,7 +142,7 @@ class DetectionsFile(DetectionsTeacher):
                 return self._images[key]
         return None
 
-    def _refusal(self, infos: Sequence[Any]) -> Exception:
+    def _refusal(self, infos: Sequence[Any]) -> DataError:
         theirs = [
             str(number) if self.match == 'id' else str(image.name)
             for number, image in self._images.items()
