@@ -290,7 +290,9 @@ class TestInstalled:
         assert 'Epoch(train) [1][2/2]' in done.stdout
         assert 'pkd.loss_pkd' in done.stdout
         checkpoint = 'work_dirs/my/epoch_1.pth'
-        assert re.search(rf'mmkd test (.*/)?my\.py (.*/)?{checkpoint}', done.stdout)
+        assert re.search(
+            rf'mmkd test (.*/)?my\.py (.*/)?{checkpoint}', done.stdout
+        )
 
         hub = (
             'import mmkd.registry; from mmengine.hub import get_config; '

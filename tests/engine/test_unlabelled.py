@@ -4,10 +4,15 @@ import logging
 import shutil
 import signal
 
+import cv2
 import numpy as np
 import pytest
 
-from mmkd.errors import DataError
+from mmkd.core.method import Method
+from mmkd.errors import ConfigError, DataError
+from mmkd.registry import METHODS
+from mmkd.teachers.seen import seen_objects
+from mmkd.teachers.view import DETECTIONS
 from tests.engine.test_distributed import config as distributed_config
 from tests.engine.test_distributed import launch, records
 from tests.engine.test_resume import assert_same_outcome
@@ -159,4 +164,108 @@ class TestImages:
         cfg = unlabelled.unlabelled(unlabelled.pseudo(tmp_path / 'run'))
         cfg.distillation.unlabelled.dataset = str(tmp_path / 'images')
         with pytest.raises(DataError, match=r'the folder .*images has no im'):
+            toy.train(cfg)
+
+
+BOX = (30, 20, 70, 60)
+"""What is white in the images, xyxy in pixels of the files."""
+
+
+def find_white(image):
+    """A detector that looks at the original file."""
+    assert image.shape == (90, 120, 3)
+    return dict(boxes=np.array([BOX], float), scores=[0.95], labels=[0])
+
+
+@METHODS.register_module()
+class ToySeen(Method):
+    """Keeps the student's images and the teacher's objects on them."""
+
+    needs = (DETECTIONS,)
+    needs_labels = False
+    only_unlabelled = any_geometry = True
+    student_paths = ('neck',)
+    seen: list = []
+
+    def forward(self, student, teacher, batch):
+        self.seen += zip(
+            batch.inputs, seen_objects(teacher, batch), strict=True
+        )
+        return {'x': student.features('neck')[0].square().mean()}
+
+
+class TestTeachersThatLookAtFiles:
+    def config(self, folder, **options):
+        images = folder / 'images'
+        images.mkdir(parents=True)
+        for number in range(4):
+            image = np.zeros((90, 120, 3), np.uint8)
+            image[20:60, 30:70] = 255
+            cv2.imwrite(str(images / f'{number}.png'), image)
+        cfg = toy.distilled(
+            folder / 'run',
+            images=4,
+            teacher=dict(
+                type='mmkd.PythonDetector',
+                function='tests.engine.test_unlabelled:find_white',
+                classes='coco',
+            ),
+            methods=dict(seen=dict(type='ToySeen')),
+        )
+        unlabelled.unlabelled(cfg, alone=True, **options)
+        cfg.distillation.unlabelled.dataset = str(images)
+        return cfg
+
+    def test_boxes_lie_on_what_the_student_sees(self, tmp_path):
+        """Through resize, flip and a warp of the student's view alone."""
+        ToySeen.seen = []
+        cfg = self.config(
+            tmp_path,
+            weak=[
+                dict(type='Resize', scale=(160, 120), keep_ratio=False),
+                dict(type='RandomFlip', prob=0.5),
+            ],
+            strong=[
+                dict(
+                    type='RandomAffine',
+                    max_rotate_degree=0.0,
+                    max_shear_degree=0.0,
+                    border_val=(0, 0, 0),
+                )
+            ],
+        )
+        toy.train(cfg)
+        places = set()
+        for image, objects in ToySeen.seen:
+            (box,) = objects.bboxes.tolist()
+            white = image.mean(0) > 1  # padding is 0
+            rows, columns = white.any(1).nonzero(), white.any(0).nonzero()
+            around = [*columns[0], *rows[0], *columns[-1] + 1, *rows[-1] + 1]
+            assert box == pytest.approx([float(v) for v in around], abs=1.6)
+            places.add(round(box[0]))
+        assert len(ToySeen.seen) >= 4
+        assert len(places) > 2
+
+    def test_a_change_that_cannot_be_followed(self, tmp_path):
+        cfg = self.config(tmp_path, strong=[dict(type='RandomShift')])
+        words = r'unlabelled\.strong: RandomShift may move pixels without'
+        with pytest.raises(ConfigError, match=words):
+            toy.train(cfg)
+
+    def test_frames_of_a_video(self, tmp_path):
+        path = str(tmp_path / 'x.avi')
+        size = (120, 90)
+        codec = cv2.VideoWriter_fourcc(*'MJPG')
+        video = cv2.VideoWriter(path, codec, 5, size)
+        for _ in range(3):
+            video.write(np.zeros((90, 120, 3), np.uint8))
+        video.release()
+        cfg = self.config(tmp_path / 'x')
+        cfg.distillation.unlabelled.dataset = path
+        with pytest.raises(ConfigError, match=r'frames of a video.*"batch"'):
+            toy.train(cfg)
+
+    def test_transforms_that_are_none(self, tmp_path):
+        cfg = self.config(tmp_path, strong=['dict(type="RandomFlip")'])
+        with pytest.raises(ConfigError, match=r'strong must be a list of tr'):
             toy.train(cfg)
