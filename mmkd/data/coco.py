@@ -206,7 +206,10 @@ def object_classes(
         if isinstance(row, dict) and is_id(row.get('category_id'))
     }
     parents = {
-        row.get('supercategory') for row in rows if not _is_own_parent(row)
+        parent
+        for row in rows
+        if not _is_own_parent(row)
+        and isinstance(parent := row.get('supercategory'), str | None)
     }
     groups = [
         row

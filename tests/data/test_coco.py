@@ -2,7 +2,11 @@ import json
 
 import pytest
 
-from mmkd.data import CocoAnnotations, check_coco_annotations
+from mmkd.data import (
+    CocoAnnotations,
+    check_coco_annotations,
+    object_classes,
+)
 from mmkd.errors import DataError
 from tests.helpers.layouts import coco_content
 
@@ -166,3 +170,12 @@ def test_whole_numbers_are_written_as_such():
         '[{"id": 1, "image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 2.5], '
         '"area": 7.5, "iscrowd": 1}]'
     )
+
+
+@pytest.mark.parametrize('parent', [['x'], {}, 5, None])
+def test_a_supercategory_of_another_kind_groups_nothing(parent):
+    rows = [
+        dict(id=i, name=n, supercategory=parent) for i, n in enumerate('ab')
+    ]
+    content = dict(images=[], annotations=[], categories=rows)
+    assert object_classes('x.json', content) == (['a', 'b'], [])

@@ -41,7 +41,7 @@ from mmkd.report.eval_coco import FIGURES, evaluate, load_results, load_truth
 from mmkd.study.study import read_study
 from mmkd.teachers.disk_cache import DiskCache
 
-from . import own_data
+from . import own_data, teachers
 from .mutations import DEEP, LONG, as_json
 
 register_all_modules()
@@ -542,5 +542,17 @@ READERS = {
         [own_data.HEAD, *own_data.ROWS],
         own_data.as_csv,
     ),
+    'detections of a teacher': Reader(
+        'x.json',
+        teachers.read_detections,
+        ANNOTATIONS
+        | dict(
+            annotations=[
+                row | dict(score=0.5) for row in ANNOTATIONS['annotations']
+            ]
+        ),
+    ),
+    'detectors in ONNX': Reader(
+        'x.onnx', teachers.read_onnx, files=[teachers.onnx_detector()]
+    ),
 }
-"""mmkd reads no ONNX files but those that it has written itself."""
