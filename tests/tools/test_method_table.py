@@ -115,7 +115,7 @@ def test_needs_in_words():
     assert reads(methods.KD) == 'class logits'
     assert reads(methods.LD) == 'predictions per prior'
     assert reads(methods.DML) == 'peers'
-    assert (labels(methods.PKD), labels(methods.KD)) == ('no', 'yes')
+    assert (labels(methods.PKD), labels(methods.DKD)) == ('no', 'yes')
 
 
 def test_only_what_stands_between_the_marks_changes():
