@@ -128,7 +128,8 @@ def changed(cfg: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
     if isinstance(cfg, list | tuple):
         return [changed(each, change) for each in cfg]
     options = dict(name=cfg) if isinstance(cfg, str) else dict(cfg)
-    kind = kind_of(cfg)
+    # Elsewhere a label may stand beside the mean of several.
+    kind = kind_of({k: v for k, v in options.items() if k != 'label'})
     if kind in ('SeveralTeachers', 'EnsembleTeacher'):
         key = 'teachers' if 'teachers' in options else 'mean'
         return {**options, key: changed(options[key], change)}

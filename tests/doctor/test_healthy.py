@@ -12,8 +12,10 @@ from mmengine.config import Config
 from mmkd.detectors import shrink
 from mmkd.detectors.source import load_config
 from mmkd.doctor import diagnose, examination
+from mmkd.teachers.build import kind_of
 from tests import test_configs
 from tests.helpers import (
+    encoders,
     faults,  # noqa: F401 registers them
     toy,
 )
@@ -80,7 +82,10 @@ def saved(described, name, path):
 def prepared(name, folder):
     """A shipped config, small, its teachers with checkpoints."""
     cfg = small(Config.fromfile(toy.ROOT / 'configs' / name), name)
-    if cfg.distillation.get('teacher'):
+    described = cfg.distillation.get('teacher')
+    if described and kind_of(described) == 'FoundationEncoder':
+        described.name = encoders.folder(folder)
+    elif described:
         teachers = [
             saved(described, name, folder / f'{number}.pth')
             | test_configs.trainable(described)
