@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from mmkd.data.class_names import spelling
 from mmkd.detectors.blank import image_channels
 from mmkd.detectors.facts import box_class_names
 from mmkd.detectors.pixels import flips, mean_std, pad_value
-from mmkd.detectors.record import intercepted
+from mmkd.detectors.record import intercepted, replaced
 from mmkd.detectors.source import check_class_count, class_names, load_config
 from mmkd.engine.classes import training_classes
 from mmkd.engine.hooks.teacher_check import evaluate_teacher
@@ -227,21 +227,29 @@ def _check_sources(
 def watched(patient: Patient) -> Iterator[None]:
     """Check what enters each network's backbone, and in which mode."""
     seen: dict[str, list[tuple[Tensor, list[str]]]] = {}
+    aside: dict[str, list[tuple[Tensor, list[str]]]] = {}
+    unlabelled = patient.distiller.unlabelled
     with ExitStack() as stack:
+        if unlabelled is not None:
+            losses = functools.partial(
+                _set_aside, unlabelled.losses, seen, aside
+            )
+            stack.enter_context(replaced(unlabelled, 'losses', losses))
         for name, model in patient.networks.items():
-            seen[name] = []
+            seen[name], aside[name] = [], []
             record = functools.partial(_record, model, seen[name])
             stack.enter_context(intercepted(model.backbone, 'forward', record))
         yield
     _describe_pixels(patient, {n: [x for x, _ in s] for n, s in seen.items()})
     for name, model in patient.networks.items():
-        if not seen[name]:
+        if not (seen[name] or aside[name]):
             patient.report.find(
                 f'the {name} never ran: no method reads it in a step.',
                 'warns',
             )
         _check_pixels(patient, name, model, [x for x, _ in seen[name]])
-        active = [mode for _, modes in seen[name] for mode in modes]
+        runs = seen[name] + aside[name]
+        active = [mode for _, modes in runs for mode in modes]
         if name in patient.distiller.networks and active:
             patient.report.find(
                 f'the {name} ran with {len(set(active))} modules in '
@@ -250,6 +258,25 @@ def watched(patient: Patient) -> Iterator[None]:
                 'whole network in eval mode.',
                 'warns',
             )
+
+
+def _set_aside(
+    losses: Callable[..., Any],
+    seen: Mapping[str, list[tuple[Tensor, list[str]]]],
+    aside: Mapping[str, list[tuple[Tensor, list[str]]]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Set aside what networks see of unlabelled images.
+
+    Their pixels are not those of the batch that is examined.
+    """
+    before = {name: len(runs) for name, runs in seen.items()}
+    result = losses(*args, **kwargs)
+    for name, runs in seen.items():
+        aside[name].extend(runs[before[name] :])
+        del runs[before[name] :]
+    return result
 
 
 def _record(
@@ -278,6 +305,8 @@ def _describe_pixels(
     for name, model in patient.networks.items():
         theirs = preprocessing(model)
         given = _given(patient.inputs, seen[name])
+        if not seen[name] and patient.distiller.unlabelled is not None:
+            given = 'unlabelled images alone'
         if seen[name] and theirs[DIVISOR] != ours[DIVISOR]:
             # The batch keeps its size; only its content is converted.
             given += f', padded to multiples of {ours[DIVISOR]}'
