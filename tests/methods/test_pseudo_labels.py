@@ -111,6 +111,7 @@ def test_the_stock_loss_on_the_boxes(name):
     for stock, value in expected.items():
         loss = found[f'p.unlabelled_loss_{short(stock)}']
         assert float(loss.detach()) == pytest.approx(value, rel=1e-5), stock
+    assert found.pop('idle.loss') == 0  # of a student without labels
     losses = [k for k in found if 'loss' in k]
     assert len(losses) == len(expected)
     sum(found[k] for k in losses).backward()
